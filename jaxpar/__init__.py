@@ -1,0 +1,47 @@
+"""jaxpar: five-axis parallel training of large Transformers with JAX.
+
+    import jaxpar
+
+    config = jaxpar.load_config("configs/quickstart.yaml", ["runner.max_steps=10"])
+    jaxpar.Trainer(config).fit()
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from jaxpar.config import Config, ConfigError, MeshSizes, config_from_dict, load_config
+
+if TYPE_CHECKING:
+    from jaxpar.attention import attention
+    from jaxpar.mesh import build_mesh
+    from jaxpar.models import Model, TokenInfo
+    from jaxpar.trainer import Trainer
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "MeshSizes",
+    "Model",
+    "TokenInfo",
+    "Trainer",
+    "attention",
+    "build_mesh",
+    "config_from_dict",
+    "load_config",
+]
+
+_WITH_JAX = {
+    "attention": "jaxpar.attention",
+    "build_mesh": "jaxpar.mesh",
+    "Model": "jaxpar.models",
+    "TokenInfo": "jaxpar.models",
+    "Trainer": "jaxpar.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Late, because jax must not be imported before the command line has set up its devices, and data workers need none.
+    if name not in _WITH_JAX:
+        raise AttributeError(f"module 'jaxpar' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_WITH_JAX[name]), name)

@@ -1,0 +1,138 @@
+"""The tensor-parallel collectives of Megatron-LM, as functions that a model calls by name.
+
+Each asks which mesh axes are manual where it is called (`shard_map` says so) and does nothing for the others. So the
+same model runs on one device, under XLA's automatic partitioning, and with Megatron's minimum of collectives.
+
+Sources: Shoeybi et al., 2019 (arXiv:1909.08053) for the tensor split; Korthikanti et al., 2022 (arXiv:2205.05198)
+for sequence parallelism. Their f and f-bar need no code here: a value that is the same on all tensor ranks meets a
+weight that is not, and `shard_map`'s tracking of replication (`check_vma`) transposes that to the all-reduce.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import get_abstract_mesh
+from jaxtyping import Array, Float, Int
+
+MASKED = -1e30  # a logit that counts for nothing; finite, so that no NaN can come of it
+
+
+def manual(*axes: str) -> tuple[str, ...]:
+    """Those of `axes` that are manual here: () outside of `shard_map`."""
+    return tuple(axis for axis in axes if axis in get_abstract_mesh().manual_axes)
+
+
+def vocabulary_axes() -> tuple[str, ...]:
+    """The axes that split the vocabulary where the tensor group is manual; otherwise XLA splits it."""
+    return manual("pp", "tp", "sp") if manual("tp") else ()
+
+
+def sum_over(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`lax.psum` over those of `axes` that are manual here."""
+    return lax.psum(x, manual(*axes)) if manual(*axes) else x
+
+
+def rank_and_size(axis: str) -> tuple[jax.Array | int, int]:
+    """This device's place on a manual axis and the number of places; (0, 1) where the axis is not manual."""
+    return (lax.axis_index(axis), lax.axis_size(axis)) if manual(axis) else (0, 1)
+
+
+def varying_axes(x: Any) -> tuple[str, ...]:
+    """The manual axes on which the value of `x` (an array or its shape) differs between devices."""
+    kind = jax.typeof(x).manual_axis_type if isinstance(x, jax.Array) else x.manual_axis_type
+    return tuple(kind.varying) if kind else ()
+
+
+def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Mark `x` as differing between the devices of the manual ones of `axes`. Transposes to a sum over those on which it
+    did not differ before."""
+    missing = tuple(axis for axis in manual(*axes) if axis not in varying_axes(x))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def gather_sequence(x: Float[Array, "batch seq embed"]) -> Float[Array, "batch full_seq embed"]:
+    """Before a column-parallel product: all-gather the sequence over sp (backward: reduce-scatter)."""
+    axes = manual("sp")
+    return lax.all_gather(x, axes, axis=1, tiled=True) if axes else x
+
+
+def reduce_output(x: Float[Array, "batch full_seq embed"]) -> Float[Array, "batch seq embed"]:
+    """After a row-parallel product: sum over tp, reduce-scatter of the sequence over sp (backward: all-gather)."""
+    return _sum_and_split(x, ("tp",))
+
+
+def vocab_parallel_embedding(
+    table: Float[Array, "vocab_shard embed"], tokens: Int[Array, "batch full_seq"]
+) -> Float[Array, "batch seq embed"]:
+    """Look up rows of a table whose vocabulary is split over pp and the tensor group; sequence split over sp."""
+    axes = vocabulary_axes()
+    if not axes:
+        return _lookup(table, tokens)
+    row = tokens - lax.axis_index(axes) * table.shape[0]
+    held = (row >= 0) & (row < table.shape[0])
+    x = jnp.where(held[..., None], _lookup(table, jnp.where(held, row, 0)), 0)
+    return _sum_and_split(x, ("pp", "tp"))
+
+
+def broadcast_from_last_stage(x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    """The last pipeline stage's value, on all stages."""
+    stage, stages = rank_and_size("pp")
+    return sum_over(jnp.where(stage == stages - 1, x, 0), ("pp",))
+
+
+def cross_entropy(
+    logits: Float[Array, "batch seq vocab_shard"], targets: Int[Array, "batch seq"], axes: tuple[str, ...] = ()
+) -> Float[Array, "batch seq"]:
+    """-log softmax(logits)[target] of each token, in float32, in nats.
+
+    Args:
+      logits: any float dtype; where the vocabulary is split over the manual `axes`, this device's slice.
+      targets: token ids in the whole vocabulary.
+    """
+    logits = logits.astype(jnp.float32)
+    highest = lax.stop_gradient(logits).max(-1)
+    columns = jnp.arange(logits.shape[-1])
+    if axes:
+        highest = lax.pmax(highest, axes)
+        columns = columns + lax.axis_index(axes) * logits.shape[-1]
+    total = jnp.exp(logits - highest[..., None]).sum(-1)
+    # A comparison and a sum instead of an index: it splits over the vocabulary without communication.
+    picked = jnp.where(columns == targets[..., None], logits, 0).sum(-1)
+    if axes:
+        total, picked = lax.psum((total, picked), axes)
+    return highest + jnp.log(total) - picked
+
+
+def mask_padded_vocabulary(logits: Float[Array, "... vocab_shard"], vocab_size: int) -> Float[Array, "... vocab_shard"]:
+    """Give the rows that only pad the vocabulary no probability."""
+    axes = vocabulary_axes()
+    first = lax.axis_index(axes) * logits.shape[-1] if axes else 0
+    return jnp.where(first + jnp.arange(logits.shape[-1]) < vocab_size, logits, MASKED)
+
+
+def _sum_and_split(x: jax.Array, sum_axes: tuple[str, ...]) -> jax.Array:
+    x = sum_over(x, sum_axes)
+    if axes := manual("sp"):
+        x = lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True)
+    return x
+
+
+@jax.custom_vjp
+def _lookup(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """table[rows], whose gradient adds up in float32: a frequent token's would be lost in a bfloat16 sum."""
+    return table[rows]
+
+
+def _lookup_forward(table: jax.Array, rows: jax.Array):
+    return table[rows], (table, rows)
+
+
+def _lookup_backward(residuals, grad: jax.Array):
+    table, rows = residuals
+    total = jnp.zeros(table.shape, jnp.float32).at[rows].add(grad.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -1,0 +1,180 @@
+"""A corpus as one flat array of tokens on disk, cut into training samples of equal length.
+
+The layout is that of Megatron-LM's `GPTDataset` (GPT-3's packing): documents stand one after another, each ended by
+the end-of-document token, and sample i is `seq_length + 1` tokens from `i * seq_length`. No token is lost or repeated
+as a target. Segment ids and restarting positions keep documents of one sample apart.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxpar.data.text import DataError, corpus_files, documents
+from jaxpar.data.tokenizer import Tokenizer
+
+_FORMAT = 1  # of the cache; raise it when the meaning of the files changes
+_BATCH_CHARACTERS = 1 << 22  # text tokenized at a time, so that memory does not grow with the corpus
+
+
+class PackedSource:
+    """Random access to packed samples (a Grain `RandomAccessDataSource`).
+
+    Args:
+      tokens: [num_tokens], any integer dtype; every document with its end-of-document token.
+      doc_ends: [num_documents] int64, ascending: one past the last token of each document.
+      seq_length: tokens in a sample, S.
+      folder: where `read` found the arrays, if it did: a pickle then holds this name instead of the corpus.
+
+    `source[i]` is a dict of arrays [S]; sample i begins at token i * S:
+      tokens: int32, the inputs; 0 in padding.
+      targets: int32, the token after each input.
+      loss_mask: float32, 1 where the target exists and is in the same document as its input, else 0.
+      segment_ids: int32, the number of the document within the sample, from 1; 0 in padding.
+      positions: int32, distance from the start of the document, or of the sample if the document began before it.
+
+    Only the last sample is padded. Over all samples, every pair of neighbours in a document is a target once.
+    Raises `IndexError` for an index outside 0 ... len - 1, `DataError` if no document has two tokens.
+    """
+
+    def __init__(self, tokens: np.ndarray, doc_ends: np.ndarray, seq_length: int, *, folder: Path | None = None):
+        if seq_length < 1:
+            raise DataError(f"runner.seq_length is {seq_length}; it must be at least 1")
+        self.tokens, self.doc_ends, self.seq_length, self.folder = tokens, doc_ends, seq_length, folder
+        self.num_tokens, self.num_documents = len(tokens), len(doc_ends)
+        last = self.num_documents - 1
+        while last >= 0 and doc_ends[last] - (doc_ends[last - 1] if last else 0) < 2:
+            last -= 1  # a document of one token has no target, and a sample without any would be a wasted row
+        if last < 0:
+            raise DataError("no document has two tokens or more, so there is nothing to predict")
+        last_input = int(doc_ends[last]) - 2
+        self._num_samples = last_input // seq_length + 1
+
+    @classmethod
+    def read(cls, folder: Path, seq_length: int) -> "PackedSource":
+        """Maps the folder of a token cache into memory. Raises `DataError` if a file is missing or too short."""
+        try:
+            counts = json.loads((folder / "counts.json").read_text())
+            tokens = np.memmap(folder / "tokens", counts["dtype"], mode="r", shape=(counts["num_tokens"],))
+            doc_ends = np.memmap(folder / "doc_ends", np.int64, mode="r", shape=(counts["num_documents"],))
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"the token cache {folder} is damaged ({error}); delete that folder") from error
+        return cls(tokens, doc_ends, seq_length, folder=folder)
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < self._num_samples:
+            raise IndexError(f"sample {index} of {self._num_samples}")
+        start = index * self.seq_length
+        stop = min(start + self.seq_length + 1, self.num_tokens)
+        first, last = np.searchsorted(self.doc_ends, (start, stop - 1), side="right")
+        ends = self.doc_ends[first : last + 1] - start
+        offset = np.arange(stop - start)
+        document = np.searchsorted(ends, offset, side="right")
+        document_start = np.append(0, ends[:-1])
+        window = self.tokens[start:stop]
+
+        def padded(values: np.ndarray, dtype: type) -> np.ndarray:
+            row: np.ndarray = np.zeros(self.seq_length, dtype)
+            values = values[: self.seq_length]
+            row[: len(values)] = values
+            return row
+
+        return {
+            "tokens": padded(window, np.int32),
+            "targets": padded(window[1:], np.int32),
+            "loss_mask": padded(document[1:] == document[:-1], np.float32),
+            "segment_ids": padded(document + 1, np.int32),
+            "positions": padded(offset - document_start[document], np.int32),
+        }
+
+    def __repr__(self) -> str:
+        size = f"{self.num_tokens:,} tokens, {self.num_documents:,} documents"
+        return f"PackedSource({size}, {self._num_samples:,} samples of {self.seq_length})"
+
+    def __reduce__(self):
+        # numpy pickles a memmap by value, which would send the whole corpus to each worker process.
+        if self.folder is not None:
+            return PackedSource.read, (self.folder, self.seq_length)
+        return PackedSource, (self.tokens, self.doc_ends, self.seq_length)
+
+
+def open_dataset(
+    paths: Sequence[str | Path],
+    *,
+    tokenizer: Tokenizer,
+    text_key: str = "text",
+    seq_length: int,
+    cache_dir: str | Path,
+    setting: str = "data.train_data_paths",
+) -> PackedSource:
+    """Packs the documents of `paths` (see `documents`), in order, into samples of `seq_length` tokens.
+
+    The corpus is tokenized once, into a folder of `cache_dir` whose name is a hash of the files (absolute path, size,
+    time of change), the tokenizer and `text_key`; it is memory-mapped from there. `seq_length` is not in the hash.
+    The folder is filled under another name and renamed: processes may race for it, and one that is killed leaves
+    nothing that looks finished. Memory does not grow with the corpus, only with its largest document.
+
+    Raises:
+      DataError: as `documents` does; no paths; no text in them; a cache folder that was damaged.
+    """
+    files = [file.resolve() for path in paths for file in corpus_files(path, setting=setting)]
+    if not files:
+        raise DataError(f"{setting} is empty: give at least one file, folder or python:MODULE")
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps([_FORMAT, tokenizer.fingerprint, text_key, stats]).encode()).hexdigest()[:24]
+    cache_dir = Path(cache_dir).expanduser()
+    folder = cache_dir / key
+    if not folder.exists():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        texts = (text for path in paths for text in documents(path, text_key, setting=setting))
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f"{key}-unfinished-") as temporary:
+            unfinished = Path(temporary) / key  # not the temporary folder itself, which nobody else may read
+            unfinished.mkdir()
+            _write(unfinished, texts, tokenizer, setting)
+            _publish(unfinished, folder)
+    return PackedSource.read(folder, seq_length)
+
+
+def _write(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, setting: str) -> None:
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    end = num_documents = 0
+    with open(folder / "tokens", "wb") as tokens_file, open(folder / "doc_ends", "wb") as doc_ends_file:
+        for batch in _batched(texts):
+            for ids in tokenizer.encode_batch(batch):
+                if not len(ids):
+                    continue  # an empty document teaches nothing
+                tokens_file.write(np.append(ids, tokenizer.eos_id).astype(dtype).tobytes())
+                end += len(ids) + 1
+                num_documents += 1
+                doc_ends_file.write(np.int64(end).tobytes())
+    if not num_documents:
+        raise DataError(f"{setting}: there is no text in it, every document is empty")
+    counts = {"num_tokens": end, "num_documents": num_documents, "dtype": dtype}
+    (folder / "counts.json").write_text(json.dumps(counts))
+
+
+def _publish(unfinished: Path, folder: Path) -> None:
+    try:
+        os.replace(unfinished, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        # Another process was first. Its files, which it may have mapped by now, hold the same and stay.
+
+
+def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, characters = [], 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    yield batch

@@ -1,0 +1,180 @@
+"""The built-in decoder: Llama 3, Mistral, Qwen2.5 and Qwen3 (dense), chosen by configuration.
+
+Tensor collectives are explicit: `gather_sequence` before the column-parallel products, `reduce_output` after the
+row-parallel ones, two of each a layer. On one device they do nothing.
+
+Einsum letters: b batch, s sequence, e embed, h heads (or kv heads), d head_dim, m mlp, v vocab.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxpar.attention import attention
+from jaxpar.collectives import (
+    gather_sequence,
+    mask_padded_vocabulary,
+    reduce_output,
+    vocab_parallel_embedding,
+)
+from jaxpar.config import Architecture, RopeScaling
+from jaxpar.models.protocol import TokenInfo
+
+
+class Decoder:
+    """The built-in decoder as a `jaxpar.Model`.
+
+    Args:
+      architecture: sizes and switches, from `config.architecture()`.
+    """
+
+    explicit_tensor_collectives = True
+
+    def __init__(self, architecture: Architecture):
+        self.architecture = architecture
+        self.num_layers = architecture.num_hidden_layers
+
+    def embed(self, rngs: nnx.Rngs) -> nnx.Module:
+        return Embedding(self.architecture, rngs)
+
+    def block(self, rngs: nnx.Rngs) -> nnx.Module:
+        return Block(self.architecture, rngs)
+
+    def head(self, rngs: nnx.Rngs) -> nnx.Module:
+        return Head(self.architecture, rngs)
+
+
+class Embedding(nnx.Module):
+    """Token embedding; the vocabulary is split over the stages and the tensor group."""
+
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+        self.table = _weight(arch, rngs, ("vocab", "embed"), (arch.padded_vocab_size, arch.hidden_size))
+
+    def __call__(self, tokens: Int[Array, "b s"], info: TokenInfo) -> Float[Array, "b s e"]:
+        return vocab_parallel_embedding(self.table[...], tokens)
+
+
+class Head(nnx.Module):
+    """Final norm and LM head. With tied embeddings the head is the embedding's table."""
+
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+        self.vocab_size = arch.vocab_size
+        self.norm = RMSNorm(arch.hidden_size, "embed", arch.rms_norm_eps)
+        self.tied = arch.tie_word_embeddings
+        if not self.tied:
+            self.weight = _weight(arch, rngs, ("embed", "vocab"), (arch.hidden_size, arch.padded_vocab_size))
+
+    def __call__(self, x: Float[Array, "b s e"], embed: Embedding) -> Float[Array, "b s v"]:
+        x = gather_sequence(self.norm(x))
+        weight = embed.table[...].T if self.tied else self.weight[...]
+        return mask_padded_vocabulary(jnp.einsum("bse,ev->bsv", x, weight), self.vocab_size)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(arch.hidden_size, "embed", arch.rms_norm_eps)
+        self.attention = Attention(arch, rngs)
+        self.mlp_norm = RMSNorm(arch.hidden_size, "embed", arch.rms_norm_eps)
+        self.mlp = MLP(arch, rngs)
+
+    def __call__(self, x: Float[Array, "b s e"], info: TokenInfo) -> Float[Array, "b s e"]:
+        x = x + self.attention(self.attention_norm(x), info)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary embeddings; qkv bias and query/key norms where the architecture has them."""
+
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+        heads, kv_heads, head_dim = arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim
+        self.arch = nnx.static(arch)
+        self.query = _weight(arch, rngs, ("embed", "heads", "head_dim"), (arch.hidden_size, heads, head_dim))
+        self.key = _weight(arch, rngs, ("embed", "kv_heads", "head_dim"), (arch.hidden_size, kv_heads, head_dim))
+        self.value = _weight(arch, rngs, ("embed", "kv_heads", "head_dim"), (arch.hidden_size, kv_heads, head_dim))
+        self.output = _weight(
+            arch, rngs, ("heads", "head_dim", "embed"), (heads, head_dim, arch.hidden_size), residual=True
+        )
+        if arch.attention_bias:
+            self.query_bias = nnx.Param(jnp.zeros((heads, head_dim)), out_sharding=("heads", "head_dim"))
+            self.key_bias = nnx.Param(jnp.zeros((kv_heads, head_dim)), out_sharding=("kv_heads", "head_dim"))
+            self.value_bias = nnx.Param(jnp.zeros((kv_heads, head_dim)), out_sharding=("kv_heads", "head_dim"))
+        if arch.qk_norm:
+            self.query_norm = RMSNorm(head_dim, "head_dim", arch.rms_norm_eps)
+            self.key_norm = RMSNorm(head_dim, "head_dim", arch.rms_norm_eps)
+
+    def __call__(self, x: Float[Array, "b s e"], info: TokenInfo) -> Float[Array, "b s e"]:
+        x = gather_sequence(x)
+        query, key, value = (jnp.einsum("bse,ehd->bshd", x, w[...]) for w in (self.query, self.key, self.value))
+        if self.arch.attention_bias:
+            query, key, value = query + self.query_bias[...], key + self.key_bias[...], value + self.value_bias[...]
+        if self.arch.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        angles = rope_angles(info.positions, self.arch.head_dim, self.arch.rope_theta, self.arch.rope_scaling)
+        out = attention(
+            rotate(query, angles), rotate(key, angles), value,
+            segment_ids=info.segment_ids, window=self.arch.sliding_window,
+        )  # fmt: skip
+        return reduce_output(jnp.einsum("bshd,hde->bse", out, self.output[...]))
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer, 2020, arXiv:2002.05202): down(silu(gate x) * up x)."""
+
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+        wide = (arch.hidden_size, arch.intermediate_size)
+        self.gate = _weight(arch, rngs, ("embed", "mlp"), wide)
+        self.up = _weight(arch, rngs, ("embed", "mlp"), wide)
+        self.down = _weight(arch, rngs, ("mlp", "embed"), wide[::-1], residual=True)
+
+    def __call__(self, x: Float[Array, "b s e"]) -> Float[Array, "b s e"]:
+        x = gather_sequence(x)
+        gate, up = (jnp.einsum("bse,em->bsm", x, w[...]) for w in (self.gate, self.up))
+        return reduce_output(jnp.einsum("bsm,me->bse", jax.nn.silu(gate) * up, self.down[...]))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last dimension, in float32 (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, dim: str, eps: float):
+        self.scale = nnx.Param(jnp.ones((size,)), out_sharding=(dim,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...]
+
+
+def rope_angles(
+    positions: Int[Array, "b s"], head_dim: int, theta: float, scaling: RopeScaling | None
+) -> Float[Array, "b s half_head_dim"]:
+    """Rotary angles in radians, float32 (Su et al., 2021, arXiv:2104.09864); `scaling` is Llama 3.1's (arXiv:2407.21783):
+    wavelengths beyond the original context are stretched by `factor`, short ones kept, those between interpolated."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = jnp.clip((turns - low) / (high - low), 0, 1)
+        frequency = frequency * (keep + (1 - keep) / scaling.factor)
+    return positions[..., None].astype(jnp.float32) * frequency
+
+
+def rotate(x: Float[Array, "b s h d"], angles: Float[Array, "b s half_d"]) -> Float[Array, "b s h d"]:
+    """Rotate pairs (i, i + d/2) of each head, the layout of Hugging Face's checkpoints; in float32, back to x's dtype."""
+    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _weight(
+    arch: Architecture, rngs: nnx.Rngs, dims: tuple[str, ...], shape: tuple[int, ...], residual: bool = False
+) -> nnx.Param:
+    """Normal of standard deviation initializer_range; products that add to the residual stream are scaled down by
+    sqrt(2 num_layers) as in GPT-2 and Megatron-LM."""
+    scale = arch.initializer_range / (math.sqrt(2 * arch.num_hidden_layers) if residual else 1)
+    return nnx.Param(jax.random.normal(rngs.params(), shape) * scale, out_sharding=dims)

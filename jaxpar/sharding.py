@@ -1,0 +1,194 @@
+"""Logical dimension → mesh axes: the one table, and what follows from it for each parameter.
+
+A parameter names its dimensions (`("embed", "heads", "head_dim")`), the table says which mesh axes split each. A
+parameter at rest (float32 master, optimizer moments) is further split over dp and cp where a dimension divides:
+ZeRO stage 1 (Rajbhandari et al., 2020, arXiv:1910.02054).
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxpar.collectives import vary
+from jaxpar.config import ConfigError
+from jaxpar.mesh import REPLICA_AXES, TENSOR_AXES
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("dp",),
+    "seq": ("cp",),
+    "embed": (),
+    "heads": TENSOR_AXES,
+    "kv_heads": TENSOR_AXES,
+    "head_dim": (),
+    "mlp": TENSOR_AXES,
+    "vocab": TENSOR_AXES,
+    "layers": ("pp",),
+}
+# Explicit models split the vocabulary over the stages too, so that none carries the LM head alone (Yeung et al., 2024,
+# arXiv:2411.05288). XLA cannot do that for an automatic model, because pp is always manual.
+EXPLICIT_RULES = RULES | {"vocab": ("pp", *TENSOR_AXES)}
+
+BATCH_SPEC = P("dp", "cp")  # every batch array is [global_batch, seq]
+
+
+@dataclass(frozen=True)
+class ParamLayout:
+    """How one parameter lies on the mesh.
+
+    Attributes:
+      name: path in the parameter tree, such as "layers/attention/query".
+      shape: global shape.
+      dims: name of each dimension, or None for one that is never split.
+      compute_spec: split during the forward and backward pass.
+      rest_spec: split between steps; compute_spec plus dp and cp.
+      gather: (axes, dimension) that lead from rest to compute, or None where both are the same.
+      repeated: (dimension, axes) where there are fewer kv heads than tensor ranks: the parameter is kept whole and
+        each rank takes the one head it needs.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dims: tuple[str | None, ...]
+    compute_spec: P
+    rest_spec: P
+    gather: tuple[tuple[str, ...], int] | None
+    repeated: tuple[int, tuple[str, ...]] | None
+
+    def bytes_per_device(self, mesh_shape: Mapping[str, int], itemsize: int = 4) -> int:
+        """Bytes of one device's shard at rest."""
+        ways = math.prod(mesh_shape[axis] for entry in self.rest_spec for axis in _axes(entry))
+        return math.prod(self.shape) * itemsize // ways
+
+
+def param_layout(
+    name: str,
+    shape: tuple[int, ...],
+    dims: tuple[str | None, ...] | None,
+    mesh_shape: Mapping[str, int],
+    *,
+    explicit: bool,
+    zero: bool,
+) -> ParamLayout:
+    """Apply the table to one parameter.
+
+    Args:
+      dims: a name from the table, or None, for each dimension of `shape`.
+      mesh_shape: size of each mesh axis.
+      explicit: the model calls the tensor collectives itself (see `jaxpar.collectives`).
+      zero: split over dp and cp at rest.
+
+    Raises:
+      ConfigError: a name is missing or unknown, or a dimension does not divide by the axes that split it.
+    """
+    rules = EXPLICIT_RULES if explicit else RULES
+    _check_names(name, shape, dims, rules)
+    assert dims is not None
+    spec: list[tuple[str, ...]] = []
+    repeated = None
+    for dimension, (word, size) in enumerate(zip(dims, shape, strict=True)):
+        axes = rules[word] if word else ()
+        ways = math.prod(mesh_shape[axis] for axis in axes)
+        if size % ways == 0:
+            spec.append(axes)
+        elif word == "kv_heads" and ways % size == 0:
+            spec.append(())
+            repeated = (dimension, axes) if explicit else None
+        else:
+            split = " x ".join(f"{axis} {mesh_shape[axis]}" for axis in axes)
+            raise ConfigError(
+                [
+                    f"parameter {name} {list(shape)}: dimension {word!r} of {size} does not divide by {split} = {ways}: "
+                    f"change the model's size or actor.model's parallel sizes"
+                ]
+            )
+    gather = _zero_dimension(shape, spec, mesh_shape) if zero else None
+    rest = [axes + gather[0] if gather and i == gather[1] else axes for i, axes in enumerate(spec)]
+    return ParamLayout(name, tuple(shape), tuple(dims), P(*spec), P(*rest), gather, repeated)
+
+
+def gather_param(param: jax.Array, layout: ParamLayout, accumulate_axes: tuple[str, ...]) -> jax.Array:
+    """Inside `shard_map`: this device's shard at rest → what the layer computes with.
+
+    The function is linear, and its transpose is the gradient reduction of the whole step: all-gather becomes
+    reduce-scatter, and marking a value as varying over an axis becomes a sum over that axis. So one function says both,
+    and they cannot disagree.
+
+    Args:
+      accumulate_axes: gradients are summed over these once a step instead of wherever the parameter is used.
+    """
+    if layout.gather:
+        axes, dimension = layout.gather
+        param = lax.all_gather(param, axes, axis=dimension, tiled=True)
+    param = vary(param, accumulate_axes)
+    if layout.repeated:
+        dimension, axes = layout.repeated
+        heads = layout.shape[dimension]
+        head = lax.axis_index(axes) * heads // lax.axis_size(axes)
+        param = lax.dynamic_slice_in_dim(vary(param, axes), head, 1, dimension)
+    return param
+
+
+def layout_tree(shapes: Any, dims: Any, mesh: Mesh, *, explicit: bool, zero: bool) -> Any:
+    """`param_layout` for a tree of ShapeDtypeStructs and the matching tree of dimension names (tuples or None).
+
+    Raises:
+      ConfigError: every parameter's problem, all at once.
+    """
+    problems: list[str] = []
+
+    def one(path: Any, shape: Any, names: Any) -> ParamLayout | None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        try:
+            return param_layout(name, shape.shape, names, mesh.shape, explicit=explicit, zero=zero)
+        except ConfigError as error:
+            problems.extend(error.problems)
+            return None
+
+    tree = jax.tree_util.tree_map_with_path(one, shapes, dims)
+    if problems:
+        raise ConfigError(problems)
+    return tree
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _check_names(name: str, shape: tuple[int, ...], dims: tuple[str | None, ...] | None, rules: Mapping) -> None:
+    known = ", ".join(sorted(rules))
+    if dims is None:
+        raise ConfigError(
+            [
+                f"parameter {name} {list(shape)} has no dimension names: create it with "
+                f"nnx.with_partitioning(initializer, (name, ...)), each one of: {known}; or None for never split"
+            ]
+        )
+    if len(dims) != len(shape):
+        raise ConfigError([f"parameter {name} {list(shape)} has {len(shape)} dimensions but {len(dims)} names {dims}"])
+    for word in dims:
+        if word is not None and word not in rules:
+            close = difflib.get_close_matches(word, rules, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {known}"
+            raise ConfigError([f"parameter {name} {list(shape)}: unknown dimension name {word!r}: {hint}"])
+
+
+def _zero_dimension(shape: tuple[int, ...], spec: list[tuple[str, ...]], mesh_shape: Mapping[str, int]):
+    """The dimension to split over dp and cp at rest: the one with the largest local size that divides.
+
+    Where none divides by dp·cp, the larger of the two axes alone is tried, then the other.
+    """
+    local = [size // math.prod(mesh_shape[axis] for axis in axes) for size, axes in zip(shape, spec, strict=True)]
+    single = sorted(REPLICA_AXES, key=lambda axis: -mesh_shape[axis])
+    for axes in (REPLICA_AXES, *((axis,) for axis in single)):
+        ways = math.prod(mesh_shape[axis] for axis in axes)
+        fits = [(size, -i) for i, size in enumerate(local) if size % ways == 0]
+        if ways > 1 and fits:
+            return axes, -max(fits)[1]
+    return None
