@@ -1,0 +1,65 @@
+"""What a step cost and gave: `metrics.jsonl`, and model FLOPs utilization."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxpar.config import Architecture
+
+# Dense bf16 peak of one device in FLOP/s, from NVIDIA's data sheets (without sparsity).
+PEAK_FLOPS = {"A100": 312e12, "H100": 989.4e12, "H200": 989.4e12, "B200": 2250e12}
+
+
+def model_flops_per_token(architecture: Architecture, num_params: int, seq_length: int) -> float:
+    """FLOPs that a training step needs for one token: 6 for each parameter of a matrix product, and for attention
+    6 · layers · heads · head_dim · seq, which counts the causal half (Chowdhery et al., 2022, arXiv:2204.02311, app. B)."""
+    a = architecture
+    lookups = 0 if a.tie_word_embeddings else a.padded_vocab_size * a.hidden_size
+    attention = 6 * a.num_hidden_layers * a.num_attention_heads * a.head_dim * min(seq_length, a.sliding_window or seq_length)
+    return 6 * (num_params - lookups) + attention
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Of one device, or None where it is not known (a CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device.device_kind), None)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one object a step.
+
+    Args:
+      folder: of the experiment; it is made.
+      first_step: what an earlier run wrote about steps after this one is dropped, because they are run again.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in self._lines() if _step(line) <= first_step]
+        draft = self.path.with_suffix(".jsonl.tmp")
+        draft.write_text("".join(kept))
+        os.replace(draft, self.path)
+        self._file = self.path.open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a line, at once visible to `tail -f`. A value that is not finite becomes a string: JSON has no NaN."""
+        plain = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self._file.write(json.dumps(plain) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _lines(self) -> list[str]:
+        return self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # torn by a crash

@@ -1,0 +1,288 @@
+"""Weights of the built-in decoder from and to a Hugging Face folder.
+
+Sources: the names in transformers' `modeling_llama.py`, which Mistral, Qwen2 and Qwen3 share, and
+https://huggingface.co/docs/safetensors for the files.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxpar.config import Architecture, ConfigError
+from jaxpar.models.protocol import Params
+
+# jaxpar's parameter → Hugging Face's name, dimensions here, dimensions there. Letters: e embed, h heads or kv heads,
+# d head_dim, m mlp, v vocab; "hd e" are two dimensions, of which the first is heads and head_dim in one.
+NAMES = {
+    "embed/table": ("model.embed_tokens.weight", "ve", "v e"),
+    "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", "e", "e"),
+    "layers/attention/query": ("model.layers.{}.self_attn.q_proj.weight", "ehd", "hd e"),
+    "layers/attention/key": ("model.layers.{}.self_attn.k_proj.weight", "ehd", "hd e"),
+    "layers/attention/value": ("model.layers.{}.self_attn.v_proj.weight", "ehd", "hd e"),
+    "layers/attention/query_bias": ("model.layers.{}.self_attn.q_proj.bias", "hd", "hd"),
+    "layers/attention/key_bias": ("model.layers.{}.self_attn.k_proj.bias", "hd", "hd"),
+    "layers/attention/value_bias": ("model.layers.{}.self_attn.v_proj.bias", "hd", "hd"),
+    "layers/attention/query_norm/scale": ("model.layers.{}.self_attn.q_norm.weight", "d", "d"),
+    "layers/attention/key_norm/scale": ("model.layers.{}.self_attn.k_norm.weight", "d", "d"),
+    "layers/attention/output": ("model.layers.{}.self_attn.o_proj.weight", "hde", "e hd"),
+    "layers/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", "e", "e"),
+    "layers/mlp/gate": ("model.layers.{}.mlp.gate_proj.weight", "em", "m e"),
+    "layers/mlp/up": ("model.layers.{}.mlp.up_proj.weight", "em", "m e"),
+    "layers/mlp/down": ("model.layers.{}.mlp.down_proj.weight", "me", "e m"),
+    "head/norm/scale": ("model.norm.weight", "e", "e"),
+    "head/weight": ("lm_head.weight", "ev", "v e"),
+}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+DTYPES = ("F64", "F32", "F16", "BF16")  # in safetensors' words
+MAX_FILE_BYTES = 5 * 10**9
+
+
+def has_weights(path: str | Path) -> bool:
+    """Whether the folder has weights, also in formats that `load_params` then refuses."""
+    return any((Path(path).expanduser() / name).exists() for name in (WEIGHTS, INDEX, *TORCH_WEIGHTS))
+
+
+def load_params(path: str | Path, architecture: Architecture, shapes: Params, shardings: Params) -> Params:
+    """Read the decoder's parameters; each device reads its own slice of each tensor.
+
+    Args:
+      path: folder with `model.safetensors`, or `model.safetensors.index.json` and the files that it names. Tensors are
+        float64, float32, float16 or bfloat16.
+      shapes: the decoder's `FunctionalModel.shapes`; layers are stacked, [num_layers, ...].
+      shardings: the same tree with a `jax.sharding.Sharding` at each leaf.
+
+    Returns:
+      float32 arrays of these shapes and shardings. Rows of the padded vocabulary are zeros.
+
+    Raises:
+      ConfigError: the folder has no safetensors, a file cannot be read, or tensors are missing, unexpected, or of
+        another shape or dtype: all of them at once, and like ones of several layers in one line.
+    """
+    where = f"actor.model.model_path: {path}"
+    parameters = _parameters(shapes)
+    with ExitStack() as stack:
+        stored = _open_tensors(Path(path).expanduser(), where, stack)
+        problems = _find_problems(stored, parameters, architecture)
+        if problems:
+            raise ConfigError([f"{where}: {problem}" for problem in problems])
+        arrays = [
+            jax.make_array_from_callback(p.value.shape, sharding, lambda index, p=p: p.read(stored, index))  # type: ignore[misc]
+            for p, sharding in zip(parameters, jax.tree.leaves(shardings), strict=True)
+        ]
+    return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+
+
+def save_params(path: str | Path, params: Params, architecture: Architecture, dtype: str = "bfloat16") -> None:
+    """Write config.json and safetensors, of at most 5 GB each, for transformers' `from_pretrained`.
+
+    All processes call it and the first one writes. One tensor at a time is whole on each device, and the tensors of one
+    file in the first process's memory. The tokenizer and the vocabulary's padding are not written.
+
+    Args:
+      path: made where it is missing; weights that are there are replaced.
+      params: the decoder's parameters as global arrays, in any sharding.
+      dtype: "bfloat16", "float16", or "float32", which keeps every bit.
+
+    Raises:
+      ConfigError: no family of Hugging Face's has this architecture.
+    """
+    config = _config_json(architecture, dtype)
+    folder, files, room, total = Path(path).expanduser(), list[list[tuple[_Parameter, int | None]]](), 0, 0
+    for parameter in _parameters(params):
+        num_bytes = math.prod(parameter.stored_shape(architecture)) * jnp.dtype(dtype).itemsize
+        for layer in parameter.layers:
+            if not files or num_bytes > room:
+                files, room = [*files, []], MAX_FILE_BYTES
+            files[-1].append((parameter, layer))
+            room, total = room - num_bytes, total + num_bytes
+    writes = jax.process_index() == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, INDEX):  # else readers could take the old ones
+            (folder / name).unlink(missing_ok=True)
+    places = dict[str, str]()
+    for number, tensors in enumerate(files, 1):
+        file = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        contents = dict[str, np.ndarray]()
+        for parameter, layer in tensors:
+            whole = _on_every_device(parameter.value, layer, dtype)
+            if writes:
+                contents[parameter.pattern.format(layer)] = parameter.to_stored(np.asarray(whole), architecture)
+        if writes:
+            save_file(contents, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(contents, file)
+    if writes and len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    if writes:
+        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+    """One row of `NAMES`, with the array or the shape that it is about."""
+
+    name: str
+    value: Any
+    pattern: str
+    dims: str
+    stored_dims: list[str]
+
+    @property
+    def layers(self) -> list[int] | list[None]:
+        return list(range(self.value.shape[0])) if "{}" in self.pattern else [None]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(zip(self.dims, self.value.shape[-len(self.dims) :], strict=True))
+
+    def stored_shape(self, architecture: Architecture) -> list[int]:
+        sizes = self.sizes | {"v": architecture.vocab_size}  # without the padding
+        return [math.prod(sizes[letter] for letter in word) for word in self.stored_dims]
+
+    def to_stored(self, value: np.ndarray, architecture: Architecture) -> np.ndarray:
+        value = value.transpose([self.dims.index(letter) for letter in "".join(self.stored_dims)])
+        value = value.reshape([math.prod(self.sizes[letter] for letter in word) for word in self.stored_dims])
+        return np.ascontiguousarray(value[tuple(map(slice, self.stored_shape(architecture)))])
+
+    def read(self, stored: Mapping[str, Any], index: tuple[slice, ...]) -> np.ndarray:
+        """A device's shard in float32, given its place."""
+        own = index[-len(self.dims) :]
+        if len(own) == len(index):
+            return self._read_one(stored[self.pattern], own)
+        return np.stack([self._read_one(stored[self.pattern.format(layer)], own) for layer in self.layers[index[0]]])
+
+    def _read_one(self, tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
+        sizes = self.sizes
+        bounds = {letter: part.indices(sizes[letter])[:2] for letter, part in zip(self.dims, index, strict=True)}
+        wanted, shape, cut = list[tuple[int, int]](), list[int](), list[slice]()
+        for first, *rest in self.stored_dims:  # of dimensions in one, all but the first are read whole, then cut
+            (start, stop), step = bounds[first], math.prod(sizes[letter] for letter in rest)
+            wanted.append((start * step, stop * step))
+            shape += [stop - start, *(sizes[letter] for letter in rest)]
+            cut += [slice(None), *(slice(*bounds[letter]) for letter in rest)]
+        block = np.zeros([stop - start for start, stop in wanted], np.float32)
+        there = [(start, min(stop, size)) for (start, stop), size in zip(wanted, tensor.get_shape(), strict=True)]
+        if all(start < stop for start, stop in there):  # else it is all padding of the vocabulary
+            part = tensor[tuple(slice(*bound) for bound in there)]
+            block[tuple(map(slice, part.shape))] = part
+        letters = "".join(self.stored_dims)
+        return block.reshape(shape)[tuple(cut)].transpose([letters.index(letter) for letter in self.dims])
+
+
+def _parameters(tree: Params) -> list[_Parameter]:
+    named = [(jax.tree_util.keystr(p, simple=True, separator="/"), v) for p, v in jax.tree.leaves_with_path(tree)]
+    unknown = [name for name, _ in named if name not in NAMES]
+    if unknown:
+        raise ConfigError(f"actor.model.model_path: only for the built-in decoder, which has no {', '.join(unknown)}")
+    return [_Parameter(name, value, *NAMES[name][:2], NAMES[name][2].split()) for name, value in named]
+
+
+def _open_tensors(folder: Path, where: str, stack: ExitStack) -> dict[str, Any]:
+    """Views of all tensors by name. Only the headers are read."""
+    file, stored = folder / WEIGHTS, dict[str, Any]()
+    try:
+        files = [file]
+        if not file.exists():
+            file = folder / INDEX
+            files = [folder / name for name in sorted(set(json.loads(file.read_bytes())["weight_map"].values()))]
+        for file in files:
+            tensors = stack.enter_context(safe_open(file, framework="np"))
+            stored |= {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        problem = f"{file} cannot be read: {type(error).__name__}: {error}"
+        if file.name == INDEX and not file.exists():
+            torch = [name for name in TORCH_WEIGHTS if (folder / name).exists()]
+            advice = (
+                f"{torch[0]} becomes it by transformers' from_pretrained and save_pretrained" if torch else "needed"
+            )
+            problem = f"neither {WEIGHTS} nor {INDEX} is there: {advice}"
+        raise ConfigError([f"{where}: {problem}"]) from None
+    return stored
+
+
+def _find_problems(stored: Mapping[str, Any], parameters: list[_Parameter], architecture: Architecture) -> list[str]:
+    found: dict[tuple[str, str], list[str]] = {}  # like ones of several layers together
+
+    def report(name: str, problem: str) -> None:
+        found.setdefault((re.sub(r"\.\d+\.", ".*.", name), problem), []).append(name)
+
+    shapes = {name: list(tensor.get_shape()) for name, tensor in stored.items()}
+    unexpected = {name for name in stored if not name.endswith("rotary_emb.inv_freq")}  # a constant, in old files
+    for p in parameters:
+        expected = p.stored_shape(architecture)
+        for name in map(p.pattern.format, p.layers):
+            unexpected.discard(name)
+            if name not in stored:
+                report(name, f"{expected} is missing: it is {p.name}")
+            elif shapes[name] != expected:
+                report(name, f"is {shapes[name]}, expected {expected} for {p.name}")
+            elif stored[name].get_dtype() not in DTYPES:
+                report(name, f"is {stored[name].get_dtype()}, not there yet: choose one of {', '.join(DTYPES)}")
+    table, head = NAMES["embed/table"][0], NAMES["head/weight"][0]
+    if architecture.tie_word_embeddings and {table, head} <= stored.keys():  # some checkpoints hold both
+        unexpected.discard(head)
+        if not np.array_equal(stored[table][:], stored[head][:]):
+            report(head, f"is not {table}: set actor.model.tie_word_embeddings: False")
+    for name in sorted(unexpected):
+        report(name, f"{shapes[name]} is unexpected: not in {architecture.model_type} of this architecture")
+    return [
+        f"{names[0]}{f' (and in {len(names) - 1} more layers)' if names[1:] else ''} {problem}"
+        for (_, problem), names in found.items()
+    ]
+
+
+def _on_every_device(value: jax.Array, layer: int | None, dtype: str) -> jax.Array:
+    """A parameter, or one layer of it, whole."""
+    lies = value.sharding
+    sharding = NamedSharding(lies.mesh, P()) if isinstance(lies, NamedSharding) else lies
+    return jax.jit(_take, static_argnames="dtype", out_shardings=sharding)(value, layer, dtype)
+
+
+def _take(value: jax.Array, layer: jax.Array | None, dtype: str) -> jax.Array:
+    if layer is not None:  # indexing would gather the layers of all stages first; a masked maximum is exact too
+        chosen = jnp.arange(value.shape[0]).reshape(-1, *[1] * (value.ndim - 1)) == layer
+        value = jnp.where(chosen, value, -jnp.inf).max(0)
+    return value.astype(dtype)
+
+
+def _config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
+    """In the keys of transformers 4, which 5 reads too. The family is the one that has the features."""
+    arch = architecture
+    if arch.qk_norm and arch.attention_bias:
+        raise ConfigError(
+            "actor.model.add_qkv_bias: qwen3 with it cannot be saved: transformers' has output biases too"
+        )
+    mistral = arch.sliding_window or arch.model_type == "mistral"
+    family = "qwen3" if arch.qk_norm else "qwen2" if arch.attention_bias else "mistral" if mistral else "llama"
+    values = {
+        key: value for key, value in dataclasses.asdict(arch).items() if key not in ("padded_vocab_size", "qk_norm")
+    }
+    if arch.rope_scaling:
+        values["rope_scaling"] |= {"rope_type": "llama3"}
+    if not arch.max_position_embeddings:
+        del values["max_position_embeddings"]
+    return values | {
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "model_type": family,
+        "hidden_act": "silu",
+        "torch_dtype": dtype,
+        "use_sliding_window": arch.sliding_window is not None,
+        "max_window_layers": 0,  # the window is on all layers
+        "bos_token_id": None,  # not known here; a family's default could be another token
+        "eos_token_id": None,
+    }

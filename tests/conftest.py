@@ -1,0 +1,10 @@
+"""Sixteen simulated CPU devices, set up before any test can start jax's backend."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 16)

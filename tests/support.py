@@ -1,0 +1,259 @@
+"""What several tests share: a batch, weights, the engine on any mesh, one device to compare with, a look inside programs.
+
+The reference of a parity test shares nothing with the engine but the model's own layers: it loops over them on one
+device, outside of `shard_map`, with plain attention and jax's own cross-entropy.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxpar.attention import reference_attention
+from jaxpar.config import Architecture, MeshSizes
+from jaxpar.loss_and_grads import build_loss_and_grads
+from jaxpar.mesh import build_mesh
+from jaxpar.models import Decoder, FunctionalModel, TokenInfo
+from jaxpar.models import decoder as decoder_module
+from jaxpar.pipeline.schedule import build_schedule
+from jaxpar.recompute import Recompute
+from jaxpar.sharding import BATCH_SPEC, layout_tree
+
+SEQ, GLOBAL_BATCH = 32, 12
+VOCAB, PADDED_VOCAB = 250, 256
+TOLERANCE = 1e-5  # relative, float32
+
+# Grouped-query attention 8:4 with everything that a Qwen has.
+DECODER = Architecture("qwen3", VOCAB, PADDED_VOCAB, 64, 96, 4, 8, 4, 8, qk_norm=True, attention_bias=True)
+# 8:2, so that a tensor group of 4 repeats kv heads; tied embeddings and a sliding window.
+FEW_KV_HEADS = Architecture("mistral", VOCAB, PADDED_VOCAB, 64, 96, 4, 8, 2, 8, tie_word_embeddings=True, sliding_window=11)
+# Nothing but the products and their norms: its collectives are the ones to count.
+PLAIN = Architecture("llama", VOCAB, PADDED_VOCAB, 64, 96, 4, 8, 4, 8)
+
+
+def mesh_id(sizes: tuple[int, ...]) -> str:
+    return "-".join(f"{axis}{size}" for axis, size in zip(("dp", "pp", "tp", "sp", "cp"), sizes, strict=True))
+
+
+def make_mesh(sizes: tuple[int, ...]) -> Mesh:
+    """dp, pp, tp, sp, cp → a mesh over the first devices."""
+    mesh_sizes = MeshSizes(*sizes)
+    return build_mesh(mesh_sizes, jax.devices()[: mesh_sizes.num_devices])
+
+
+@functools.cache
+def make_batch(rows: int = GLOBAL_BATCH, seq: int = SEQ) -> dict[str, np.ndarray]:
+    """Packed documents. Valid tokens grow along both dimensions, so no two dp ranks, cp ranks or microbatches have as many
+    of them, and rows 4 and 5 (one microbatch of two rows) have none."""
+    rng = np.random.default_rng(7)
+    tokens = rng.integers(0, VOCAB, (rows, seq + 1)).astype(np.int32)
+    starts = rng.random((rows, seq)) < 0.08
+    starts[:, 0] = True
+    segment_ids = starts.cumsum(-1).astype(np.int32)
+    index = np.arange(seq)
+    positions = index - np.maximum.accumulate(np.where(starts, index, 0), -1)
+    density = np.linspace(0.1, 1, rows)[:, None] * np.linspace(0.2, 1, seq)[None]
+    loss_mask = (rng.random((rows, seq)) < density).astype(np.float32)
+    loss_mask[4:6] = 0
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": segment_ids,
+        "positions": positions.astype(np.int32),
+        "loss_mask": loss_mask,
+    }
+
+
+def random_params(model: FunctionalModel, seed: int = 3) -> Any:
+    """Weights for which everything matters: sharp attention, biases that are not 0 and scales that are not 1."""
+    rng = np.random.default_rng(seed)
+
+    def one(path: Any, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        name, value = jax.tree_util.keystr(path, simple=True, separator="/"), rng.normal(size=shape.shape)
+        if name.endswith("scale"):
+            value = 1 + 0.2 * value
+        else:
+            value = value * (0.2 if "bias" in name else 0.125)
+        return value.astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, model.shapes)
+
+
+# --- one device ---------------------------------------------------------------------------------------------------------
+
+
+def reference_loss(model: FunctionalModel, params: Any, batch: Any, vocab: int = VOCAB, table: Any = None) -> jax.Array:
+    """Mean loss of the valid tokens: the definition. `table` takes the embedding module's place by a plain index."""
+    info = TokenInfo(batch["positions"], batch["segment_ids"])
+    x = table(params)[batch["tokens"]] if table else model.embed(params, batch["tokens"], info)
+    for index in range(model.num_layers):
+        x = model.block(jax.tree.map(lambda p, i=index: p[i], params["layers"]), x, info)
+    log_probs = jax.nn.log_softmax(model.head(params, x)[..., :vocab])
+    losses = -jnp.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
+    return (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+
+
+def reference(model: FunctionalModel, params: Any, batch: Any, **kwargs: Any) -> tuple[np.ndarray, Any]:
+    step = jax.jit(jax.value_and_grad(lambda params: reference_loss(model, params, batch, **kwargs)))
+    return jax.tree.map(np.asarray, step(params))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, its weights, a batch, and what one device makes of them."""
+
+    model: FunctionalModel
+    params: Any
+    batch: dict[str, np.ndarray]
+    loss: np.ndarray
+    grads: Any
+
+
+@functools.cache
+def decoder_case(arch: Architecture) -> Case:
+    model = FunctionalModel(Decoder(arch))
+    params, batch = random_params(model), make_batch()
+    with mock.patch.object(decoder_module, "attention", reference_attention):
+        loss, grads = reference(model, params, batch, table=lambda params: params["embed"]["table"])
+    return Case(model, params, batch, loss, grads)
+
+
+def assert_parity(loss: Any, grads: Any, expected_loss: Any, expected_grads: Any, tolerance: float = TOLERANCE) -> None:
+    """Norm of the difference over norm of the reference, for the loss, each parameter, and each layer of a stacked one."""
+    errors = {"loss": relative_error(loss, expected_loss)}
+    leaves, expected_leaves = jax.tree_util.tree_leaves_with_path(grads), jax.tree_util.tree_leaves_with_path(expected_grads)
+    assert [path for path, _ in leaves] == [path for path, _ in expected_leaves]
+    for (path, grad), (_, expected) in zip(leaves, expected_leaves, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert grad.shape == expected.shape and grad.dtype == np.float32, f"{name}: {grad.dtype}{grad.shape}"
+        errors[name] = relative_error(grad, expected)
+        if name.startswith("layers/"):
+            pairs = enumerate(zip(grad, expected, strict=True))
+            errors |= {f"{name}[{i}]": relative_error(one, expected_one) for i, (one, expected_one) in pairs}
+    wrong = {name: f"{error:.2e}" for name, error in errors.items() if not error <= tolerance}
+    assert not wrong, f"{len(wrong)} of {len(errors)} differ by more than {tolerance}: {wrong}"
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    assert np.linalg.norm(expected) > 0, "a reference of zero shows nothing"
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+# --- the engine on a mesh -----------------------------------------------------------------------------------------------
+
+
+class Step:
+    """jaxpar's loss and gradients of a model on a mesh."""
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        sizes: tuple[int, ...],
+        *,
+        num_microbatches: int = 6,
+        schedule: str = "1f1b",
+        recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
+        zero: bool = True,
+        compute_dtype: Any = jnp.float32,
+        rows: int = GLOBAL_BATCH,
+        seq: int = SEQ,
+    ):
+        self.mesh = make_mesh(sizes)
+        self.layouts = layout_tree(model.shapes, model.dims, self.mesh, explicit=model.explicit, zero=zero)
+        self.shardings = jax.tree.map(lambda layout: NamedSharding(self.mesh, layout.rest_spec), self.layouts)
+        table = build_schedule(schedule, sizes[1], num_microbatches)
+        self.function = build_loss_and_grads(
+            model, self.mesh, self.layouts, table, compute_dtype=compute_dtype, recompute=recompute
+        )
+        shape = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+        batch_sharding = NamedSharding(self.mesh, BATCH_SPEC)
+        self.shapes = (
+            jax.tree.map(shape, model.shapes, self.shardings),
+            jax.tree.map(lambda x: shape(x, batch_sharding), make_batch(rows, seq)),
+        )
+
+    @functools.cached_property
+    def jaxpr(self) -> Any:
+        return jax.make_jaxpr(self.function)(*self.shapes)
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        return jax.jit(self.function).lower(*self.shapes).compile()
+
+    def __call__(self, params: Any, batch: Any) -> tuple[np.ndarray, Any]:
+        params = jax.device_put(params, self.shardings)
+        batch = jax.device_put(batch, NamedSharding(self.mesh, BATCH_SPEC))
+        return jax.tree.map(np.asarray, self.compiled(params, batch))
+
+
+def check_step(case: Case, sizes: tuple[int, ...], **kwargs: Any) -> None:
+    """The whole of a parity test."""
+    loss, grads = Step(case.model, sizes, **kwargs)(case.params, case.batch)
+    assert_parity(loss, grads, case.loss, case.grads)
+
+
+# --- a look inside a program --------------------------------------------------------------------------------------------
+
+REDUCTIONS = ("all-reduce", "reduce-scatter")
+_KINDS = {"psum": "all-reduce", "reduce_scatter": "reduce-scatter", "all_gather": "all-gather",
+          "ppermute": "permute", "pmax": "max", "all_to_all": "all-to-all"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation, on one array, over axes of more than one device.
+
+    Attributes:
+      loops: trip counts of the scans around it, the outermost first.
+    """
+
+    kind: str
+    axes: frozenset[str]
+    dtype: str
+    shape: tuple[int, ...]
+    loops: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def collectives(jaxpr: Any, axis_sizes: Any, loops: tuple[int, ...] = ()) -> Iterator[Collective]:
+    """Those of a program, in the program's order, from its jaxpr: there the axes have their names.
+
+    What jax itself puts in the jaxpr for one device (marks of replication) is no collective, and neither is one over
+    axes of size 1.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        inside = (*loops, equation.params["length"]) if equation.primitive.name == "scan" else loops
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                yield from collectives(inner, axis_sizes, inside)
+        kind = _KINDS.get(equation.primitive.name.removesuffix("_invariant").removesuffix("2"))
+        if kind is None:
+            continue
+        names = equation.params.get("axes", equation.params.get("axis_name"))
+        names = (names,) if isinstance(names, str) else names
+        axes = frozenset(axis for axis in names if axis_sizes[axis] > 1)
+        if axes:
+            for variable in equation.invars:
+                yield Collective(kind, axes, str(variable.aval.dtype), variable.aval.shape, loops)
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
+
+
+def equal_trees(a: Any, b: Any) -> bool:
+    """Bitwise."""
+    same: Callable = lambda x, y: x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()  # noqa: E731
+    return jax.tree.all(jax.tree.map(same, jax.tree.map(np.asarray, a), jax.tree.map(np.asarray, b)))
