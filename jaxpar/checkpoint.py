@@ -101,19 +101,25 @@ class Checkpoints:
             )
         theirs = {name: tuple(leaf.shape) for name, leaf in _named_leaves(getattr(stored, "tree", stored))}
         ours = {name: tuple(leaf.shape) for name, leaf in _named_leaves(target)}
-        for name in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(name) != ours.get(name):
-                problems.append(
-                    f"runner.resume_dir: {path} has {name} {theirs.get(name, 'not at all')}, the model of this config "
-                    f"{ours.get(name, 'not at all')}: resume with the config that it was written with"
-                )
+        different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+        for name in different[:3]:
+            problems.append(
+                f"runner.resume_dir: {path} has {name} {theirs.get(name, 'not at all')}, the model of this config "
+                f"{ours.get(name, 'not at all')} (one of {len(different)} differences): resume with the config that it "
+                f"was written with, or set runner.resume_dir: null to start anew"
+            )
         if problems:
             raise ConfigError(problems)
 
 
 def _open(folder: Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(step_prefix=PREFIX, enable_async_checkpointing=True)
-    return ocp.CheckpointManager(folder, options=options)
+    handlers = {
+        "state": ocp.StandardCheckpointHandler(),
+        "data": ocp.JsonCheckpointHandler(),
+        "config": ocp.JsonCheckpointHandler(),
+    }
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
 def _newest(folder: Path) -> Path | None:

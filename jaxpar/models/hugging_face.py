@@ -4,12 +4,12 @@ Sources: the names in transformers' `modeling_llama.py`, which Mistral, Qwen2 an
 https://huggingface.co/docs/safetensors for the files.
 """
 
-import dataclasses
 import json
 import math
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +72,15 @@ def load_params(path: str | Path, architecture: Architecture, shapes: Params, sh
       ConfigError: the folder has no safetensors, a file cannot be read, or tensors are missing, unexpected, or of
         another shape or dtype: all of them at once, and like ones of several layers in one line.
     """
-    where = f"actor.model.model_path: {path}"
-    parameters = _parameters(shapes)
-    with ExitStack() as stack:
-        stored = _open_tensors(Path(path).expanduser(), where, stack)
-        problems = _find_problems(stored, parameters, architecture)
-        if problems:
-            raise ConfigError([f"{where}: {problem}" for problem in problems])
-        arrays = [
-            jax.make_array_from_callback(p.value.shape, sharding, lambda index, p=p: p.read(stored, index))  # type: ignore[misc]
-            for p, sharding in zip(parameters, jax.tree.leaves(shardings), strict=True)
-        ]
+    parameters, where = _parameters(shapes), f"actor.model.model_path: {path}"
+    stored = _open_tensors(Path(path).expanduser(), where)
+    problems = _find_problems(stored, parameters, architecture)
+    if problems:
+        raise ConfigError([f"{where}: {problem}" for problem in problems])
+    arrays = [
+        jax.make_array_from_callback(parameter.value.shape, sharding, partial(parameter.read, stored))
+        for parameter, sharding in zip(parameters, jax.tree.leaves(shardings), strict=True)
+    ]
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 
 
@@ -101,20 +99,19 @@ def save_params(path: str | Path, params: Params, architecture: Architecture, dt
       ConfigError: no family of Hugging Face's has this architecture.
     """
     config = _config_json(architecture, dtype)
-    folder, files, room, total = Path(path).expanduser(), list[list[tuple[_Parameter, int | None]]](), 0, 0
+    folder, files, room = Path(path).expanduser(), list[list[tuple[_Parameter, int | None]]](), 0
     for parameter in _parameters(params):
         num_bytes = math.prod(parameter.stored_shape(architecture)) * jnp.dtype(dtype).itemsize
         for layer in parameter.layers:
             if not files or num_bytes > room:
                 files, room = [*files, []], MAX_FILE_BYTES
             files[-1].append((parameter, layer))
-            room, total = room - num_bytes, total + num_bytes
-    writes = jax.process_index() == 0
+            room -= num_bytes
+    writes, weight_map = jax.process_index() == 0, dict[str, str]()
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (WEIGHTS, INDEX):  # else readers could take the old ones
             (folder / name).unlink(missing_ok=True)
-    places = dict[str, str]()
     for number, tensors in enumerate(files, 1):
         file = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         contents = dict[str, np.ndarray]()
@@ -124,15 +121,14 @@ def save_params(path: str | Path, params: Params, architecture: Architecture, dt
                 contents[parameter.pattern.format(layer)] = parameter.to_stored(np.asarray(whole), architecture)
         if writes:
             save_file(contents, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(contents, file)
-    if writes and len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        weight_map |= dict.fromkeys(contents, file)
     if writes:
-        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        if len(files) > 1:
+            (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Parameter:
     """One row of `NAMES`, with the array or the shape that it is about."""
 
@@ -159,41 +155,39 @@ class _Parameter:
         value = value.reshape([math.prod(self.sizes[letter] for letter in word) for word in self.stored_dims])
         return np.ascontiguousarray(value[tuple(map(slice, self.stored_shape(architecture)))])
 
-    def read(self, stored: Mapping[str, Any], index: tuple[slice, ...]) -> np.ndarray:
-        """A device's shard in float32, given its place."""
+    def read(self, stored: Mapping[str, Any], index: Any) -> np.ndarray:
+        """A device's shard in float32, given its slice of each dimension."""
         own = index[-len(self.dims) :]
         if len(own) == len(index):
             return self._read_one(stored[self.pattern], own)
         return np.stack([self._read_one(stored[self.pattern.format(layer)], own) for layer in self.layers[index[0]]])
 
     def _read_one(self, tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
-        sizes = self.sizes
+        sizes, letters = self.sizes, "".join(self.stored_dims)
         bounds = {letter: part.indices(sizes[letter])[:2] for letter, part in zip(self.dims, index, strict=True)}
         wanted, shape, cut = list[tuple[int, int]](), list[int](), list[slice]()
-        for first, *rest in self.stored_dims:  # of dimensions in one, all but the first are read whole, then cut
-            (start, stop), step = bounds[first], math.prod(sizes[letter] for letter in rest)
-            wanted.append((start * step, stop * step))
-            shape += [stop - start, *(sizes[letter] for letter in rest)]
-            cut += [slice(None), *(slice(*bounds[letter]) for letter in rest)]
+        for word in self.stored_dims:  # of dimensions in one, all but the first are read whole, then cut
+            (start, stop), rest = bounds[word[0]], [sizes[letter] for letter in word[1:]]
+            wanted.append((start * math.prod(rest), stop * math.prod(rest)))
+            shape += [stop - start, *rest]
+            cut += [slice(None), *(slice(*bounds[letter]) for letter in word[1:])]
         block = np.zeros([stop - start for start, stop in wanted], np.float32)
         there = [(start, min(stop, size)) for (start, stop), size in zip(wanted, tensor.get_shape(), strict=True)]
         if all(start < stop for start, stop in there):  # else it is all padding of the vocabulary
             part = tensor[tuple(slice(*bound) for bound in there)]
             block[tuple(map(slice, part.shape))] = part
-        letters = "".join(self.stored_dims)
         return block.reshape(shape)[tuple(cut)].transpose([letters.index(letter) for letter in self.dims])
 
 
 def _parameters(tree: Params) -> list[_Parameter]:
-    named = [(jax.tree_util.keystr(p, simple=True, separator="/"), v) for p, v in jax.tree.leaves_with_path(tree)]
-    unknown = [name for name, _ in named if name not in NAMES]
-    if unknown:
+    named = {jax.tree_util.keystr(key, simple=True, separator="/"): x for key, x in jax.tree.leaves_with_path(tree)}
+    if unknown := [name for name in named if name not in NAMES]:
         raise ConfigError(f"actor.model.model_path: only for the built-in decoder, which has no {', '.join(unknown)}")
-    return [_Parameter(name, value, *NAMES[name][:2], NAMES[name][2].split()) for name, value in named]
+    return [_Parameter(name, x, *NAMES[name][:2], NAMES[name][2].split()) for name, x in named.items()]
 
 
-def _open_tensors(folder: Path, where: str, stack: ExitStack) -> dict[str, Any]:
-    """Views of all tensors by name. Only the headers are read."""
+def _open_tensors(folder: Path, where: str) -> dict[str, Any]:
+    """A view of each tensor by name. Only the headers are read."""
     file, stored = folder / WEIGHTS, dict[str, Any]()
     try:
         files = [file]
@@ -201,16 +195,14 @@ def _open_tensors(folder: Path, where: str, stack: ExitStack) -> dict[str, Any]:
             file = folder / INDEX
             files = [folder / name for name in sorted(set(json.loads(file.read_bytes())["weight_map"].values()))]
         for file in files:
-            tensors = stack.enter_context(safe_open(file, framework="np"))
-            stored |= {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            tensors = safe_open(file, framework="np")
+            stored |= {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - it is no mapping
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         problem = f"{file} cannot be read: {type(error).__name__}: {error}"
         if file.name == INDEX and not file.exists():
             torch = [name for name in TORCH_WEIGHTS if (folder / name).exists()]
-            advice = (
-                f"{torch[0]} becomes it by transformers' from_pretrained and save_pretrained" if torch else "needed"
-            )
-            problem = f"neither {WEIGHTS} nor {INDEX} is there: {advice}"
+            advice = f": convert {torch[0]} by transformers' from_pretrained and save_pretrained" if torch else ""
+            problem = f"neither {WEIGHTS} nor {INDEX} is there{advice}"
         raise ConfigError([f"{where}: {problem}"]) from None
     return stored
 
@@ -223,14 +215,14 @@ def _find_problems(stored: Mapping[str, Any], parameters: list[_Parameter], arch
 
     shapes = {name: list(tensor.get_shape()) for name, tensor in stored.items()}
     unexpected = {name for name in stored if not name.endswith("rotary_emb.inv_freq")}  # a constant, in old files
-    for p in parameters:
-        expected = p.stored_shape(architecture)
-        for name in map(p.pattern.format, p.layers):
+    for parameter in parameters:
+        expected = parameter.stored_shape(architecture)
+        for name in map(parameter.pattern.format, parameter.layers):
             unexpected.discard(name)
             if name not in stored:
-                report(name, f"{expected} is missing: it is {p.name}")
+                report(name, f"{expected} is missing: it is {parameter.name}")
             elif shapes[name] != expected:
-                report(name, f"is {shapes[name]}, expected {expected} for {p.name}")
+                report(name, f"is {shapes[name]}, expected {expected} for {parameter.name}")
             elif stored[name].get_dtype() not in DTYPES:
                 report(name, f"is {stored[name].get_dtype()}, not there yet: choose one of {', '.join(DTYPES)}")
     table, head = NAMES["embed/table"][0], NAMES["head/weight"][0]
@@ -239,9 +231,9 @@ def _find_problems(stored: Mapping[str, Any], parameters: list[_Parameter], arch
         if not np.array_equal(stored[table][:], stored[head][:]):
             report(head, f"is not {table}: set actor.model.tie_word_embeddings: False")
     for name in sorted(unexpected):
-        report(name, f"{shapes[name]} is unexpected: not in {architecture.model_type} of this architecture")
+        report(name, f"{shapes[name]} is unexpected: the architecture in config.json has no such weight")
     return [
-        f"{names[0]}{f' (and in {len(names) - 1} more layers)' if names[1:] else ''} {problem}"
+        f"{names[0]}{f' (and {len(names) - 1} more layers)' if names[1:] else ''} {problem}"
         for (_, problem), names in found.items()
     ]
 
@@ -262,27 +254,23 @@ def _take(value: jax.Array, layer: jax.Array | None, dtype: str) -> jax.Array:
 
 def _config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
     """In the keys of transformers 4, which 5 reads too. The family is the one that has the features."""
-    arch = architecture
+    arch, values = architecture, asdict(architecture)
     if arch.qk_norm and arch.attention_bias:
         raise ConfigError(
-            "actor.model.add_qkv_bias: qwen3 with it cannot be saved: transformers' has output biases too"
+            "actor.model.add_qkv_bias: qwen3 with it cannot be saved: transformers' biases the output too"
         )
     mistral = arch.sliding_window or arch.model_type == "mistral"
     family = "qwen3" if arch.qk_norm else "qwen2" if arch.attention_bias else "mistral" if mistral else "llama"
-    values = {
-        key: value for key, value in dataclasses.asdict(arch).items() if key not in ("padded_vocab_size", "qk_norm")
-    }
     if arch.rope_scaling:
         values["rope_scaling"] |= {"rope_type": "llama3"}
-    if not arch.max_position_embeddings:
-        del values["max_position_embeddings"]
-    return values | {
+    unknown = () if arch.max_position_embeddings else ("max_position_embeddings",)
+    return {key: x for key, x in values.items() if key not in ("padded_vocab_size", "qk_norm", *unknown)} | {
         "architectures": [f"{family.capitalize()}ForCausalLM"],
         "model_type": family,
         "hidden_act": "silu",
         "torch_dtype": dtype,
         "use_sliding_window": arch.sliding_window is not None,
         "max_window_layers": 0,  # the window is on all layers
-        "bos_token_id": None,  # not known here; a family's default could be another token
+        "bos_token_id": None,  # not known here, and a family's default could be another token
         "eos_token_id": None,
     }
