@@ -1,9 +1,9 @@
 """jaxpar: five-axis parallel training of large Transformers with JAX.
 
-    import jaxpar
+import jaxpar
 
-    config = jaxpar.load_config("configs/quickstart.yaml", ["runner.max_steps=10"])
-    jaxpar.Trainer(config).fit()
+config = jaxpar.load_config("configs/quickstart.yaml", ["runner.max_steps=10"])
+jaxpar.Trainer(config).fit()
 """
 
 from typing import TYPE_CHECKING, Any

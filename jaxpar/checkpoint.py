@@ -56,21 +56,30 @@ class Checkpoints:
         """The checkpoint that `runner.resume_dir` asks for: a folder global_step_N, or None to start anew.
 
         Raises:
-          ConfigError: it names a path without a checkpoint.
+          ConfigError: it names a path without a checkpoint, or this experiment's folder holds later checkpoints, which
+            the run would get mixed up with.
         """
         wanted = self._config.runner.resume_dir
-        if wanted is None:
-            return None
+        newest = _newest(self.folder)
         if wanted == "auto":
-            return _newest(self.folder)
-        path = Path(wanted).expanduser().absolute()
-        found = path if re.fullmatch(rf"{PREFIX}_\d+", path.name) and path.is_dir() else _newest(path)
-        found = found or _newest(path / "checkpoints")
+            return newest
+        found = None if wanted is None else self._find_in(Path(wanted).expanduser().absolute())
+        if newest and _step(newest) > (_step(found) if found else 0):
+            raise ConfigError(
+                f"runner.resume_dir: {wanted or 'null'}, but {self.folder} already holds checkpoints up to step "
+                f"{_step(newest)}: set resume_dir: auto to go on from there, or another runner.experiment_name, or move "
+                f"them away"
+            )
+        return found
+
+    def _find_in(self, path: Path) -> Path:
+        is_checkpoint = re.fullmatch(rf"{PREFIX}_\d+", path.name) and path.is_dir()
+        found = path if is_checkpoint else _newest(path) or _newest(path / "checkpoints")
         if found is None:
             raise ConfigError(
-                [f"runner.resume_dir: no checkpoint ({PREFIX}_N) in {path}: give a checkpoint's folder, the folder of an "
-                 f"experiment, auto, or null to start anew"]
-            )  # fmt: skip
+                f"runner.resume_dir: no checkpoint ({PREFIX}_N) in {path}: give a checkpoint's folder, the folder of "
+                f"an experiment, auto, or null to start anew"
+            )
         return found
 
     def restore(self, path: Path, shapes: Any, shardings: Any) -> tuple[Any, dict[str, int]]:
@@ -85,7 +94,7 @@ class Checkpoints:
         """
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         with _open(path.parent) as manager:
-            step = int(path.name.rpartition("_")[2])
+            step = _step(path)
             position = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
             self._check(path, manager.item_metadata(step)["state"], target, position)
             restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
@@ -96,8 +105,8 @@ class Checkpoints:
         batch, stored_batch = self._config.actor.global_batch_size, position["global_batch_size"]
         if batch != stored_batch:
             problems.append(
-                f"actor.global_batch_size: {batch}, but {path} was written with {stored_batch}, and its data position is "
-                f"counted in batches of that size: set it to {stored_batch}, or runner.resume_dir: null to start anew"
+                f"actor.global_batch_size: {batch}, but {path} was written with {stored_batch}, and its data position "
+                f"is counted in such batches: set it to {stored_batch}, or runner.resume_dir: null to start anew"
             )
         theirs = {name: tuple(leaf.shape) for name, leaf in _named_leaves(getattr(stored, "tree", stored))}
         ours = {name: tuple(leaf.shape) for name, leaf in _named_leaves(target)}
@@ -127,6 +136,10 @@ def _newest(folder: Path) -> Path | None:
         return None
     steps = [int(m[1]) for child in folder.iterdir() if (m := re.fullmatch(rf"{PREFIX}_(\d+)", child.name))]
     return folder / f"{PREFIX}_{max(steps)}" if steps else None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("_")[2])
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:

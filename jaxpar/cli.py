@@ -3,12 +3,15 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from jaxpar.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from jaxpar.trainer import Trainer
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -109,7 +112,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def _print_head(trainer, config: Config) -> None:  # type: ignore[no-untyped-def]  (jax is not imported here)
+def _print_head(trainer: "Trainer", config: Config) -> None:
     import jax
 
     from jaxpar import display

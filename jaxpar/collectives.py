@@ -46,8 +46,8 @@ def varying_axes(x: Any) -> tuple[str, ...]:
 
 
 def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Mark `x` as differing between the devices of the manual ones of `axes`. Transposes to a sum over those on which it
-    did not differ before."""
+    """Mark `x` as differing between the devices of the manual ones of `axes`. Transposes to a sum over those on which
+    it did not differ before."""
     missing = tuple(axis for axis in manual(*axes) if axis not in varying_axes(x))
     return lax.pcast(x, missing, to="varying") if missing else x
 

@@ -13,7 +13,6 @@ from rich.text import Text
 from jaxpar.config import MeshSizes
 from jaxpar.mesh import AXES, device_grid
 from jaxpar.pipeline.schedule import IDLE, Schedule
-from jaxpar.sharding import ParamLayout
 
 
 def mesh_line(sizes: MeshSizes) -> str:
@@ -65,8 +64,13 @@ def schedule_lines(schedule: Schedule, width: int) -> list[Text]:
     columns: list[list[Text]] = []
     for segment in schedule.segments:
         for tick in range(schedule.num_ticks)[segment.ticks]:
-            slots = [("F", schedule.forward, "green")] * segment.forward + [("B", schedule.backward, "blue")] * segment.backward
-            columns += [[_cell(name, table[tick, s], digits, style) for s in range(schedule.num_stages)] for name, table, style in slots]
+            slots = [("F", schedule.forward, "green")] * segment.forward + [
+                ("B", schedule.backward, "blue")
+            ] * segment.backward
+            columns += [
+                [_cell(name, table[tick, s], digits, style) for s in range(schedule.num_stages)]
+                for name, table, style in slots
+            ]
     label = len(f"stage {schedule.num_stages - 1} ")
     per_block = max(1, (width - label) // (digits + 2))
     lines = []
@@ -84,10 +88,10 @@ def schedule_lines(schedule: Schedule, width: int) -> list[Text]:
 def schedule_summary(schedule: Schedule) -> list[str]:
     """Bubble and memory, in words."""
     stages, microbatches = schedule.num_stages, schedule.num_microbatches
+    idle, total = stages - 1, microbatches + stages - 1
     return [
         f"{schedule.name}: {stages} stages, {microbatches} microbatches, {schedule.num_ticks} ticks",
-        f"bubble: {schedule.bubble_fraction():.1%} of the time "
-        f"((P-1)/(M+P-1) = {stages - 1}/{microbatches + stages - 1} = {(stages - 1) / (microbatches + stages - 1):.1%})",
+        f"bubble: {schedule.bubble_fraction():.1%} of the time ((P-1)/(M+P-1) = {idle}/{total} = {idle / total:.1%})",
         "microbatches in flight: " + ", ".join(f"stage {s}: {n}" for s, n in enumerate(schedule.in_flight)),
     ]
 

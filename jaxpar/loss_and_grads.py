@@ -48,8 +48,8 @@ def build_loss_and_grads(
     """Returns (params, batch) → (loss, grads), to be called inside `jax.jit`.
 
     params: float32, each split by its layout's rest_spec; grads likewise.
-    batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `loss_mask` float32, each [global_batch, seq], split
-      by `jaxpar.sharding.BATCH_SPEC`.
+    batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `loss_mask` float32, each [global_batch, seq],
+      split by `jaxpar.sharding.BATCH_SPEC`.
     loss: float32, nats a token: the sum over valid tokens of the whole global batch over their count, on any layout.
     """
     manual_axes = set(AXES) if model.explicit else set(AXES) - set(TENSOR_AXES)
@@ -74,12 +74,11 @@ def build_loss_and_grads(
         return loss / loss_scale, jax.tree.map(lambda x: x / loss_scale, grads) if loss_scale != 1 else grads
 
     if all(mesh.shape[axis] == 1 for axis in manual_axes):
-        # Nothing is left to do by hand, and XLA's partitioner refuses manual sums over axes of size 1 beside automatic ones.
+        # Nothing is left to do by hand, and XLA's partitioner refuses manual sums over axes of size 1 beside automatic
+        # ones.
         return local
     specs = jax.tree.map(lambda layout: _only(layout.rest_spec, manual_axes), layouts)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(specs, BATCH_SPEC), out_specs=(P(), specs), axis_names=manual_axes
-    )
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs, BATCH_SPEC), out_specs=(P(), specs), axis_names=manual_axes)
 
 
 def _stage_functions(model: FunctionalModel, mesh: Mesh, recompute: Recompute) -> StageFunctions:

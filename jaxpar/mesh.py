@@ -44,7 +44,7 @@ def build_mesh(sizes: MeshSizes | Config, devices: Sequence[jax.Device] | None =
         sizes = sizes.mesh_sizes(len(devices))
     if sizes.num_devices != len(devices):
         product = " x ".join(f"{axis} {size}" for axis, size in sizes.as_dict().items())
-        raise ConfigError([f"mesh {product} = {sizes.num_devices} devices, but there are {len(devices)}"])
+        raise ConfigError(f"mesh {product} = {sizes.num_devices} devices, but there are {len(devices)}")
     if devices[0].platform == "tpu":
         flat = mesh_utils.create_device_mesh((sizes.num_devices,), devices)
     else:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,13 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989.4e12, "H200": 989.4e12, "B200": 2250e1
 
 def model_flops_per_token(architecture: Architecture, num_params: int, seq_length: int) -> float:
     """FLOPs that a training step needs for one token: 6 for each parameter of a matrix product, and for attention
-    6 · layers · heads · head_dim · seq, which counts the causal half (Chowdhery et al., 2022, arXiv:2204.02311, app. B)."""
+    6 · layers · heads · head_dim · seq, which counts the causal half (Chowdhery et al., 2022, arXiv:2204.02311,
+    appendix B, halved)."""
     a = architecture
     lookups = 0 if a.tie_word_embeddings else a.padded_vocab_size * a.hidden_size
-    attention = 6 * a.num_hidden_layers * a.num_attention_heads * a.head_dim * min(seq_length, a.sliding_window or seq_length)
+    attention = (
+        6 * a.num_hidden_layers * a.num_attention_heads * a.head_dim * min(seq_length, a.sliding_window or seq_length)
+    )
     return 6 * (num_params - lookups) + attention
 
 
@@ -42,11 +44,11 @@ class MetricsFile:
         kept = [line for line in self._lines() if _step(line) <= first_step]
         draft = self.path.with_suffix(".jsonl.tmp")
         draft.write_text("".join(kept))
-        os.replace(draft, self.path)
+        draft.replace(self.path)
         self._file = self.path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a line, at once visible to `tail -f`. A value that is not finite becomes a string: JSON has no NaN."""
+        """Appends a line, at once visible to `tail -f`. A value that is not finite becomes a string: JSON has none."""
         plain = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._file.write(json.dumps(plain) + "\n")
         self._file.flush()

@@ -27,10 +27,8 @@ def start(config: Config) -> None:
     if wanted is not None:
         if wanted % processes:
             raise ConfigError(
-                [
-                    f"cluster.num_nodes * cluster.num_gpus_per_node: {config.cluster.num_nodes} * "
-                    f"{config.cluster.num_gpus_per_node} = {wanted} devices do not divide by {processes} processes"
-                ]
+                f"cluster.num_nodes * cluster.num_gpus_per_node: {config.cluster.num_nodes} * "
+                f"{config.cluster.num_gpus_per_node} = {wanted} devices do not divide by {processes} processes"
             )
         # Of no effect where there is a GPU or TPU: it is then the default, and the CPU's devices are not used.
         with contextlib.suppress(RuntimeError):  # devices are up already
@@ -48,18 +46,14 @@ def devices(config: Config) -> list[jax.Device]:
         wanted = config.num_configured_devices() or len(found)
         if wanted > len(found):
             raise ConfigError(
-                [
-                    f"cluster.num_nodes * cluster.num_gpus_per_node = {wanted} devices are to be simulated, but jax was "
-                    f"started with {len(found)} before: build the Trainer before anything else asks jax for devices"
-                ]
+                f"cluster.num_nodes * cluster.num_gpus_per_node = {wanted} devices are to be simulated, but jax was "
+                f"started with {len(found)} before: build the Trainer before anything else asks jax for devices"
             )
         return found[:wanted] if jax.process_count() == 1 else found
     if config.cluster.num_nodes > jax.process_count():
         raise ConfigError(
-            [
-                f"cluster.num_nodes: {config.cluster.num_nodes}, but {jax.process_count()} process with {len(found)} "
-                f"devices is running: start one process on each node (srun, mpirun), or set cluster.num_nodes=1"
-            ]
+            f"cluster.num_nodes: {config.cluster.num_nodes}, but {jax.process_count()} process with {len(found)} "
+            f"devices is running: start one process on each node (srun, mpirun), or set cluster.num_nodes=1"
         )
     return found
 
@@ -83,7 +77,7 @@ def _join() -> int:
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         missing = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name not in os.environ]
         if missing:
-            raise ConfigError([f"JAX_COORDINATOR_ADDRESS is set, but {' and '.join(missing)} not: set all three"])
+            raise ConfigError(f"JAX_COORDINATOR_ADDRESS is set, but {' and '.join(missing)} not: set all three")
         processes = int(os.environ["JAX_NUM_PROCESSES"])
         jax.distributed.initialize(num_processes=processes, process_id=int(os.environ["JAX_PROCESS_ID"]))
         return processes

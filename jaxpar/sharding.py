@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxpar.collectives import vary
@@ -103,10 +103,8 @@ def param_layout(
         else:
             split = " x ".join(f"{axis} {mesh_shape[axis]}" for axis in axes)
             raise ConfigError(
-                [
-                    f"parameter {name} {list(shape)}: dimension {word!r} of {size} does not divide by {split} = {ways}: "
-                    f"change the model's size or actor.model's parallel sizes"
-                ]
+                f"parameter {name} {list(shape)}: dimension {word!r} of {size} does not divide by {split} = {ways}: "
+                f"change the model's size or actor.model's parallel sizes"
             )
     gather = _zero_dimension(shape, spec, mesh_shape) if zero else None
     rest = [axes + gather[0] if gather and i == gather[1] else axes for i, axes in enumerate(spec)]
@@ -135,7 +133,7 @@ def gather_param(param: jax.Array, layout: ParamLayout, accumulate_axes: tuple[s
     return param
 
 
-def layout_tree(shapes: Any, dims: Any, mesh: Mesh, *, explicit: bool, zero: bool) -> Any:
+def layout_tree(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh, *, explicit: bool, zero: bool) -> Any:
     """`param_layout` for a tree of ShapeDtypeStructs and the matching tree of dimension names (tuples or None).
 
     Raises:
@@ -165,18 +163,16 @@ def _check_names(name: str, shape: tuple[int, ...], dims: tuple[str | None, ...]
     known = ", ".join(sorted(rules))
     if dims is None:
         raise ConfigError(
-            [
-                f"parameter {name} {list(shape)} has no dimension names: create it with "
-                f"nnx.with_partitioning(initializer, (name, ...)), each one of: {known}; or None for never split"
-            ]
+            f"parameter {name} {list(shape)} has no dimension names: create it with "
+            f"nnx.with_partitioning(initializer, (name, ...)), each one of: {known}; or None for never split"
         )
     if len(dims) != len(shape):
-        raise ConfigError([f"parameter {name} {list(shape)} has {len(shape)} dimensions but {len(dims)} names {dims}"])
+        raise ConfigError(f"parameter {name} {list(shape)} has {len(shape)} dimensions but {len(dims)} names {dims}")
     for word in dims:
         if word is not None and word not in rules:
             close = difflib.get_close_matches(word, rules, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {known}"
-            raise ConfigError([f"parameter {name} {list(shape)}: unknown dimension name {word!r}: {hint}"])
+            raise ConfigError(f"parameter {name} {list(shape)}: unknown dimension name {word!r}: {hint}")
 
 
 def _zero_dimension(shape: tuple[int, ...], spec: list[tuple[str, ...]], mesh_shape: Mapping[str, int]):

@@ -1,21 +1,20 @@
 """The training loop: what happens when. No maths."""
 
-import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxpar import runtime
+from jaxpar.batch import GlobalBatch
 from jaxpar.checkpoint import Checkpoints
 from jaxpar.config import Config, ConfigError
 from jaxpar.data import BatchLoader, build_loader, load_tokenizer, open_dataset
@@ -27,13 +26,11 @@ from jaxpar.optimizer import build_optimizer, learning_rate_schedule
 from jaxpar.pipeline.schedule import ScheduleError, build_schedule
 from jaxpar.progress import Reporter, reporter
 from jaxpar.recompute import Recompute
-from jaxpar.sharding import BATCH_SPEC, layout_tree
+from jaxpar.sharding import layout_tree
+from jaxpar.signals import Interrupted, Signals
 from jaxpar.train_step import State, build_train_step, init_state, state_shardings
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
-BATCH_DTYPES = {
-    "tokens": np.int32, "targets": np.int32, "loss_mask": np.float32, "segment_ids": np.int32, "positions": np.int32
-}  # fmt: skip
 
 
 class Trainer:
@@ -59,17 +56,17 @@ class Trainer:
         runtime.start(config)
         devices = runtime.devices(config)
         sizes, architecture = config.prepare_train(len(devices))
-        if model is None and architecture is None:
-            raise ConfigError(
-                [
-                    "actor.model: describes no model: give model_path (a Hugging Face folder) or hidden_size, "
-                    "intermediate_size, num_hidden_layers, num_attention_heads, …, or Trainer(config, model=…)"
-                ]
-            )
         # A user's own model has the sizes that it has, whatever architecture stands in the file.
         self.architecture = architecture if model is None else None
+        if model is None:
+            if architecture is None:
+                raise ConfigError(
+                    "actor.model: describes no model: give model_path (a Hugging Face folder) or hidden_size, "
+                    "intermediate_size, num_hidden_layers, num_attention_heads, …, or Trainer(config, model=…)"
+                )
+            model = Decoder(architecture)
         self.mesh = build_mesh(sizes, devices)
-        self.model = FunctionalModel(Decoder(architecture) if model is None and architecture else model)
+        self.model = FunctionalModel(model)
         _check_stack(self.model, sizes.pp)
         self.layouts = layout_tree(
             self.model.shapes,
@@ -84,11 +81,11 @@ class Trainer:
                 config.actor.model.pipeline_schedule, sizes.pp, config.num_microbatches(sizes)
             )
         except ScheduleError as error:
-            raise ConfigError([str(error)]) from None
+            raise ConfigError(str(error)) from None
         self.warnings = [w for w in [cross_host_warning(sizes, len(devices) // config.cluster.num_nodes)] if w]
         self._optimizer = build_optimizer(config, self.layouts)
         self._shapes, self._shardings = state_shardings(self.model, self._optimizer, self.layouts, self.mesh)
-        self._batch_sharding = NamedSharding(self.mesh, BATCH_SPEC)
+        self._batch = GlobalBatch(config.actor.global_batch_size, config.runner.seq_length, self.mesh)
         loss_and_grads = build_loss_and_grads(
             self.model,
             self.mesh,
@@ -101,8 +98,8 @@ class Trainer:
         self._loss_and_grads = jax.jit(loss_and_grads)
         self._train_step = jax.jit(
             build_train_step(loss_and_grads, self._optimizer, learning_rate_schedule(config)),
-            in_shardings=(self._shardings, self._batch_sharding),
-            out_shardings=(self._shardings, NamedSharding(self.mesh, jax.sharding.PartitionSpec())),
+            in_shardings=(self._shardings, self._batch.sharding),
+            out_shardings=(self._shardings, NamedSharding(self.mesh, P())),
             donate_argnums=0,
         )
         self._state: State | None = None
@@ -132,12 +129,12 @@ class Trainer:
         Raises:
           ValueError: a key or shape is wrong.
         """
-        return self._loss_and_grads(self.state["params"], self._place(self._complete(batch)))
+        return self._loss_and_grads(self.state["params"], self._batch.place(self._batch.complete(batch)))
 
     def train_step(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """One optimizer step on one global batch (as in `loss_and_grads`); returns the metrics of
         `jaxpar.train_step.build_train_step`."""
-        return self._advance(self._complete(batch))
+        return self._advance(self._batch.complete(batch))
 
     def fit(self) -> None:
         """Trains from the start, or from where `runner.resume_dir` says, to `max_steps` or `max_epochs`.
@@ -157,10 +154,12 @@ class Trainer:
             loader.set_state(position)
             report.say(f"resumed from {found}")
         step = int(self.state["step"])
-        limits = [n for n in (config.runner.max_steps if config.runner.max_steps > 0 else None, loader.num_batches) if n]
+        limits = [
+            n for n in (config.runner.max_steps if config.runner.max_steps > 0 else None, loader.num_batches) if n
+        ]
         metrics = MetricsFile(config.output_path, step) if first_process else None
         log = _StepLog(self, report, metrics)
-        with _Signals() as signals:
+        with Signals() as signals:
             report.start(step, last := min(limits))
             try:
                 while step < last and not signals.received:
@@ -182,7 +181,7 @@ class Trainer:
         report.say(f"done: step {step}, checkpoint in {checkpoints.folder}")
 
     def _advance(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        self._state, metrics = self._train_step(self.state, self._place(batch))
+        self._state, metrics = self._train_step(self.state, self._batch.place(batch))
         return metrics
 
     def _open_data(self) -> BatchLoader:
@@ -190,10 +189,8 @@ class Trainer:
         tokenizer = load_tokenizer(config.actor.tokenizer.tokenizer_model)
         if self.architecture and tokenizer.vocab_size > self.architecture.vocab_size:
             raise ConfigError(
-                [
-                    f"actor.tokenizer.tokenizer_model: {tokenizer.name} has {tokenizer.vocab_size} tokens, but the model's "
-                    f"vocab_size is {self.architecture.vocab_size}: choose the model's own tokenizer, or raise vocab_size"
-                ]
+                f"actor.tokenizer.tokenizer_model: {tokenizer.name} has {tokenizer.vocab_size} tokens, but the model's "
+                f"vocab_size is {self.architecture.vocab_size}: choose the model's own tokenizer, or raise vocab_size"
             )
         source = open_dataset(
             config.data.train_data_paths,
@@ -205,91 +202,12 @@ class Trainer:
         return build_loader(
             source,
             global_batch_size=config.actor.global_batch_size,
-            rows=self._local_rows(),
+            rows=self._batch.rows,
             seed=config.data.seed,
             shuffle=config.data.shuffle,
             num_epochs=config.runner.max_epochs if config.runner.max_epochs > 0 else None,
             num_workers=config.data.num_workers,
         )
-
-    def _local_rows(self) -> list[int]:
-        """Rows of the global batch that this process's devices need."""
-        shape = (self.config.actor.global_batch_size, self.config.runner.seq_length)
-        slices = self._batch_sharding.addressable_devices_indices_map(shape).values()
-        return sorted({row for rows, _ in slices for row in range(shape[0])[rows]})
-
-    def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Arrays of this process's rows → global arrays on the mesh."""
-        shape = (self.config.actor.global_batch_size, self.config.runner.seq_length)
-        rows = self._local_rows()
-
-        def place(array: np.ndarray) -> jax.Array:
-            def shard(index: tuple[slice, ...]) -> np.ndarray:
-                start, stop, _ = index[0].indices(shape[0])
-                first = rows.index(start)  # a shard's rows are neighbours
-                return array[first : first + stop - start, index[1]]
-
-            return jax.make_array_from_callback(shape, self._batch_sharding, shard)
-
-        return {key: place(array) for key, array in batch.items()}
-
-    def _complete(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """A user's batch, checked, with defaults, cut down to this process's rows."""
-        shape = (self.config.actor.global_batch_size, self.config.runner.seq_length)
-        if unknown := sorted(batch.keys() - BATCH_DTYPES.keys()):
-            raise ValueError(f"batch: unknown keys {unknown}; known: {', '.join(BATCH_DTYPES)}")
-        if missing := sorted({"tokens", "targets"} - batch.keys()):
-            raise ValueError(f"batch: {' and '.join(missing)} missing")
-        for key, array in batch.items():
-            if np.shape(array) != shape:
-                raise ValueError(f"batch: {key} is {np.shape(array)}, not [global_batch_size, seq_length] = {shape}")
-        defaults = {
-            "loss_mask": np.ones(shape),
-            "segment_ids": np.zeros(shape),
-            "positions": np.broadcast_to(np.arange(shape[1]), shape),
-        }
-        rows = self._local_rows()
-        return {key: np.asarray({**defaults, **batch}[key], dtype)[rows] for key, dtype in BATCH_DTYPES.items()}
-
-
-class Interrupted(Exception):
-    """A signal ended the run between two steps; the checkpoint of `step` is complete.
-
-    Attributes:
-      step, last_step: where it stopped, and where it would have ended.
-      signal: number of the signal.
-    """
-
-    def __init__(self, step: int, last_step: int, signal_number: int):
-        self.step, self.last_step, self.signal = step, last_step, signal_number
-        super().__init__(f"stopped after step {step} of {last_step}, which is saved")
-
-
-class _Signals:
-    """SIGINT and SIGTERM, noted instead of obeyed; a second SIGINT interrupts at once.
-
-    `received` is the same in all processes, whichever of them the signal reached.
-    """
-
-    def __enter__(self) -> "_Signals":
-        self._number = 0
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @property
-    def received(self) -> int:
-        if jax.process_count() == 1:
-            return self._number
-        return int(multihost_utils.process_allgather(np.int32(self._number)).max())
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._number and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._number = number
 
 
 class _StepLog:
@@ -340,10 +258,14 @@ def _check_stack(model: FunctionalModel, num_stages: int) -> None:
         return
     key = f"actor.model.pipeline_model_parallel_size: {num_stages}"
     if model.num_layers == 0:
-        raise ConfigError([f"{key}, but the model is no stack of like blocks, which is what stages are cut from: set it "
-                           f"to 1, or give a jaxpar.Model with embed, block and head"])  # fmt: skip
-    raise ConfigError([f"{key} does not divide the model's num_layers {model.num_layers} "
-                       f"({model.num_layers} / {num_stages} = {model.num_layers / num_stages:.2f})"])  # fmt: skip
+        raise ConfigError(
+            f"{key}, but the model is no stack of like blocks, which is what stages are cut from: set it to 1, or give "
+            f"a jaxpar.Model with embed, block and head"
+        )
+    raise ConfigError(
+        f"{key} does not divide the model's num_layers {model.num_layers} "
+        f"({model.num_layers} / {num_stages} = {model.num_layers / num_stages:.2f}): choose a size that does"
+    )
 
 
 def _recompute(config: Config) -> Recompute:

@@ -186,7 +186,9 @@ class Step:
 
     @functools.cached_property
     def compiled(self) -> Any:
-        return jax.jit(self.function).lower(*self.shapes).compile()
+        # LLVM's optimization is a third of the time, and nothing that a test of ours looks at.
+        options = {"xla_backend_optimization_level": 0}
+        return jax.jit(self.function).lower(*self.shapes).compile(compiler_options=options)
 
     def __call__(self, params: Any, batch: Any) -> tuple[np.ndarray, Any]:
         params = jax.device_put(params, self.shardings)

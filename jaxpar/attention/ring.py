@@ -87,8 +87,6 @@ class _Partial(NamedTuple):
     lse: jax.Array  # float32 [b, k, g, q]
 
 
-
-
 def _ring_forward(kind: _Kind, query: jax.Array, keys: _Keys, segments: jax.Array | None):
     def step(carry, source):
         keys, partial = carry
@@ -148,9 +146,7 @@ def _scores(kind: _Kind, query: jax.Array, keys: _Keys, segments: jax.Array | No
     scores = jnp.einsum("bqkgd,bskd->bkgqs", query, keys.key, preferred_element_type=jnp.float32) * kind.scale
     query_index = kind.rank * query.shape[1] + jnp.arange(query.shape[1])
     key_index = source * keys.key.shape[1] + jnp.arange(keys.key.shape[1])
-    mask = attention_mask(
-        query_index, key_index, segments, keys.segments, causal=kind.causal, window=kind.window
-    )
+    mask = attention_mask(query_index, key_index, segments, keys.segments, causal=kind.causal, window=kind.window)
     return scores, mask[:, None, None]
 
 

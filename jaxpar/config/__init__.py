@@ -1,5 +1,7 @@
-"""YAML → one typed, validated `Config`: `keys` (every key), `architecture` (the model's shape), `checks` (the arithmetic),
-`load` (reading, and the `Config` itself)."""
+"""YAML → one typed, validated `Config`.
+
+`keys` has every key, `architecture` the model's shape, `checks` the arithmetic, `load` the reading and `Config` itself.
+"""
 
 from jaxpar.config.architecture import Architecture, RopeScaling
 from jaxpar.config.keys import ConfigError

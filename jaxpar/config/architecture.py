@@ -62,8 +62,11 @@ def read_architecture(actor: Actor) -> tuple[Architecture | None, list[str]]:
     if model.model_path is not None:
         where, extra = _read_hugging_face(model.model_path)
         stored = {key: extra[key] for key in ARCHITECTURE_KEYS if extra.get(key) is not None}
-        notes += [f"actor.model.{key} {value} takes the place of {stored[key]} in {where}"
-                  for key, value in given.items() if stored.get(key, value) != value]
+        notes += [
+            f"actor.model.{key} {value} takes the place of {stored[key]} in {where}"
+            for key, value in given.items()
+            if stored.get(key, value) != value
+        ]
     elif "vocab_size" not in given and actor.tokenizer.tokenizer_model in (None, "byte"):
         stored["vocab_size"] = BYTE_VOCAB_SIZE
         notes.append(f"actor.model.vocab_size is not given: {BYTE_VOCAB_SIZE}, of the byte tokenizer")
@@ -76,8 +79,9 @@ def read_architecture(actor: Actor) -> tuple[Architecture | None, list[str]]:
     family = "qwen2" if family == "qwen2.5" else family
     problems = []
     if family not in FAMILIES:
-        problems.append(f"{where if extra else 'actor.model'}.model_type: {family} is not there yet: "
-                        f"{one_of(FAMILIES)}")
+        problems.append(
+            f"{where if extra else 'actor.model'}.model_type: {family} is not there yet: {one_of(FAMILIES)}"
+        )
     required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     missing = [key for key in required if getattr(fields, key) is None]
     problems += [f"{where}.{key}: not given: the architecture needs it" for key in missing]
@@ -97,22 +101,36 @@ def read_architecture(actor: Actor) -> tuple[Architecture | None, list[str]]:
         problems.append(f"{where}.hidden_act: {fields.hidden_act}, but the decoder has SwiGLU only: set it to silu")
     # Hugging Face's llama and qwen3 put a bias on the output projection too, by the same flag.
     if (family != "qwen2" and extra.get("attention_bias")) or extra.get("mlp_bias"):
-        problems.append(f"{where}: attention_bias {extra.get('attention_bias', False)}, mlp_bias "
-                        f"{extra.get('mlp_bias', False)}: {family} with biases is not there yet: use a model without")
+        problems.append(
+            f"{where}: attention_bias {extra.get('attention_bias', False)}, mlp_bias "
+            f"{extra.get('mlp_bias', False)}: {family} with biases is not there yet: use a model without"
+        )
     rope = _read_rope(fields.rope_scaling, where, problems)
     window = _read_window(fields, family, extra, where, problems, notes)
     if problems:
         raise ConfigError(problems)
     divisor = model.make_vocab_size_divisible_by
     qkv_bias = model.add_qkv_bias if fields.attention_bias is None and not extra else fields.attention_bias
-    optional = {key: getattr(fields, key) for key in ("rms_norm_eps", "rope_theta", "tie_word_embeddings",
-                                                      "max_position_embeddings", "initializer_range")}
+    optional = {
+        key: getattr(fields, key)
+        for key in ("rms_norm_eps", "rope_theta", "tie_word_embeddings", "max_position_embeddings", "initializer_range")
+    }
     return Architecture(
-        model_type=family, vocab_size=vocab, padded_vocab_size=-(-vocab // divisor) * divisor, hidden_size=hidden,
-        intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=head_dim, rope_scaling=rope, sliding_window=window, qk_norm=family == "qwen3",
+        model_type=family,
+        vocab_size=vocab,
+        padded_vocab_size=-(-vocab // divisor) * divisor,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rope_scaling=rope,
+        sliding_window=window,
+        qk_norm=family == "qwen3",
         attention_bias=family == "qwen2" if qkv_bias is None else qkv_bias,
-        **{key: value for key, value in optional.items() if value is not None}), notes
+        **{key: value for key, value in optional.items() if value is not None},
+    ), notes
 
 
 def _read_hugging_face(model_path: str) -> tuple[str, dict[str, Any]]:
@@ -121,8 +139,12 @@ def _read_hugging_face(model_path: str) -> tuple[str, dict[str, Any]]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError([f"actor.model.model_path: {model_path} has no config.json: give a folder with a Hugging "
-                           "Face model, or the architecture's fields instead"]) from None
+        raise ConfigError(
+            [
+                f"actor.model.model_path: {model_path} has no config.json: give a folder with a Hugging "
+                "Face model, or the architecture's fields instead"
+            ]
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError([f"actor.model.model_path: {file} cannot be read: {error}"]) from None
     if not isinstance(values, dict) or not values.get("model_type"):
@@ -147,12 +169,17 @@ def _read_rope(scaling: Mapping[str, Any] | None, where: str, problems: list[str
     if bad:
         problems.append(f"{where}.rope_scaling: rope_type llama3 needs numbers for {', '.join(bad)}")
         return None
-    return RopeScaling(float(scaling["factor"]), float(scaling["low_freq_factor"]),
-                       float(scaling["high_freq_factor"]), int(scaling["original_max_position_embeddings"]))
+    return RopeScaling(
+        float(scaling["factor"]),
+        float(scaling["low_freq_factor"]),
+        float(scaling["high_freq_factor"]),
+        int(scaling["original_max_position_embeddings"]),
+    )
 
 
-def _read_window(fields: Model, family: str, extra: Mapping[str, Any], where: str, problems: list[str],
-                 notes: list[str]) -> int | None:
+def _read_window(
+    fields: Model, family: str, extra: Mapping[str, Any], where: str, problems: list[str], notes: list[str]
+) -> int | None:
     """One window for all layers or none. In the Qwen families it counts only with `use_sliding_window`."""
     window, use = fields.sliding_window, fields.use_sliding_window
     if use is None and family.startswith("qwen"):
@@ -167,6 +194,8 @@ def _read_window(fields: Model, family: str, extra: Mapping[str, Any], where: st
         full = min(int(extra.get("max_window_layers") or 0), layers)
         kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     if kinds and len(set(kinds)) > 1:
-        problems.append(f"{where}.sliding_window: {window} on {kinds.count('sliding_attention')} of {len(kinds)} "
-                        "layers: a window on some layers only is not there yet: set use_sliding_window: False")
+        problems.append(
+            f"{where}.sliding_window: {window} on {kinds.count('sliding_attention')} of {len(kinds)} "
+            "layers: a window on some layers only is not there yet: set use_sliding_window: False"
+        )
     return None if kinds and kinds[0] == "full_attention" else window

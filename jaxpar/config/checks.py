@@ -32,23 +32,28 @@ def _must_be_multiple(key: str, value: int, factors: Sequence[tuple[str, int]]) 
         names = " * ".join(name for name, _ in factors)
         numbers = f"{' * '.join(str(factor) for _, factor in factors)} = " if len(factors) > 1 else ""
         below = value // unit * unit
-        yield (f"{key}: {value} is not a multiple of {names} = {numbers}{unit} ({value} / {unit} = "
-               f"{round(value / unit, 2)}): choose {f'{below} or ' if below else ''}{below + unit}")
+        yield (
+            f"{key}: {value} is not a multiple of {names} = {numbers}{unit} ({value} / {unit} = "
+            f"{round(value / unit, 2)}): choose {f'{below} or ' if below else ''}{below + unit}"
+        )
 
 
 def mesh_problems(model: Model, num_devices: int) -> Iterator[str]:
-    tensor, pp, cp = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size,
-                      model.context_parallel_size)
+    tensor, pp, cp = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
     if model.sequence_parallel and tensor == 1:
-        yield ("actor.model.sequence_parallel: True needs actor.model.tensor_model_parallel_size > 1, which is 1: "
-               "sequence parallelism splits over the tensor group; raise that size, or set sequence_parallel: False")
+        yield (
+            "actor.model.sequence_parallel: True needs actor.model.tensor_model_parallel_size > 1, which is 1: "
+            "sequence parallelism splits over the tensor group; raise that size, or set sequence_parallel: False"
+        )
     product = tensor * pp * cp
     if num_devices % product:
-        yield ("actor.model.tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size: "
-               f"{tensor} * {pp} * {cp} = {product} does not divide {num_devices} devices "
-               f"({num_devices} / {product} = {round(num_devices / product, 2)}): change the sizes so that their "
-               f"product is one of {', '.join(map(str, divisors(num_devices)))}, or the devices to a multiple of "
-               f"{product}")
+        yield (
+            "actor.model.tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size: "
+            f"{tensor} * {pp} * {cp} = {product} does not divide {num_devices} devices "
+            f"({num_devices} / {product} = {round(num_devices / product, 2)}): change the sizes so that their "
+            f"product is one of {', '.join(map(str, divisors(num_devices)))}, or the devices to a multiple of "
+            f"{product}"
+        )
 
 
 def train_problems(runner: Runner, actor: Actor, dp: int | None, architecture: Architecture | None) -> Iterator[str]:
@@ -75,8 +80,10 @@ def _limit_problems(runner: Runner, actor: Actor) -> Iterator[str]:
     chunks, pp = model.virtual_pipeline_model_parallel_size, model.pipeline_model_parallel_size
     if chunks is not None and chunks > 1:
         needs = "pipeline_model_parallel_size > 1, which is 1, and " if pp == 1 else ""
-        yield (f"actor.model.virtual_pipeline_model_parallel_size: {chunks} needs {needs}an interleaved schedule, "
-               "which is not there yet: set it to null")
+        yield (
+            f"actor.model.virtual_pipeline_model_parallel_size: {chunks} needs {needs}an interleaved schedule, "
+            "which is not there yet: set it to null"
+        )
 
 
 def batch_problems(actor: Actor, dp: int | None) -> Iterator[str]:
@@ -85,8 +92,9 @@ def batch_problems(actor: Actor, dp: int | None) -> Iterator[str]:
         if not value:
             yield f"actor.{key}_batch_size: not given: set the number of sequences in {unit}"
     if micro and total:
-        yield from _must_be_multiple("actor.global_batch_size", total,
-                                     [("micro_batch_size", micro)] + ([] if dp is None else [("dp", dp)]))
+        yield from _must_be_multiple(
+            "actor.global_batch_size", total, [("micro_batch_size", micro)] + ([] if dp is None else [("dp", dp)])
+        )
 
 
 def _sequence_problems(runner: Runner, model: Model) -> Iterator[str]:
@@ -101,37 +109,51 @@ def _sequence_problems(runner: Runner, model: Model) -> Iterator[str]:
         factors.append(("tensor_model_parallel_size", model.tensor_model_parallel_size))
     yield from _must_be_multiple("runner.seq_length", seq, factors)
     if model.seq_length not in (None, seq):
-        yield (f"actor.model.seq_length: {model.seq_length} is not runner.seq_length {seq}: remove it, or set it to "
-               "${runner.seq_length}")
+        yield (
+            f"actor.model.seq_length: {model.seq_length} is not runner.seq_length {seq}: remove it, or set it to "
+            "${runner.seq_length}"
+        )
 
 
 def _optimizer_problems(runner: Runner, actor: Actor) -> Iterator[str]:
     optim, sched = actor.optim, actor.lr_sched
     if runner.max_steps <= 0 and runner.max_epochs <= 0:
-        yield (f"runner.max_steps: {runner.max_steps} and runner.max_epochs: {runner.max_epochs} both say no limit: "
-               "set one of them above 0")
+        yield (
+            f"runner.max_steps: {runner.max_steps} and runner.max_epochs: {runner.max_epochs} both say no limit: "
+            "set one of them above 0"
+        )
     if not optim.lr:
         yield "actor.optim.lr: not given: set the peak learning rate, for example 3.0e-4"
     if sched.max_lr is not None and optim.lr and sched.max_lr != optim.lr:
-        yield (f"actor.lr_sched.max_lr: {sched.max_lr} is not actor.optim.lr {optim.lr}, and both are the peak: "
-               "remove one")
+        yield (
+            f"actor.lr_sched.max_lr: {sched.max_lr} is not actor.optim.lr {optim.lr}, and both are the peak: remove one"
+        )
     if sched.min_lr > (optim.lr or math.inf):
         yield f"actor.lr_sched.min_lr: {sched.min_lr} is above the peak, actor.optim.lr {optim.lr}: lower it"
     decay = sched.lr_decay_iters or max(runner.max_steps, 0)
-    uses = ([f"actor.lr_sched.lr_decay_style {sched.lr_decay_style}"] if sched.lr_decay_style != "constant" else []) \
-        + (["actor.lr_sched.lr_warmup_fraction"] if sched.lr_warmup_fraction else [])
+    uses = ([f"actor.lr_sched.lr_decay_style {sched.lr_decay_style}"] if sched.lr_decay_style != "constant" else []) + (
+        ["actor.lr_sched.lr_warmup_fraction"] if sched.lr_warmup_fraction else []
+    )
     if uses and not decay:
-        yield (f"actor.lr_sched.lr_decay_iters: not given, and runner.max_steps is {runner.max_steps}, but "
-               f"{' and '.join(uses)} need it: set the steps that the decay takes")
+        yield (
+            f"actor.lr_sched.lr_decay_iters: not given, and runner.max_steps is {runner.max_steps}, but "
+            f"{' and '.join(uses)} need it: set the steps that the decay takes"
+        )
     if sched.lr_warmup_fraction and sched.lr_warmup_iters:
-        yield (f"actor.lr_sched.lr_warmup_fraction: {sched.lr_warmup_fraction} and lr_warmup_iters "
-               f"{sched.lr_warmup_iters} both set the warm-up: remove one")
+        yield (
+            f"actor.lr_sched.lr_warmup_fraction: {sched.lr_warmup_fraction} and lr_warmup_iters "
+            f"{sched.lr_warmup_iters} both set the warm-up: remove one"
+        )
     elif sched.lr_decay_style != "constant" and 0 < decay <= sched.lr_warmup_iters:
-        yield (f"actor.lr_sched.lr_warmup_iters: {sched.lr_warmup_iters} is not below lr_decay_iters {decay}: "
-               "no step is left to decay over; lower it")
+        yield (
+            f"actor.lr_sched.lr_warmup_iters: {sched.lr_warmup_iters} is not below lr_decay_iters {decay}: "
+            "no step is left to decay over; lower it"
+        )
     if actor.model.precision == "fp16" and optim.loss_scale is None:
-        yield ("actor.optim.loss_scale: fp16 needs one, and dynamic loss scaling is not there yet: set a static scale "
-               "such as 65536, or actor.model.precision: bf16")
+        yield (
+            "actor.optim.loss_scale: fp16 needs one, and dynamic loss scaling is not there yet: set a static scale "
+            "such as 65536, or actor.model.precision: bf16"
+        )
 
 
 def _architecture_problems(model: Model, a: Architecture) -> Iterator[str]:
@@ -141,36 +163,52 @@ def _architecture_problems(model: Model, a: Architecture) -> Iterator[str]:
     yield from must_divide(tp_key, tensor, "num_attention_heads", a.num_attention_heads)
     if kv_heads != a.num_attention_heads and kv_heads % tensor and tensor % kv_heads:
         fits = [t for t in divisors(a.num_attention_heads) if kv_heads % t == 0 or t % kv_heads == 0]
-        yield (f"{tp_key}: {tensor} neither divides num_key_value_heads {kv_heads} ({kv_heads} / {tensor} = "
-               f"{round(kv_heads / tensor, 2)}) nor is a multiple of it ({tensor} / {kv_heads} = "
-               f"{round(tensor / kv_heads, 2)}): {one_of(fits)}")
-    yield from must_divide(tp_key, tensor, "intermediate_size", a.intermediate_size,
-                           divisors(math.gcd(a.intermediate_size, a.num_attention_heads)))
+        yield (
+            f"{tp_key}: {tensor} neither divides num_key_value_heads {kv_heads} ({kv_heads} / {tensor} = "
+            f"{round(kv_heads / tensor, 2)}) nor is a multiple of it ({tensor} / {kv_heads} = "
+            f"{round(tensor / kv_heads, 2)}): {one_of(fits)}"
+        )
+    yield from must_divide(
+        tp_key,
+        tensor,
+        "intermediate_size",
+        a.intermediate_size,
+        divisors(math.gcd(a.intermediate_size, a.num_attention_heads)),
+    )
     yield from must_divide("actor.model.pipeline_model_parallel_size", pp, "num_hidden_layers", a.num_hidden_layers)
     if a.padded_vocab_size % (pp * tensor):
         divisor = math.lcm(model.make_vocab_size_divisible_by, pp * tensor)
-        yield (f"actor.model.make_vocab_size_divisible_by: {model.make_vocab_size_divisible_by} pads the vocabulary to "
-               f"{a.padded_vocab_size}, which is not a multiple of pipeline_model_parallel_size * "
-               f"tensor_model_parallel_size = {pp} * {tensor} = {pp * tensor} ({a.padded_vocab_size} / {pp * tensor} = "
-               f"{round(a.padded_vocab_size / (pp * tensor), 2)}): set it to {divisor}")
-    for key, asked, has in (("add_qkv_bias", model.add_qkv_bias, a.attention_bias),
-                            ("qk_layernorm", model.qk_layernorm, a.qk_norm)):
+        yield (
+            f"actor.model.make_vocab_size_divisible_by: {model.make_vocab_size_divisible_by} pads the vocabulary to "
+            f"{a.padded_vocab_size}, which is not a multiple of pipeline_model_parallel_size * "
+            f"tensor_model_parallel_size = {pp} * {tensor} = {pp * tensor} ({a.padded_vocab_size} / {pp * tensor} = "
+            f"{round(a.padded_vocab_size / (pp * tensor), 2)}): set it to {divisor}"
+        )
+    for key, asked, has in (
+        ("add_qkv_bias", model.add_qkv_bias, a.attention_bias),
+        ("qk_layernorm", model.qk_layernorm, a.qk_norm),
+    ):
         if asked is not None and asked != has:
             yield f"actor.model.{key}: {asked}, but the {a.model_type} model described has {has}: remove the key"
 
 
 def _recompute_problems(model: Model, architecture: Architecture | None) -> Iterator[str]:
     if model.recompute_granularity == "selective" and model.recompute_method is not None:
-        yield (f"actor.model.recompute_method: {model.recompute_method} is of recompute_granularity full, not of "
-               "selective: remove it, or set recompute_granularity: full")
+        yield (
+            f"actor.model.recompute_method: {model.recompute_method} is of recompute_granularity full, not of "
+            "selective: remove it, or set recompute_granularity: full"
+        )
     if model.recompute_granularity != "full":
         return
     if model.recompute_method is None:
-        yield ("actor.model.recompute_method: recompute_granularity full needs one: set uniform (every layer, in "
-               "groups of recompute_num_layers) or block (the first recompute_num_layers of each stage)")
+        yield (
+            "actor.model.recompute_method: recompute_granularity full needs one: set uniform (every layer, in "
+            "groups of recompute_num_layers) or block (the first recompute_num_layers of each stage)"
+        )
     number, pp = model.recompute_num_layers, model.pipeline_model_parallel_size
     if number is None:
         yield "actor.model.recompute_num_layers: recompute_granularity full needs it: set a number of layers, such as 1"
     elif model.recompute_method == "uniform" and architecture and architecture.num_hidden_layers % pp == 0:
-        yield from must_divide("actor.model.recompute_num_layers", number, "the layers of a stage",
-                               architecture.num_hidden_layers // pp)
+        yield from must_divide(
+            "actor.model.recompute_num_layers", number, "the layers of a stage", architecture.num_hidden_layers // pp
+        )

@@ -37,8 +37,18 @@ def _text(value: Any) -> Any:
 def _precision(value: Any) -> Any:
     """The spellings that RLinf's files, torch and Lightning have for the three precisions."""
     name = str(value).removeprefix("torch.")
-    aliases = {"bf16-mixed": "bf16", "bfloat16": "bf16", "16": "fp16", "16-mixed": "fp16", "float16": "fp16",
-               "half": "fp16", "32": "fp32", "32-true": "fp32", "float32": "fp32", "float": "fp32"}
+    aliases = {
+        "bf16-mixed": "bf16",
+        "bfloat16": "bf16",
+        "16": "fp16",
+        "16-mixed": "fp16",
+        "float16": "fp16",
+        "half": "fp16",
+        "32": "fp32",
+        "32-true": "fp32",
+        "float32": "fp32",
+        "float": "fp32",
+    }
     return aliases.get(name, name)
 
 
@@ -188,8 +198,7 @@ class Actor(Section):
 
 
 SECTIONS: dict[str, type[Section]] = {"cluster": Cluster, "runner": Runner, "data": Data, "actor": Actor}
-ARCHITECTURE_KEYS = tuple(Model.model_fields)[list(Model.model_fields).index("hidden_size"):]
-
+ARCHITECTURE_KEYS = tuple(Model.model_fields)[list(Model.model_fields).index("hidden_size") :]
 
 
 def _names(text: str) -> frozenset[str]:
@@ -257,8 +266,10 @@ def one_of(choices: Sequence[Any]) -> str:
 def must_divide(key: str, size: int, what: str, total: int, choices: Sequence[int] = ()) -> Iterator[str]:
     """`choices`: what to suggest, where not every divisor of `total` will do."""
     if total % size:
-        yield (f"{key}: {size} does not divide {what} {total} ({total} / {size} = {round(total / size, 2)}): "
-               f"{one_of(choices or divisors(total))}")
+        yield (
+            f"{key}: {size} does not divide {what} {total} ({total} / {size} = {round(total / size, 2)}): "
+            f"{one_of(choices or divisors(total))}"
+        )
 
 
 def describe_error(error: Any, suspects: set[str] | None = None) -> str:
@@ -270,13 +281,25 @@ def describe_error(error: Any, suspects: set[str] | None = None) -> str:
         meant = _did_you_mean(key)
         suspects.update(meant.split(".")[-1:])
         return f"{key}: unknown key" + (f": did you mean {meant}?" if meant else ": remove it")
-    limits = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at least"),
-              "less_than": ("lt", "below"), "less_than_equal": ("le", "at most")}
+    limits = {
+        "greater_than": ("gt", "above"),
+        "greater_than_equal": ("ge", "at least"),
+        "less_than": ("lt", "below"),
+        "less_than_equal": ("le", "at most"),
+    }
     if kind in limits:
         return f"{key}: must be {limits[kind][1]} {context[limits[kind][0]]}, got {value!r}"
-    expected = {"int": "an integer", "float": "a number", "finite": "a finite number", "bool": "True or False",
-                "string": "text", "list": "a list", "dict": "keys with values", "model": "a section (keys below it)",
-                "literal": f"one of {str(context.get('expected', '')).replace(' or ', ', ')}"}.get(kind.split("_")[0])
+    expected = {
+        "int": "an integer",
+        "float": "a number",
+        "finite": "a finite number",
+        "bool": "True or False",
+        "string": "text",
+        "list": "a list",
+        "dict": "keys with values",
+        "model": "a section (keys below it)",
+        "literal": f"one of {str(context.get('expected', '')).replace(' or ', ', ')}",
+    }.get(kind.split("_")[0])
     return f"{key}: expected {expected}, got {value!r}" if expected else f"{key}: {error['msg']}, got {value!r}"
 
 

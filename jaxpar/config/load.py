@@ -89,15 +89,21 @@ class Config(Section):
         notes += more
         vocab, padded = architecture.vocab_size, architecture.padded_vocab_size
         if padded != vocab:
-            notes.append(f"the vocabulary of {vocab} is padded to {padded}, a multiple of "
-                         f"actor.model.make_vocab_size_divisible_by: {model.make_vocab_size_divisible_by}")
+            notes.append(
+                f"the vocabulary of {vocab} is padded to {padded}, a multiple of "
+                f"actor.model.make_vocab_size_divisible_by: {model.make_vocab_size_divisible_by}"
+            )
         tensor, kv_heads = model.tensor_model_parallel_size, architecture.num_key_value_heads
         if tensor > kv_heads and tensor % kv_heads == 0:
-            notes.append(f"kv heads are repeated: each of {kv_heads} is held by {tensor // kv_heads} of "
-                         f"{tensor} tensor-parallel devices")
+            notes.append(
+                f"kv heads are repeated: each of {kv_heads} is held by {tensor // kv_heads} of "
+                f"{tensor} tensor-parallel devices"
+            )
         if 0 < architecture.max_position_embeddings < self.runner.seq_length:
-            notes.append(f"runner.seq_length {self.runner.seq_length} is beyond the model's max_position_embeddings "
-                         f"{architecture.max_position_embeddings}")
+            notes.append(
+                f"runner.seq_length {self.runner.seq_length} is beyond the model's max_position_embeddings "
+                f"{architecture.max_position_embeddings}"
+            )
         return notes
 
     def num_configured_devices(self) -> int | None:
@@ -115,8 +121,11 @@ class Config(Section):
         if problems:
             raise ConfigError(problems)
         model = self.actor.model
-        tensor, pp, cp = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size,
-                          model.context_parallel_size)
+        tensor, pp, cp = (
+            model.tensor_model_parallel_size,
+            model.pipeline_model_parallel_size,
+            model.context_parallel_size,
+        )
         tp, sp = (1, tensor) if model.sequence_parallel else (tensor, 1)
         return MeshSizes(dp=num_devices // (tensor * pp * cp), pp=pp, tp=tp, sp=sp, cp=cp)
 
@@ -209,8 +218,12 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None and not isinstance(root, yaml.MappingNode):
-            raise ConfigError([f"{path}: expected sections (cluster, runner, data, actor) at the top, got a plain "
-                               f"{'list' if isinstance(root, yaml.SequenceNode) else 'value'}"])
+            raise ConfigError(
+                [
+                    f"{path}: expected sections (cluster, runner, data, actor) at the top, got a plain "
+                    f"{'list' if isinstance(root, yaml.SequenceNode) else 'value'}"
+                ]
+            )
         values: Any = OmegaConf.create(text)
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file: give the path of a YAML file"]) from None
@@ -232,8 +245,12 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
         name, _, package = (entry if isinstance(entry, str) else next(iter(entry), "")).partition("@")
         section, _, key = package.rpartition(".")
         if package and key not in FOREIGN_KEYS.get(section, ()) and package.split(".")[0] not in OPAQUE_SECTIONS:
-            raise ConfigError([f"{path}: defaults: {entry} would be composed by Hydra, which is not in here: write the "
-                               f"keys of {package} out in the file"])
+            raise ConfigError(
+                [
+                    f"{path}: defaults: {entry} would be composed by Hydra, which is not in here: write the "
+                    f"keys of {package} out in the file"
+                ]
+            )
         if isinstance(entry, str) and not package and name != "_self_":
             merged = OmegaConf.merge(merged, _read_yaml(path.parent / f"{name}.yaml", (*above, path.resolve())))
     merged = OmegaConf.merge(merged, values)
@@ -268,15 +285,19 @@ def _build(values: DictConfig, problems: list[str]) -> Config:
             _drop(plain, e["loc"])
         config = Config.model_validate(plain)
     if config.actor.model.seq_length and not config.runner.seq_length:  # as in RLinf's supervised files
-        config = config.model_copy(update={"runner": config.runner.model_copy(
-            update={"seq_length": config.actor.model.seq_length})})
+        config = config.model_copy(
+            update={"runner": config.runner.model_copy(update={"seq_length": config.actor.model.seq_length})}
+        )
     config._ignored = tuple(ignored)
     if problems and (config.actor.micro_batch_size or config.actor.global_batch_size):  # not reinforcement learning
         # The arithmetic too, so that nobody mends a file in two rounds; not where a suspect key has a part in it.
         try:
-            config.prepare_train(config.num_configured_devices() or config.actor.model.tensor_model_parallel_size
-                                 * config.actor.model.pipeline_model_parallel_size
-                                 * config.actor.model.context_parallel_size)
+            config.prepare_train(
+                config.num_configured_devices()
+                or config.actor.model.tensor_model_parallel_size
+                * config.actor.model.pipeline_model_parallel_size
+                * config.actor.model.context_parallel_size
+            )
         except ConfigError as error:
             problems += [p for p in error.problems if not suspects & set(re.findall(r"\w+", p))]
     if problems:
@@ -284,8 +305,9 @@ def _build(values: DictConfig, problems: list[str]) -> Config:
     return config
 
 
-def _resolve(node: DictConfig, path: str, ignored: list[str], problems: list[str],
-             suspects: set[str]) -> dict[str, Any]:
+def _resolve(
+    node: DictConfig, path: str, ignored: list[str], problems: list[str], suspects: set[str]
+) -> dict[str, Any]:
     """Plain dicts without foreign keys, interpolations resolved. Foreign ones may point nowhere: never looked at."""
     plain: dict[str, Any] = {}
     for name in node:
@@ -304,8 +326,9 @@ def _resolve(node: DictConfig, path: str, ignored: list[str], problems: list[str
             continue
         except OmegaConfBaseException as error:
             raw: Any = OmegaConf.to_container(node, resolve=False)
-            problems.append(f"{where}: {raw[name]} cannot be resolved: {_first_line(error)}: correct it, or give "
-                            "a value")
+            problems.append(
+                f"{where}: {raw[name]} cannot be resolved: {_first_line(error)}: correct it, or give a value"
+            )
             suspects.add(key)
             continue
         if isinstance(value, DictConfig):

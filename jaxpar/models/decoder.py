@@ -153,8 +153,11 @@ class RMSNorm(nnx.Module):
 def rope_angles(
     positions: Int[Array, "b s"], head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> Float[Array, "b s half_head_dim"]:
-    """Rotary angles in radians, float32 (Su et al., 2021, arXiv:2104.09864); `scaling` is Llama 3.1's (arXiv:2407.21783):
-    wavelengths beyond the original context are stretched by `factor`, short ones kept, those between interpolated."""
+    """Rotary angles in radians, float32 (Su et al., 2021, arXiv:2104.09864).
+
+    `scaling` is Llama 3.1's (arXiv:2407.21783): wavelengths beyond the original context are stretched by `factor`,
+    short ones kept, those between interpolated.
+    """
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is not None:
         turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
@@ -165,7 +168,7 @@ def rope_angles(
 
 
 def rotate(x: Float[Array, "b s h d"], angles: Float[Array, "b s half_d"]) -> Float[Array, "b s h d"]:
-    """Rotate pairs (i, i + d/2) of each head, the layout of Hugging Face's checkpoints; in float32, back to x's dtype."""
+    """Rotate pairs (i, i + d/2) of each head, as Hugging Face's checkpoints want; in float32, back to x's dtype."""
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

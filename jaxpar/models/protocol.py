@@ -58,7 +58,7 @@ class Model(Protocol):
         ...
 
     def head(self, rngs: nnx.Rngs) -> nnx.Module:
-        """A module (activations, embed module) → logits [batch, seq, vocab]; the second argument is for tied weights."""
+        """A module (activations, embed) → logits [batch, seq, vocab]; the second argument serves tied weights."""
         ...
 
 
@@ -98,11 +98,9 @@ class FunctionalModel:
         if not isinstance(model, Model):
             if isinstance(model, nnx.Module) or not callable(model):
                 raise ConfigError(
-                    [
-                        f"model: {type(model).__name__} has not the members num_layers, embed, block and head of "
-                        f"jaxpar.Model. A model that is no stack of blocks is given as a function of nnx.Rngs: "
-                        f"lambda rngs: MyModule(..., rngs=rngs)"
-                    ]
+                    f"model: {type(model).__name__} has not the members num_layers, embed, block and head of "
+                    f"jaxpar.Model. A model that is no stack of blocks is given as a function of nnx.Rngs: "
+                    f"lambda rngs: MyModule(..., rngs=rngs)"
                 )
             model = WholeModel(model)
         self.num_layers = model.num_layers
@@ -153,13 +151,11 @@ class FunctionalModel:
 def _inspect(part: str, build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Params, Params]:
     """Graph, shapes and dimension names of a module, without making its weights."""
     module = nnx.eval_shape(lambda: _build(build, jax.random.key(0)))
-    graph, params, others = nnx.split(module, nnx.Param, ...)
+    graph, params, others = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     if found := [f"{'/'.join(map(str, path))} ({type(v).__name__})" for path, v in nnx.to_flat_state(others)]:
         raise ConfigError(
-            [
-                f"model: {part} holds state that is no nnx.Param: {', '.join(found)}. Only parameters are trained and "
-                f"saved: running statistics and dropout are not supported"
-            ]
+            f"model: {part} holds state that is no nnx.Param: {', '.join(found)}. Only parameters are trained and "
+            f"saved: running statistics and dropout are not supported"
         )
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), nnx.to_pure_dict(params))
     names = {path: v.get_metadata().get("out_sharding") for path, v in nnx.to_flat_state(params)}

@@ -154,7 +154,8 @@ class _Residuals(NamedTuple):
     def of(cls, backward: Any, params: Any) -> "_Residuals":
         leaves, tree = jax.tree.flatten(backward)
         places = {id(p): ("param", i) for i, p in enumerate(jax.tree.leaves(params))}
-        kept, sources = [], []
+        kept: list[jax.Array] = []
+        sources = []
         for leaf in leaves:
             if id(leaf) not in places:
                 places[id(leaf)] = ("kept", len(kept))

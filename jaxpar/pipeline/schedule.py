@@ -136,7 +136,7 @@ class Schedule:
 
 
 def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
-    """All forwards, then all backwards (Huang et al., 2019, arXiv:1811.06965): activations of every microbatch are kept."""
+    """All forwards, then all backwards (Huang et al., 2019, arXiv:1811.06965); keeps every microbatch's activations."""
     ticks, stages = num_microbatches + num_stages - 1, np.arange(num_stages)
     forward = _wave(2 * ticks, stages, num_microbatches)
     backward = _wave(2 * ticks, ticks + stages[::-1], num_microbatches)

@@ -1,5 +1,6 @@
 """Loss and every gradient of a train step of the built-in decoder, on every mesh, against one device."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -12,7 +13,6 @@ from support import (
     GLOBAL_BATCH,
     SEQ,
     Step,
-    assert_parity,
     check_step,
     decoder_case,
     equal_trees,
@@ -87,7 +87,7 @@ def test_without_zero(sizes):
 
 
 def test_a_dimension_that_divides_by_one_axis_only():
-    # head_dim and mlp are odd multiples, and dp 3 divides none of them: cp alone splits the optimizer state.
+    # At rest mlp 96 is split over dp 3 and cp 2, embed 64 over cp alone; its gradients are reduced over dp all the same.
     check_step(decoder_case(DECODER), (3, 2, 1, 1, 2), num_microbatches=2)
 
 
@@ -132,12 +132,9 @@ def test_initial_weights_differ_between_layers_parts_and_seeds(initial_params):
 
 
 def test_initial_weights_of_a_layer_do_not_depend_on_the_number_of_layers(initial_params):
-    import dataclasses
-
     _, params = initial_params
     model = FunctionalModel(Decoder(dataclasses.replace(DECODER, num_hidden_layers=2)))
     shallow = jax.device_get(jax.jit(model.init, static_argnums=0)(5))
     for name in ("query", "key", "value"):  # the output's scale does depend on it, by design
         assert np.array_equal(shallow["layers"]["attention"][name], params["layers"]["attention"][name][:2])
     assert np.array_equal(shallow["embed"]["table"], params["embed"]["table"])
-    assert_parity  # noqa: B018

@@ -1,0 +1,161 @@
+"""A user's own Flax model, its tensor collectives placed by XLA: loss and every gradient against one device; its errors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+import user_models
+from flax import nnx
+from support import Case, Step, check_step, equal_trees, make_batch, make_mesh, mesh_id, random_params, reference
+
+from jaxpar.attention import reference_attention
+from jaxpar.config import ConfigError
+from jaxpar.models import FunctionalModel
+from jaxpar.recompute import Recompute
+from jaxpar.sharding import layout_tree
+
+
+@functools.cache
+def case(build) -> Case:
+    """`build` takes an attention: the ring's for jaxpar, the plain one for the reference."""
+    model, plain = FunctionalModel(build()), FunctionalModel(build(reference_attention))
+    params, batch = random_params(model), make_batch()
+    return Case(model, params, batch, *reference(plain, params, batch, vocab=user_models.VOCAB))
+
+
+def no_stack(attention=user_models.ring_attention):
+    return lambda rngs: user_models.NoStack(rngs, attention)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 1, 1, 1, 1), (1, 1, 2, 1, 1), (1, 1, 1, 2, 1), (2, 1, 1, 2, 1), (1, 4, 1, 1, 1), (1, 2, 2, 1, 1),
+        (1, 2, 2, 1, 2), (2, 2, 1, 2, 2), (1, 1, 4, 1, 4), (2, 2, 1, 4, 1),
+    ],
+    ids=mesh_id,
+)  # fmt: skip
+def test_stack_of_blocks(sizes):
+    check_step(case(user_models.GPT), sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((1, 2, 1, 2, 2), {"schedule": "gpipe"}),
+        ((1, 2, 2, 1, 1), {"recompute": Recompute("uniform", 1)}),
+        ((2, 1, 1, 2, 1), {"zero": False}),
+        ((1, 4, 1, 2, 1), {"num_microbatches": 3}),
+    ],
+)
+def test_stack_of_blocks_with_options(sizes, options):
+    check_step(case(user_models.GPT), sizes, **options)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 2, 1, 1), (2, 2, 1, 2, 2), (1, 4, 2, 1, 1)], ids=mesh_id)
+def test_linen_blocks(sizes):
+    check_step(case(user_models.LinenGPT), sizes)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1, 1, 2), (2, 1, 2, 1, 2), (2, 1, 1, 2, 2), (1, 1, 4, 1, 1)], ids=mesh_id)
+def test_no_stack(sizes):
+    check_step(case(no_stack), sizes)
+
+
+@pytest.mark.parametrize("build", [user_models.GPT, user_models.LinenGPT, no_stack], ids=["nnx", "linen", "no stack"])
+def test_initial_weights_are_bitwise_the_same_on_every_mesh(build):
+    model = FunctionalModel(build())
+    expected = jax.jit(model.init, static_argnums=0)(5)
+    for sizes in [(2, 1, 2, 1, 2), (4, 1, 1, 4, 1)]:
+        step = Step(model, sizes, num_microbatches=1)
+        assert equal_trees(jax.jit(model.init, static_argnums=0, out_shardings=step.shardings)(5), expected)
+
+
+# --- errors -------------------------------------------------------------------------------------------------------------
+
+
+def problems(block, sizes=(1, 1, 2, 1, 1)) -> list[str]:
+    """What jaxpar says to a GPT with this function of rngs in the place of its block."""
+
+    class Model(user_models.GPT):
+        def block(self, rngs):
+            return block(rngs)
+
+    with pytest.raises(ConfigError) as caught:
+        model = FunctionalModel(Model())
+        layout_tree(model.shapes, model.dims, make_mesh(sizes), explicit=model.explicit, zero=True)
+    return caught.value.problems
+
+
+def linear(*names):
+    return lambda rngs: nnx.Linear(
+        64, 96, use_bias=False, kernel_init=nnx.with_partitioning(nnx.initializers.normal(), names), rngs=rngs
+    )
+
+
+def test_missing_names_are_all_named():
+    found = problems(lambda rngs: nnx.Linear(64, 64, rngs=rngs))
+    assert len(found) == 2
+    for name, problem in zip(("layers/bias [4, 64]", "layers/kernel [4, 64, 64]"), sorted(found), strict=True):
+        assert f"parameter {name} has no dimension names" in problem and "embed" in problem and "mlp" in problem
+
+
+def test_unknown_name():
+    (problem,) = problems(linear("embd", "mlp"))
+    assert problem == "parameter layers/kernel [4, 64, 96]: unknown dimension name 'embd': did you mean 'embed'?"
+    (problem,) = problems(linear("embed", "zebra"))
+    assert "layers/kernel" in problem and "unknown dimension name 'zebra'" in problem and "known: batch, embed" in problem
+
+
+def test_wrong_number_of_names():
+    (problem,) = problems(linear("embed"))
+    assert "layers/kernel [4, 64, 96] has 3 dimensions but 2 names ('layers', 'embed')" in problem
+
+
+def test_size_that_does_not_divide():
+    (problem,) = problems(linear("embed", "mlp"), sizes=(1, 1, 1, 5, 1))
+    assert "layers/kernel [4, 64, 96]: dimension 'mlp' of 96 does not divide by tp 1 x sp 5 = 5" in problem
+    (problem,) = problems(linear("embed", None), sizes=(1, 3, 1, 1, 1))
+    assert "layers/kernel [4, 64, 96]: dimension 'layers' of 4 does not divide by pp 3 = 3" in problem
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [
+        (lambda rngs: nnx.BatchNorm(64, rngs=rngs), "BatchStat"),
+        (lambda rngs: nnx.Dropout(0.1, rngs=rngs), "Rng"),
+        (lambda rngs: nnx.Cache(jnp.zeros(3)), "Cache"),
+    ],
+    ids=["BatchNorm", "Dropout", "Cache"],
+)
+def test_state_that_is_no_parameter(state, kind):
+    class WithState(user_models.Block):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.extra = state(rngs)
+
+    (problem,) = problems(WithState)
+    assert "layers holds state that is no nnx.Param" in problem and "extra" in problem and kind in problem
+
+
+def test_dropout_without_randomness_is_no_state():
+    class WithState(user_models.Block):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.extra = nnx.Dropout(0.0, deterministic=True)
+
+    class Model(user_models.GPT):
+        def block(self, rngs):
+            return WithState(rngs)
+
+    assert FunctionalModel(Model()).shapes
+
+
+def test_a_module_instead_of_a_function_that_builds_it():
+    with nnx.use_eager_sharding(False):
+        module = user_models.NoStack(nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=r"NoStack has not the members.*lambda rngs: MyModule"):
+        FunctionalModel(module)
+    with pytest.raises(ConfigError, match="str has not the members"):
+        FunctionalModel("GPT")
