@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from jaxpar.config import Config, ConfigError, MeshSizes, config_from_dict, load_config
 
 if TYPE_CHECKING:
-    from jaxpar.attention import attention
     from jaxpar.mesh import build_mesh
     from jaxpar.models import Model, TokenInfo
     from jaxpar.trainer import Trainer
@@ -23,14 +22,12 @@ __all__ = [
     "Model",
     "TokenInfo",
     "Trainer",
-    "attention",
     "build_mesh",
     "config_from_dict",
     "load_config",
 ]
 
 _WITH_JAX = {
-    "attention": "jaxpar.attention",
     "build_mesh": "jaxpar.mesh",
     "Model": "jaxpar.models",
     "TokenInfo": "jaxpar.models",

@@ -32,9 +32,11 @@ def state_shardings(
     return shapes, {"step": everywhere, "params": params, "opt_state": opt_state, "rng": everywhere}
 
 
-def init_state(model: FunctionalModel, optimizer: optax.GradientTransformation, seed: int) -> State:
-    """State before the first step; the parameters depend on the seed alone, not on the mesh."""
-    params = model.init(seed)
+def init_state(
+    model: FunctionalModel, optimizer: optax.GradientTransformation, seed: int, params: Any = None
+) -> State:
+    """State before the first step. New parameters (`params` None) depend on the seed alone, not on the mesh."""
+    params = model.init(seed) if params is None else params
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
@@ -59,7 +61,7 @@ def build_train_step(
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(learning_rate(state["step"]), jnp.float32),
             "tokens": batch["loss_mask"].sum(),
         }

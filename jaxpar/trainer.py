@@ -22,6 +22,7 @@ from jaxpar.loss_and_grads import build_loss_and_grads
 from jaxpar.mesh import build_mesh, cross_host_warning
 from jaxpar.metrics import MetricsFile, model_flops_per_token, peak_flops
 from jaxpar.models import Decoder, FunctionalModel, Model
+from jaxpar.models.hugging_face import has_weights, load_params
 from jaxpar.optimizer import build_optimizer, learning_rate_schedule
 from jaxpar.pipeline.schedule import ScheduleError, build_schedule
 from jaxpar.progress import Reporter, reporter
@@ -83,6 +84,9 @@ class Trainer:
         except ScheduleError as error:
             raise ConfigError(str(error)) from None
         self.warnings = [w for w in [cross_host_warning(sizes, len(devices) // config.cluster.num_nodes)] if w]
+        path = config.actor.model.model_path
+        if self.architecture and path and not has_weights(path):
+            self.warnings.append(f"actor.model.model_path: {path} has no weights: training starts from random ones")
         self._optimizer = build_optimizer(config, self.layouts)
         self._shapes, self._shardings = state_shardings(self.model, self._optimizer, self.layouts, self.mesh)
         self._batch = GlobalBatch(config.actor.global_batch_size, config.runner.seq_length, self.mesh)
@@ -108,11 +112,19 @@ class Trainer:
     def state(self) -> State:
         """`step`, `params`, `opt_state`, `rng`: the newest, made on first use. Consumed by the next step."""
         if self._state is None:
-            make = jax.jit(
-                lambda: init_state(self.model, self._optimizer, self.config.actor.seed), out_shardings=self._shardings
-            )
-            self._state = make()
+
+            def make(params: Any) -> State:
+                return init_state(self.model, self._optimizer, self.config.actor.seed, params)
+
+            self._state = jax.jit(make, out_shardings=self._shardings, donate_argnums=0)(self._stored_params())
         return self._state
+
+    def _stored_params(self) -> Any:
+        """The weights beside the config.json of actor.model.model_path; None where there are none."""
+        path = self.config.actor.model.model_path
+        if self.architecture is None or path is None or not has_weights(path):
+            return None
+        return load_params(path, self.architecture, self.model.shapes, self._shardings["params"])
 
     def loss_and_grads(self, batch: Mapping[str, Any]) -> tuple[Float[Array, ""], Any]:
         """Loss and gradients of one global batch at the present parameters, on the mesh, without an update.

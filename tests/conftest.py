@@ -8,3 +8,4 @@ import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 16)
+jax.devices()  # now, because a Trainer would change their number to its config's

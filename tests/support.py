@@ -6,8 +6,9 @@ device, outside of `shard_map`, with plain attention and jax's own cross-entropy
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -215,6 +216,7 @@ class Collective:
 
     Attributes:
       loops: trip counts of the scans around it, the outermost first.
+      body: number of the innermost of these scans in the program's order, -1 outside of all.
     """
 
     kind: str
@@ -222,33 +224,37 @@ class Collective:
     dtype: str
     shape: tuple[int, ...]
     loops: tuple[int, ...]
+    body: int
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
 
 
-def collectives(jaxpr: Any, axis_sizes: Any, loops: tuple[int, ...] = ()) -> Iterator[Collective]:
-    """Those of a program, in the program's order, from its jaxpr: there the axes have their names.
+def collectives(program: Any, axis_sizes: Any) -> list[Collective]:
+    """Those of a program, in its order, from its jaxpr: there the axes have their names.
 
     What jax itself puts in the jaxpr for one device (marks of replication) is no collective, and neither is one over
     axes of size 1.
     """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    for equation in jaxpr.eqns:
-        inside = (*loops, equation.params["length"]) if equation.primitive.name == "scan" else loops
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(inner):
-                yield from collectives(inner, axis_sizes, inside)
-        kind = _KINDS.get(equation.primitive.name.removesuffix("_invariant").removesuffix("2"))
-        if kind is None:
-            continue
-        names = equation.params.get("axes", equation.params.get("axis_name"))
-        names = (names,) if isinstance(names, str) else names
-        axes = frozenset(axis for axis in names if axis_sizes[axis] > 1)
-        if axes:
-            for variable in equation.invars:
-                yield Collective(kind, axes, str(variable.aval.dtype), variable.aval.shape, loops)
+    numbers, found = itertools.count(), []
+
+    def visit(jaxpr: Any, loops: tuple[int, ...], body: int) -> None:
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        for equation in jaxpr.eqns:
+            is_loop = equation.primitive.name == "scan"
+            inside = ((*loops, equation.params["length"]), next(numbers)) if is_loop else (loops, body)
+            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+                if _is_jaxpr(inner):
+                    visit(inner, *inside)
+            if kind := _KINDS.get(equation.primitive.name.removesuffix("_invariant")):
+                names = equation.params.get("axes", equation.params.get("axis_name"))
+                axes = frozenset(a for a in ((names,) if isinstance(names, str) else names) if axis_sizes[a] > 1)
+                arrays = [x.aval for x in equation.invars] if axes else []
+                found.extend(Collective(kind, axes, str(x.dtype), x.shape, loops, body) for x in arrays)
+
+    visit(program, (), -1)
+    return found
 
 
 def _is_jaxpr(x: Any) -> bool:

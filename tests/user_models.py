@@ -32,8 +32,9 @@ class Block(nnx.Module):
         self.norm1, self.norm2 = nnx.LayerNorm(EMBED, **norm), nnx.LayerNorm(EMBED, **norm)
         self.query, self.key, self.value = (
             nnx.LinearGeneral(EMBED, (heads, HEAD_DIM), kernel_init=named(normal, ("embed", dim, "head_dim")),
-                              bias_init=named(zeros, (dim, "head_dim")), rngs=rngs)
-            for dim, heads in (("heads", HEADS), ("kv_heads", KV_HEADS), ("kv_heads", KV_HEADS))
+                              bias_init=named(zeros, (dim, "head_dim")), use_bias=bias, rngs=rngs)
+            # Without rotation a bias of the keys is the same for all scores of a query: it would have no gradient.
+            for dim, heads, bias in (("heads", HEADS, True), ("kv_heads", KV_HEADS, False), ("kv_heads", KV_HEADS, True))
         )  # fmt: skip
         self.out = nnx.LinearGeneral((HEADS, HEAD_DIM), EMBED, axis=(-2, -1), use_bias=False, rngs=rngs,
                                      kernel_init=named(normal, ("heads", "head_dim", "embed")))  # fmt: skip

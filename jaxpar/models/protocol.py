@@ -30,7 +30,7 @@ class TokenInfo:
 
     Attributes:
       positions: int32 [batch, seq], place of each token in its document, for rotary or learned embeddings.
-      segment_ids: int32 [batch, seq], document of each token; pass it to `jaxpar.attention`.
+      segment_ids: int32 [batch, seq], document of each token; pass it to `jaxpar.attention.attention`.
     """
 
     positions: Int[Array, "batch seq"]

@@ -1,0 +1,141 @@
+"""What travels, and how often; what grows with the number of microbatches and layers, and what does not."""
+
+import collections
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+import user_models
+from support import DECODER, FEW_KV_HEADS, PLAIN, REDUCTIONS, SEQ, Step, mesh_id
+from support import collectives as collectives_of
+
+from jaxpar.models import Decoder, FunctionalModel
+
+ROWS = 2  # sequences a microbatch and dp rank
+
+
+@functools.cache
+def build(model, sizes, num_microbatches=6, **options) -> Step:
+    """`model` is an Architecture, or a class of user model."""
+    model = FunctionalModel(Decoder(model) if dataclasses.is_dataclass(model) else model())
+    rows = ROWS * num_microbatches * sizes[0]
+    return Step(model, sizes, num_microbatches=num_microbatches, rows=rows, **options)
+
+
+def collectives(*args, **options):
+    step = build(*args, **options)
+    return collectives_of(step.jaxpr, step.mesh.shape)
+
+
+# --- the tensor group ---------------------------------------------------------------------------------------------------
+
+
+def in_layers(found, axis, layers):
+    """Of each loop over layers, forward first, then backward: how often each kind is used over the tensor group, for
+    tensors of the size of the activations."""
+    by_body = collections.defaultdict(collections.Counter)
+    smallest = ROWS * SEQ * 64 // 4  # activations that sp and cp split
+    for c in found:
+        if axis in c.axes and len(c.loops) > 1 and c.loops[1] == layers and c.size >= smallest:
+            by_body[c.body][c.kind] += 1
+    return list(by_body.values())
+
+
+@pytest.mark.parametrize("arch", [PLAIN, DECODER], ids=["plain", "biases and norms"])
+@pytest.mark.parametrize("sizes", [(1, 1, 2, 1, 1), (2, 1, 2, 1, 2), (1, 1, 4, 1, 1)], ids=mesh_id)
+def test_two_all_reduces_a_layer_forward_and_two_backward(arch, sizes):
+    assert in_layers(collectives(arch, sizes), "tp", layers=4) == [{"all-reduce": 2}] * 2
+
+
+@pytest.mark.parametrize("arch", [PLAIN, DECODER], ids=["plain", "biases and norms"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 2, 1), (2, 1, 1, 2, 2), (1, 1, 1, 4, 1)], ids=mesh_id)
+def test_with_sequence_parallelism_their_twins(arch, sizes):
+    assert in_layers(collectives(arch, sizes), "sp", layers=4) == [{"all-gather": 2, "reduce-scatter": 2}] * 2
+
+
+def test_no_other_tensor_collective_in_a_layer():
+    for sizes, axis in (((1, 1, 2, 1, 1), "tp"), ((1, 1, 1, 2, 1), "sp")):
+        for c in collectives(PLAIN, sizes):
+            assert c.axes == {axis}
+            assert len(c.loops) < 2 or c.size >= ROWS * SEQ * 64 // 2, c
+
+
+# --- gradients ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compute_dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("zero", [True, False], ids=["zero", "whole"])
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 2, 2), (2, 1, 2, 1, 2), (4, 1, 1, 1, 1)], ids=mesh_id)
+@pytest.mark.parametrize("model", [FEW_KV_HEADS, DECODER, user_models.GPT], ids=["few kv heads", "decoder", "user"])
+def test_each_gradient_is_reduced_once_a_step_in_float32(model, sizes, zero, compute_dtype):
+    replicas = {axis for axis, size in zip(("dp", "cp"), (sizes[0], sizes[4]), strict=True) if size > 1}
+    step = build(model, sizes, zero=zero, compute_dtype=compute_dtype)
+    reductions = [c for c in collectives_of(step.jaxpr, step.mesh.shape) if c.kind in REDUCTIONS and c.axes & replicas]
+    assert not [c for c in reductions if c.loops], "inside the loop over microbatches"
+    gradients = [c for c in reductions if c.shape]  # the loss and the number of tokens are scalars
+    assert {c.dtype for c in reductions} == {"float32"}
+    assert len(gradients) == len(jax.tree.leaves(step.shapes[0]))
+    assert all(c.axes >= replicas for c in gradients)
+    assert {c.kind for c in gradients} == {"reduce-scatter" if zero else "all-reduce"}
+
+
+def test_parameters_are_gathered_once_a_step_in_the_compute_dtype():
+    # Compiled: the jaxpr has them twice, for the gradient's reduction is written as the gather's transpose.
+    step = build(DECODER, (2, 2, 1, 2, 2), compute_dtype=jnp.bfloat16)
+    text = step.compiled.as_text()
+    lines = [line for line in text.splitlines() if " all-gather(" in line and "/while/" not in line]
+    assert len(lines) == len(jax.tree.leaves(step.shapes[0]))
+    gathered = [c for c in collectives_of(step.jaxpr, step.mesh.shape) if c.kind == "all-gather" and not c.loops]
+    assert {c.dtype for c in gathered} == {"bfloat16"}
+
+
+MESHES = [(2, 4, 1, 1, 2), (2, 2, 1, 2, 2), (2, 2, 2, 1, 2)]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("sizes", MESHES, ids=mesh_id)
+def test_the_number_of_collectives_does_not_depend_on_the_number_of_microbatches(sizes, schedule):
+    few, many = (collectives(PLAIN, sizes, m, schedule=schedule) for m in (6, 12))
+    what = lambda c: (c.kind, c.axes, c.dtype, c.shape, len(c.loops), c.body)  # noqa: E731
+    assert few and list(map(what, few)) == list(map(what, many))
+
+
+def test_the_compiled_program_has_no_more_collectives_with_more_microbatches():
+    counts = []
+    for m in (4, 16):
+        text = build(PLAIN, (1, 2, 1, 2, 2), m).compiled.as_text()
+        kinds = r"all-reduce|reduce-scatter|all-gather|collective-permute|all-to-all"
+        counts.append(collections.Counter(re.findall(rf" ({kinds})(?:-start)?\(", text)))
+    assert counts[0] and counts[0] == counts[1]
+
+
+# --- memory and size of the program -------------------------------------------------------------------------------------
+
+
+def temporaries(schedule, num_microbatches):
+    return build(PLAIN, (1, 4, 1, 1, 1), num_microbatches, schedule=schedule).compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_1f1b_does_not_grow_with_the_number_of_microbatches():
+    assert temporaries("1f1b", 16) < 1.02 * temporaries("1f1b", 7)  # from 7 on stage 0 has as many in flight as it ever has
+    assert temporaries("1f1b", 64) < 1.02 * temporaries("1f1b", 16)
+
+
+def test_memory_of_gpipe_does():
+    assert temporaries("gpipe", 16) > 2 * temporaries("gpipe", 4)
+    assert temporaries("gpipe", 16) > 1.8 * temporaries("1f1b", 16)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_the_program_does_not_grow_with_the_number_of_microbatches(schedule):
+    few, many = (len(build(PLAIN, (1, 4, 1, 1, 1), m, schedule=schedule).compiled.as_text()) for m in (4, 16))
+    assert many < 1.1 * few
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (1, 2, 1, 1, 1)], ids=mesh_id)
+def test_the_program_does_not_grow_with_the_number_of_layers(sizes):
+    deep = dataclasses.replace(PLAIN, num_hidden_layers=16)
+    assert len(build(deep, sizes).compiled.as_text()) < 1.1 * len(build(PLAIN, sizes).compiled.as_text())

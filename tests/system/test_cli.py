@@ -1,0 +1,71 @@
+"""The command line as a stranger meets it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+JAXPAR = Path(sys.executable).parent / "jaxpar"
+
+
+def jaxpar(*arguments: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run([JAXPAR, *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["train", CONFIGS / "quickstart.yaml", "actor.model.tensor_paralel=2"], "did you mean"),
+        (["train", CONFIGS / "quickstart.yaml", "actor.model.tensor_model_parallel_size=3"], "4 / 3 = 1.33"),
+        (["train", CONFIGS / "quickstart.yaml", "runner.output_dir={tmp}", "data.train_data_paths=/no/such"], "/no/such"),
+        (["train", CONFIGS / "quickstart.yaml", "actor.model.pipeline_schedule=zigzag"], "none of: gpipe, 1f1b"),
+        (["mesh", CONFIGS / "quickstart.yaml", "actor.model.context_parallel_size=3"], "does not divide 16 devices"),
+        (["schedule", "zigzag"], "none of: gpipe, 1f1b"),
+        (["schedule", "1f1b", "--stages", "0"], "at least one stage"),
+    ],
+)
+def test_a_mistake_is_one_clear_error(tmp_path, arguments, words):
+    result = jaxpar(*[str(argument).replace("{tmp}", str(tmp_path)) for argument in arguments])
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_mesh_of_a_cluster_that_is_not_there():
+    result = jaxpar("mesh", CONFIGS / "quickstart.yaml", "cluster.num_nodes=16", "cluster.num_gpus_per_node=8")
+    assert result.returncode == 0
+    assert "dp 16  pp 2  tp 1  sp 2  cp 2  = 128 devices" in result.stdout
+    assert len(re.findall(r"│ +0 1 0 1 0 +(?=│)", result.stdout)) == 1  # each coordinate once
+    # mlp 256 over a tensor group of 2 in a step; 4 layers over pp 2, 128 over dp 16 x cp 2 at rest
+    assert "layers/mlp/down" in result.stdout
+    row = next(line for line in result.stdout.splitlines() if "layers/mlp/down" in line)
+    assert "4 x 256 x 128" in row
+    assert f"{4 * 256 * 128 * 4 // (2 * 2 * 32):,}" in row
+
+
+def test_mesh_says_that_a_tensor_group_crosses_hosts():
+    sizes = ["actor.model.tensor_model_parallel_size=4", "cluster.num_nodes=4", "cluster.num_gpus_per_node=4"]
+    assert "crosses hosts" not in jaxpar("mesh", CONFIGS / "quickstart.yaml", *sizes).stdout
+    sizes = ["actor.model.tensor_model_parallel_size=4", "cluster.num_nodes=8", "cluster.num_gpus_per_node=2"]
+    assert "crosses hosts [0, 1]" in jaxpar("mesh", CONFIGS / "quickstart.yaml", *sizes).stdout
+
+
+def test_schedule_is_drawn_in_plain_lines():
+    result = jaxpar("schedule", "1f1b", "--stages", "4", "--microbatches", "8")
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == "stage 0 F0 F1 F2 F3 .. F4 .. F5 .. F6 B0 F7 B1 .. B2 .. B3 .. B4 B5 B6 B7".split()
+    assert "bubble: 27.3%" in result.stdout
+    assert "stage 0: 7, stage 1: 5, stage 2: 3, stage 3: 1" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "mesh", "schedule"])
+def test_help_has_an_example(command):
+    result = jaxpar(command, "--help")
+    assert result.returncode == 0
+    assert f"Example: jaxpar {command}" in result.stdout

@@ -1,0 +1,239 @@
+"""Whole training runs: real data, real checkpoints, real processes."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+import jaxpar
+from jaxpar.models.hugging_face import save_params
+
+QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
+JAXPAR = Path(sys.executable).parent / "jaxpar"
+# A smaller decoder than the quickstart's, for runs that are about what surrounds it.
+SMALL = [
+    "runner.seq_length=32",
+    "actor.model.hidden_size=32",
+    "actor.model.intermediate_size=48",
+    "actor.lr_sched.lr_decay_iters=20",
+    "actor.micro_batch_size=1",
+]
+LAYOUTS = {
+    "one": (1, 1, False, 1, 1),
+    "dp4": (1, 1, False, 1, 4),
+    "all": (2, 2, True, 2, 16),
+    "pp4-tp2": (2, 4, False, 1, 8),
+    "cp4": (1, 1, False, 4, 8),
+}
+
+
+def layout(name: str) -> list[str]:
+    tensor, pipeline, sequence, context, devices = LAYOUTS[name]
+    return [
+        f"actor.model.tensor_model_parallel_size={tensor}",
+        f"actor.model.pipeline_model_parallel_size={pipeline}",
+        f"actor.model.sequence_parallel={sequence}",
+        f"actor.model.context_parallel_size={context}",
+        f"cluster.num_gpus_per_node={devices}",
+    ]
+
+
+def fit(folder: Path, *overrides: str) -> jaxpar.Trainer:
+    trainer = jaxpar.Trainer(jaxpar.load_config(QUICKSTART, [f"runner.output_dir={folder}", *overrides]))
+    trainer.fit()
+    return trainer
+
+
+def metrics(folder: Path, experiment: str = "quickstart") -> list[dict]:
+    return [json.loads(line) for line in (folder / experiment / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path, experiment: str = "quickstart") -> list[float]:
+    return [row["loss"] for row in metrics(folder, experiment)]
+
+
+def assert_same_state(a: jaxpar.Trainer, b: jaxpar.Trainer) -> None:
+    pairs = zip(jax.tree_util.tree_leaves_with_path(a.state), jax.tree.leaves(b.state), strict=True)
+    for (path, left), right in pairs:
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right), err_msg=jax.tree_util.keystr(path))
+
+
+def test_quickstart_has_the_same_losses_on_1_and_on_16_devices(tmp_path):
+    for name in ("one", "all"):
+        fit(tmp_path / name, "runner.max_steps=20", "actor.lr_sched.lr_decay_iters=200", *layout(name))
+    one, sixteen = losses(tmp_path / "one"), losses(tmp_path / "all")
+    np.testing.assert_allclose(one, sixteen, rtol=0, atol=1e-4)
+    assert len(one) == 20
+    assert one[0] == pytest.approx(np.log(258), abs=0.1)
+    assert one[-1] < 3.6
+
+
+def test_metrics_have_one_object_a_step(tmp_path):
+    fit(tmp_path, "runner.max_steps=3", *SMALL, *layout("dp4"))
+    rows = metrics(tmp_path)
+    keys = "step loss grad_norm learning_rate tokens step_seconds tokens_per_second mfu".split()
+    assert [list(row) for row in rows] == [keys] * 3
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["mfu"] is None and row["tokens"] <= 16 * 32 and row["step_seconds"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["all", "pp4-tp2", "cp4"])
+def test_three_and_three_steps_are_bitwise_six(tmp_path, name):
+    common = ["runner.resume_dir=auto", *SMALL, *layout(name)]
+    whole = fit(tmp_path / "whole", "runner.max_steps=6", *common)
+    fit(tmp_path / "halves", "runner.max_steps=3", *common)
+    halves = fit(tmp_path / "halves", "runner.max_steps=6", *common)
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    assert_same_state(whole, halves)
+
+
+def test_another_layout_goes_on_from_a_checkpoint(tmp_path):
+    common = ["runner.resume_dir=auto", *SMALL]
+    fit(tmp_path / "whole", "runner.max_steps=6", *common, *layout("dp4"))
+    for first, second in itertools.permutations(("all", "cp4"), 2):
+        folder = tmp_path / first
+        fit(folder, "runner.max_steps=3", *common, *layout(first))
+        fit(folder, "runner.max_steps=6", *common, *layout(second))
+        np.testing.assert_allclose(losses(folder), losses(tmp_path / "whole"), rtol=0, atol=1e-5)
+
+
+def test_resume_from_a_path_and_its_mistakes(tmp_path):
+    small = [*SMALL, *layout("one")]
+    fit(tmp_path, "runner.max_steps=4", "runner.save_interval=2", "runner.resume_dir=null", *small)
+    saved = tmp_path / "quickstart" / "checkpoints"
+    assert {path.name for path in saved.iterdir()} == {"global_step_2", "global_step_4"}
+    branch = ["runner.experiment_name=branch", "runner.max_steps=4", *small]
+    fit(tmp_path, f"runner.resume_dir={saved / 'global_step_2'}", *branch)
+    assert losses(tmp_path, "branch") == losses(tmp_path)[2:]
+    for overrides, words in [
+        (["runner.resume_dir=null"], "already holds checkpoints up to step 4"),
+        ([f"runner.resume_dir={tmp_path / 'nowhere'}"], "no checkpoint"),
+        (["runner.resume_dir=auto", "actor.global_batch_size=8"], "global_batch_size: 8, but"),
+        (["runner.resume_dir=auto", "actor.model.hidden_size=64"], "(384, 32), the model of this config (384, 64)"),
+    ]:
+        with pytest.raises(jaxpar.ConfigError) as caught:
+            fit(tmp_path, "runner.max_steps=6", *small, *overrides)
+        assert words in str(caught.value)
+
+
+def test_loss_and_grads_takes_a_users_batch(tmp_path):
+    trainer = jaxpar.Trainer(jaxpar.load_config(QUICKSTART, [*SMALL, *layout("all")]))
+    tokens = np.random.default_rng(0).integers(0, 258, (16, 32))
+    loss, grads = trainer.loss_and_grads({"tokens": tokens, "targets": tokens})
+    explicit = {
+        "tokens": tokens,
+        "targets": tokens,
+        "loss_mask": np.ones((16, 32)),
+        "segment_ids": np.zeros((16, 32), int),
+        "positions": np.tile(np.arange(32), (16, 1)),
+    }
+    assert trainer.loss_and_grads(explicit)[0] == loss
+    assert jax.tree.structure(grads) == jax.tree.structure(trainer.state["params"])
+    masked = explicit | {"loss_mask": np.zeros((16, 32))}
+    assert trainer.loss_and_grads(masked)[0] == 0  # and not NaN
+    for batch, words in [
+        ({"tokens": tokens}, "targets missing"),
+        ({"tokens": tokens, "targets": tokens[:8]}, "targets is (8, 32)"),
+        ({"tokens": tokens, "targets": tokens, "mask": tokens}, "unknown keys mask"),
+    ]:
+        with pytest.raises(ValueError, match=words.replace("(", r"\(").replace(")", r"\)")):
+            trainer.loss_and_grads(batch)
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1", **more}
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    run = [*SMALL, "runner.max_steps=4", *layout("all"), "cluster.num_gpus_per_node=8"]
+    fit(tmp_path / "one", *run)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [JAXPAR, "train", QUICKSTART, f"runner.output_dir={tmp_path / 'two'}", *run]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment(
+                JAX_COORDINATOR_ADDRESS=f"localhost:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(rank)
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    output = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], output
+    assert "step 4/4" in output[0]
+    assert "step" not in output[1]  # one process reports
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-6)
+    # What two processes wrote, one reads.
+    trainer = fit(tmp_path / "two", *run, "runner.max_steps=5")
+    assert int(trainer.state["step"]) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
+    run = ["runner.max_steps=400", *SMALL, *layout("dp4")]
+    command = [JAXPAR, "train", QUICKSTART, f"runner.output_dir={tmp_path}", *run]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5/400"):
+            process.send_signal(number)
+            break
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    done = metrics(tmp_path)[-1]["step"]
+    assert f"stopped after step {done} of 400, which is saved: run the same command to go on" in errors
+    assert "Traceback" not in errors
+    assert 5 <= done < 400
+    last = done + 3
+    fit(tmp_path, *run, f"runner.max_steps={last}")
+    fit(tmp_path, *run, f"runner.max_steps={last}", "runner.experiment_name=whole")
+    assert losses(tmp_path) == losses(tmp_path, "whole")
+
+
+def test_a_kill_leaves_the_last_checkpoint_and_metrics_without_gaps(tmp_path):
+    run = ["runner.save_interval=5", *SMALL, *layout("dp4")]
+    command = [JAXPAR, "train", QUICKSTART, f"runner.output_dir={tmp_path}", "runner.max_steps=400", *run]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    saved = tmp_path / "quickstart/checkpoints/global_step_5"
+    deadline = time.monotonic() + 120
+    while not saved.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    last = 5 * (len(losses(tmp_path)) // 5 + 2)
+    fit(tmp_path, *run, f"runner.max_steps={last}")
+    assert [row["step"] for row in metrics(tmp_path)] == list(range(1, last + 1))
+
+
+def test_a_hugging_face_folder_gives_architecture_and_weights(tmp_path):
+    first = fit(tmp_path, "runner.max_steps=2", *SMALL, *layout("all"))
+    folder = tmp_path / "exported"
+    save_params(folder, first.state["params"], first.architecture, dtype="float32")
+    rng = np.random.default_rng(0)
+    batch = {key: rng.integers(0, 258, (16, 32)) for key in ("tokens", "targets")}
+    expected, _ = first.loss_and_grads(batch)
+    values = yaml.safe_load(QUICKSTART.read_text())
+    model = values["actor"]["model"]
+    values["actor"]["model"] = {key: value for key, value in model.items() if key.endswith(("size", "parallel"))}
+    for key in ("hidden_size", "intermediate_size", "vocab_size"):
+        del values["actor"]["model"][key]
+    values["actor"]["model"] |= {"model_path": str(folder), "precision": "fp32"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(values))
+    trainer = jaxpar.Trainer(jaxpar.load_config(tmp_path / "own.yaml", ["runner.seq_length=32", *layout("cp4")]))
+    assert trainer.architecture.hidden_size == 32
+    loss, _ = trainer.loss_and_grads(batch)
+    assert abs(loss - expected) < 1e-5
