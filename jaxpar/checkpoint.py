@@ -67,8 +67,8 @@ class Checkpoints:
         if newest and _step(newest) > (_step(found) if found else 0):
             raise ConfigError(
                 f"runner.resume_dir: {wanted or 'null'}, but {self.folder} already holds checkpoints up to step "
-                f"{_step(newest)}: set resume_dir: auto to go on from there, or another runner.experiment_name, or move "
-                f"them away"
+                f"{_step(newest)}: set resume_dir: auto to go on from there, or another runner.experiment_name, or "
+                f"move them away"
             )
         return found
 

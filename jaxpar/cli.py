@@ -122,12 +122,13 @@ def _print_head(trainer: "Trainer", config: Config) -> None:
     console = _console()
     kind = jax.devices()[0].device_kind
     where = "simulated on the CPU" if jax.default_backend() == "cpu" else kind
-    sizes = config.mesh_sizes(jax.device_count())
+    program, schedule = trainer.program, trainer.program.schedule
+    sizes = config.mesh_sizes(program.mesh.size)
     console.print(f"mesh: {display.mesh_line(sizes)}, {where}", highlight=False)
-    bubble = f", bubble {trainer.schedule.bubble_fraction():.1%}" if sizes.pp > 1 else ""
+    bubble = f", bubble {schedule.bubble_fraction():.1%}" if sizes.pp > 1 else ""
     console.print(
-        f"model: {trainer.num_params:,} parameters in {config.actor.model.precision}; "
-        f"{trainer.schedule.num_microbatches} microbatches a step, schedule {trainer.schedule.name}{bubble}",
+        f"model: {program.num_params:,} parameters in {config.actor.model.precision}; "
+        f"{schedule.num_microbatches} microbatches a step, schedule {schedule.name}{bubble}",
         highlight=False,
     )
     _notes(console, config.notes + trainer.warnings)

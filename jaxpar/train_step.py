@@ -32,9 +32,7 @@ def state_shardings(
     return shapes, {"step": everywhere, "params": params, "opt_state": opt_state, "rng": everywhere}
 
 
-def init_state(
-    model: FunctionalModel, optimizer: optax.GradientTransformation, seed: int, params: Any = None
-) -> State:
+def init_state(model: FunctionalModel, optimizer: optax.GradientTransformation, seed: int, params: Any = None) -> State:
     """State before the first step. New parameters (`params` None) depend on the seed alone, not on the mesh."""
     params = model.init(seed) if params is None else params
     return {

@@ -21,7 +21,10 @@ def jaxpar(*arguments: str | Path) -> subprocess.CompletedProcess:
         (["train", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["train", CONFIGS / "quickstart.yaml", "actor.model.tensor_paralel=2"], "did you mean"),
         (["train", CONFIGS / "quickstart.yaml", "actor.model.tensor_model_parallel_size=3"], "4 / 3 = 1.33"),
-        (["train", CONFIGS / "quickstart.yaml", "runner.output_dir={tmp}", "data.train_data_paths=/no/such"], "/no/such"),
+        (
+            ["train", CONFIGS / "quickstart.yaml", "runner.output_dir={tmp}", "data.train_data_paths=/no/x"],
+            "/no/x",
+        ),
         (["train", CONFIGS / "quickstart.yaml", "actor.model.pipeline_schedule=zigzag"], "none of: gpipe, 1f1b"),
         (["mesh", CONFIGS / "quickstart.yaml", "actor.model.context_parallel_size=3"], "does not divide 16 devices"),
         (["schedule", "zigzag"], "none of: gpipe, 1f1b"),
@@ -58,7 +61,32 @@ def test_mesh_says_that_a_tensor_group_crosses_hosts():
 def test_schedule_is_drawn_in_plain_lines():
     result = jaxpar("schedule", "1f1b", "--stages", "4", "--microbatches", "8")
     lines = result.stdout.splitlines()
-    assert lines[0].split() == "stage 0 F0 F1 F2 F3 .. F4 .. F5 .. F6 B0 F7 B1 .. B2 .. B3 .. B4 B5 B6 B7".split()
+    assert lines[0].split() == [
+        "stage",
+        "0",
+        "F0",
+        "F1",
+        "F2",
+        "F3",
+        "..",
+        "F4",
+        "..",
+        "F5",
+        "..",
+        "F6",
+        "B0",
+        "F7",
+        "B1",
+        "..",
+        "B2",
+        "..",
+        "B3",
+        "..",
+        "B4",
+        "B5",
+        "B6",
+        "B7",
+    ]
     assert "bubble: 27.3%" in result.stdout
     assert "stage 0: 7, stage 1: 5, stage 2: 3, stage 3: 1" in result.stdout
     assert "\x1b" not in result.stdout

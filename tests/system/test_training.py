@@ -81,7 +81,7 @@ def test_quickstart_has_the_same_losses_on_1_and_on_16_devices(tmp_path):
 def test_metrics_have_one_object_a_step(tmp_path):
     fit(tmp_path, "runner.max_steps=3", *SMALL, *layout("dp4"))
     rows = metrics(tmp_path)
-    keys = "step loss grad_norm learning_rate tokens step_seconds tokens_per_second mfu".split()
+    keys = ["step", "loss", "grad_norm", "learning_rate", "tokens", "step_seconds", "tokens_per_second", "mfu"]
     assert [list(row) for row in rows] == [keys] * 3
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["mfu"] is None and row["tokens"] <= 16 * 32 and row["step_seconds"] > 0 for row in rows)
@@ -222,7 +222,7 @@ def test_a_kill_leaves_the_last_checkpoint_and_metrics_without_gaps(tmp_path):
 def test_a_hugging_face_folder_gives_architecture_and_weights(tmp_path):
     first = fit(tmp_path, "runner.max_steps=2", *SMALL, *layout("all"))
     folder = tmp_path / "exported"
-    save_params(folder, first.state["params"], first.architecture, dtype="float32")
+    save_params(folder, first.state["params"], first.program.architecture, dtype="float32")
     rng = np.random.default_rng(0)
     batch = {key: rng.integers(0, 258, (16, 32)) for key in ("tokens", "targets")}
     expected, _ = first.loss_and_grads(batch)
@@ -234,6 +234,6 @@ def test_a_hugging_face_folder_gives_architecture_and_weights(tmp_path):
     values["actor"]["model"] |= {"model_path": str(folder), "precision": "fp32"}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(values))
     trainer = jaxpar.Trainer(jaxpar.load_config(tmp_path / "own.yaml", ["runner.seq_length=32", *layout("cp4")]))
-    assert trainer.architecture.hidden_size == 32
+    assert trainer.program.architecture.hidden_size == 32
     loss, _ = trainer.loss_and_grads(batch)
     assert abs(float(loss) - float(expected)) < 1e-5
