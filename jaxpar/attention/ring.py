@@ -17,7 +17,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxpar.attention.mask import attention_mask
-from jaxpar.collectives import MASKED, manual
+from jaxpar.collectives import MASKED, manual, vary, varying_axes
+
+BLOCK_SIZE = 1024  # keys whose scores exist at a time, where the sequence divides by it
 
 
 def attention(
@@ -88,14 +90,20 @@ class _Partial(NamedTuple):
 
 
 def _ring_forward(kind: _Kind, query: jax.Array, keys: _Keys, segments: jax.Array | None):
-    def step(carry, source):
+    def attend(partial: _Partial, keys: _Keys, source) -> _Partial:
+        def step(partial: _Partial, block):
+            return _merge(partial, _block_forward(kind, query, segments, *block)), None
+
+        return lax.scan(step, partial, _blocks(keys, source))[0]
+
+    def pass_on_and_attend(carry, source):
         keys, partial = carry
         keys = _pass_on(kind, keys)
-        return (keys, _merge(partial, _block_forward(kind, query, keys, segments, source))), None
+        return (keys, attend(partial, keys, source)), None
 
-    partial = _block_forward(kind, query, keys, segments, kind.rank)
+    partial = attend(_nothing(query), keys, kind.rank)
     if kind.size > 1:
-        (_, partial), _ = lax.scan(step, (keys, partial), _sources(kind))
+        (_, partial), _ = lax.scan(pass_on_and_attend, (keys, partial), _sources(kind))
     output = partial.output.astype(query.dtype)
     return output, (query, keys, segments, output, partial.lse)
 
@@ -105,18 +113,24 @@ def _ring_backward(kind: _Kind, residuals, grad: jax.Array):
     # Row sums of grad·output: the softmax's own gradient (Dao et al., 2022, FlashAttention, arXiv:2205.14135, eq. 4).
     delta = jnp.einsum("bqkgd,bqkgd->bkgq", grad, output, preferred_element_type=jnp.float32)
 
-    def block(keys, source):
-        return _block_backward(kind, query, keys, segments, source, grad, lse, delta)
+    def attend(query_grad: jax.Array, keys: _Keys, source):
+        def step(query_grad: jax.Array, block):
+            more, kv_grad = _block_backward(kind, query, segments, *block, grad, lse, delta)
+            return query_grad + more, kv_grad
 
-    def step(carry, source):
+        query_grad, kv_grad = lax.scan(step, query_grad, _blocks(keys, source))
+        return query_grad, jax.tree.map(lambda x, like: x.swapaxes(0, 1).reshape(like.shape), kv_grad, keys[:2])
+
+    def pass_on_and_attend(carry, source):
         keys, query_grad, kv_grad = carry
         keys, kv_grad = _pass_on(kind, (keys, kv_grad))
-        more_query_grad, more_kv_grad = block(keys, source)
-        return (keys, query_grad + more_query_grad, jax.tree.map(jnp.add, kv_grad, more_kv_grad)), None
+        query_grad, more = attend(query_grad, keys, source)
+        return (keys, query_grad, jax.tree.map(jnp.add, kv_grad, more)), None
 
-    query_grad, kv_grad = block(keys, kind.rank)
+    query_grad, kv_grad = attend(_nothing(query).output, keys, kind.rank)
     if kind.size > 1:
-        (_, query_grad, kv_grad), _ = lax.scan(step, (keys, query_grad, kv_grad), _sources(kind))
+        carry = (keys, query_grad, kv_grad)
+        (_, query_grad, kv_grad), _ = lax.scan(pass_on_and_attend, carry, _sources(kind))
         kv_grad = _pass_on(kind, kv_grad)  # the last step of the way home
     key_grad, value_grad = kv_grad
     keys_grad = _Keys(key_grad.astype(keys.key.dtype), value_grad.astype(keys.value.dtype), None)
@@ -141,17 +155,37 @@ def _pass_on(kind: _Kind, tree):
     return jax.tree.map(lambda x: lax.ppermute(x, kind.axis, ring), tree)
 
 
-def _scores(kind: _Kind, query: jax.Array, keys: _Keys, segments: jax.Array | None, source):
+def _blocks(keys: _Keys, source) -> tuple[_Keys, jax.Array]:
+    """One rank's keys cut into blocks, [blocks, ...] each, and the place of each block's first key in the sequence."""
+    seq = keys.key.shape[1]
+    size = BLOCK_SIZE if seq % BLOCK_SIZE == 0 else seq
+    cut = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1), keys)
+    return cut, source * seq + jnp.arange(0, seq, size)
+
+
+def _nothing(query: jax.Array) -> _Partial:
+    """Attention over no keys at all."""
+    batch, seq, kv_heads, group, _ = query.shape
+    partial = _Partial(
+        jnp.zeros(query.shape, jnp.float32), jnp.full((batch, kv_heads, group, seq), MASKED, jnp.float32)
+    )
+    return jax.tree.map(lambda x: vary(x, varying_axes(query)), partial)
+
+
+def _scores(kind: _Kind, query: jax.Array, segments: jax.Array | None, keys: _Keys, first_key: jax.Array):
     """Scaled scores of one block, float32 [b, k, g, q, s], and its mask [b or 1, 1, 1, q, s]."""
+    # The mask must seem to depend on the data. JAX would otherwise hoist it out of the scan over layers, for all blocks at
+    # once: a matrix of sequence x sequence.
+    query, first_key, segments, key_segments = lax.optimization_barrier((query, first_key, segments, keys.segments))
     scores = jnp.einsum("bqkgd,bskd->bkgqs", query, keys.key, preferred_element_type=jnp.float32) * kind.scale
-    query_index = kind.rank * query.shape[1] + jnp.arange(query.shape[1])
-    key_index = source * keys.key.shape[1] + jnp.arange(keys.key.shape[1])
-    mask = attention_mask(query_index, key_index, segments, keys.segments, causal=kind.causal, window=kind.window)
+    query_index = kind.rank * query.shape[1] - first_key + jnp.arange(query.shape[1])
+    key_index = jnp.arange(keys.key.shape[1])
+    mask = attention_mask(query_index, key_index, segments, key_segments, causal=kind.causal, window=kind.window)
     return scores, mask[:, None, None]
 
 
-def _block_forward(kind: _Kind, query: jax.Array, keys: _Keys, segments: jax.Array | None, source) -> _Partial:
-    scores, mask = _scores(kind, query, keys, segments, source)
+def _block_forward(kind: _Kind, query, segments, keys: _Keys, first_key) -> _Partial:
+    scores, mask = _scores(kind, query, segments, keys, first_key)
     highest = jnp.where(mask, scores, MASKED).max(-1, keepdims=True)
     weights = jnp.where(mask, jnp.exp(scores - highest), 0)
     total = jnp.maximum(weights.sum(-1), 1e-30)  # a fully masked row: output 0, log-sum-exp about MASKED
@@ -167,9 +201,9 @@ def _merge(a: _Partial, b: _Partial) -> _Partial:
     return _Partial(output, lse)
 
 
-def _block_backward(kind: _Kind, query, keys: _Keys, segments, source, grad, lse, delta):
+def _block_backward(kind: _Kind, query, segments, keys: _Keys, first_key, grad, lse, delta):
     """Gradients of one block, float32: (query [b,q,k,g,d], (key, value) each [b,s,k,d])."""
-    scores, mask = _scores(kind, query, keys, segments, source)
+    scores, mask = _scores(kind, query, segments, keys, first_key)
     weights = jnp.where(mask, jnp.exp(scores - lse[..., None]), 0)
     weights_grad = jnp.einsum("bqkgd,bskd->bkgqs", grad, keys.value, preferred_element_type=jnp.float32)
     scores_grad = (weights * (weights_grad - delta[..., None]) * kind.scale).astype(query.dtype)
