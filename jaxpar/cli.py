@@ -1,5 +1,6 @@
 """`jaxpar train | mesh | schedule`: reads the command line, prints, and turns errors into one line and an exit code."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -28,9 +29,18 @@ Overrides = Annotated[
 
 
 @app.command(epilog="Example: jaxpar train configs/quickstart.yaml runner.max_steps=20 actor.optim.lr=1e-3")
-def train(config_path: ConfigPath, overrides: Overrides = None) -> None:
+def train(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    verbose: Annotated[bool, typer.Option(help="Show the XLA and NCCL settings, each with its reason.")] = False,
+) -> None:
     """Train a model. Ctrl-C saves; the same command goes on where it was if runner.resume_dir is auto."""
     config = load_config(config_path, overrides or ())
+    from jaxpar import xla
+
+    settings = xla.apply(config.cluster.xla_flags)
+    if verbose:
+        print("\n".join(settings))
     from jaxpar.trainer import Interrupted, Trainer  # after the config is known to be good: jax takes seconds to load
 
     trainer = Trainer(config)
@@ -76,6 +86,57 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
     console.print(display.parameter_table(layouts, abstract.shape))
 
 
+@app.command(
+    "compile",
+    epilog="Example: jaxpar compile configs/quickstart.yaml cluster.num_nodes=2 --gpu h100 --json report.json",
+)
+def compile_(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="a100-40g, a100-80g, h100, h200 or b200.")] = "h100",
+    tpu: Annotated[str | None, typer.Option(help="A TPU slice instead, such as v5e:4x4.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Default: cluster.num_nodes.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="Default: cluster.num_gpus_per_node, or 8.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    hlo_file: Annotated[Path | None, typer.Option("--hlo", help="Write the optimized program here.")] = None,
+    verbose: Annotated[bool, typer.Option(help="Show the XLA flags, each with its reason.")] = False,
+) -> None:
+    """Compile the train step for a whole cluster without having it; say what it needs and whether it fits."""
+    counts = [f"cluster.num_nodes={nodes}"] * bool(nodes) + [f"cluster.num_gpus_per_node={gpus_per_node}"] * bool(
+        gpus_per_node
+    )
+    config = load_config(config_path, [*(overrides or ()), *counts])
+    from jaxpar import xla
+    from jaxpar.targets import GPUS, TPU_MEMORY
+
+    if tpu is None and gpu not in GPUS:
+        raise ConfigError(f"--gpu: {gpu!r} is none of: {', '.join(GPUS)}")
+    # There is no GPU to try kernels on.
+    flags = xla.apply({"xla_gpu_autotune_level": 0, **config.cluster.xla_flags}) if tpu is None else []
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from jaxpar import display
+    from jaxpar.compile import compile_step, gpu_devices, tpu_devices
+
+    console = _console()
+    if verbose:
+        console.print("\n".join(flags), highlight=False)
+    if tpu:
+        devices, capacity = tpu_devices(tpu), TPU_MEMORY.get(tpu.partition(":")[0], 0)
+    else:
+        devices = gpu_devices(gpu, config.cluster.num_nodes, config.cluster.num_gpus_per_node or 8)
+        capacity = GPUS[gpu].memory
+    console.print(f"mesh: {display.mesh_line(config.mesh_sizes(len(devices)))}, {tpu or gpu}", highlight=False)
+    _notes(console, config.notes)
+    report = compile_step(config, devices, capacity)
+    for line in display.report_lines(report):
+        console.print(line, highlight=False)
+    console.print(display.collective_table(report))
+    if json_file:
+        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    if hlo_file:
+        hlo_file.write_text(report.hlo)
+
+
 @app.command(epilog="Example: jaxpar schedule 1f1b --stages 4 --microbatches 8")
 def schedule(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A schedule: gpipe or 1f1b.")],
@@ -98,7 +159,6 @@ def main() -> None:
     """Entry point: a user's mistake is an error on standard error and exit code 2, never a traceback."""
     # jaxlib's own notices (topology, unused flags) would tear the progress bar.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from jaxpar.data.text import DataError
     from jaxpar.pipeline.schedule import ScheduleError
 
     try:
@@ -107,7 +167,7 @@ def main() -> None:
         for problem in error.problems:
             _error(problem)
         sys.exit(2)
-    except (DataError, ScheduleError) as error:
+    except ScheduleError as error:
         _error(str(error))
         sys.exit(2)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -13,6 +13,41 @@ from rich.text import Text
 from jaxpar.config import MeshSizes
 from jaxpar.mesh import AXES, device_grid
 from jaxpar.pipeline.schedule import IDLE, Schedule
+
+if TYPE_CHECKING:
+    from jaxpar.compile import Report
+
+
+def report_lines(report: "Report") -> list[str]:
+    """What a compiled step needs, in words; bytes and FLOPs a device."""
+    memory = report.memory
+    gib = {key: value / 2**30 for key, value in vars(memory).items()}
+    verdict = "fits" if memory.fits else "does not fit"
+    lines = [
+        f"memory: {verdict}, peak {gib['peak']:.1f} of {gib['capacity']:.1f} GiB a device "
+        f"(arguments {gib['arguments']:.1f}, temporaries {gib['temporaries']:.1f})"
+    ]
+    if not memory.fits:
+        lines.append(
+            "try: actor.model.recompute_granularity=full recompute_method=uniform recompute_num_layers=1, a larger "
+            "pipeline_model_parallel_size, tensor_model_parallel_size with sequence_parallel, or context_parallel_size, "
+            "or a smaller actor.micro_batch_size"
+        )
+    lines.append(f"FLOPs: {report.flops:.4g} executed")
+    if report.model_flops and report.flops:
+        lines[-1] += f", {report.model_flops:.4g} useful ({report.model_flops / report.flops:.1%})"
+    lines.append(f"bubble: {report.bubble_fraction:.1%}")
+    lines.append(f"compiled in {report.compile_seconds:.1f} s")
+    return lines + [f"not counted: {text}" for text in report.uncounted]
+
+
+def collective_table(report: "Report") -> Table:
+    table = Table("collective", "axes", title="collectives a step", title_justify="left")
+    for column in ("count", "GiB a device"):
+        table.add_column(column, justify="right")
+    for c in report.collectives:
+        table.add_row(c.kind, " ".join(c.axes) or "?", f"{c.count:,}", f"{c.bytes / 2**30:.3f}")
+    return table
 
 
 def mesh_line(sizes: MeshSizes) -> str:

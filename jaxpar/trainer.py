@@ -95,7 +95,7 @@ class Trainer:
         Ctrl-C or SIGTERM finishes the step, saves, and raises `Interrupted`.
 
         Raises:
-          ConfigError, jaxpar.data.DataError: as they are found.
+          ConfigError: of the config, the data (`jaxpar.data.DataError`) or the checkpoint, as they are found.
           Interrupted: stopped by a signal; everything is saved.
         """
         config, first_process = self.config, jax.process_index() == 0

@@ -85,6 +85,7 @@ class Section(BaseModel):
 class Cluster(Section):
     num_nodes: Count = 1
     num_gpus_per_node: Count | None = None  # ours: null asks the runtime
+    xla_flags: dict[str, str | bool | int] = {}  # ours: XLA flags that win over jaxpar/xla.py, without their dashes
 
 
 class Runner(Section):

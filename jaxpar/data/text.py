@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jaxpar.config import ConfigError
+
 PYTHON_SCHEME = "python:"
 
 
-class DataError(Exception):
+class DataError(ConfigError):
     """Data or a tokenizer that cannot be used. The message says which file, where in it, and what to change."""
 
 

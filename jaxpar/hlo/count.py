@@ -1,0 +1,260 @@
+"""Walk a program as one device executes it: FLOPs and collectives, loops multiplied in."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxpar.hlo.flops import (
+    KERNELS,
+    KernelFlops,
+    convolution_flops,
+    cudnn_attention_flops,
+    custom_call_target,
+    dot_flops,
+    kernel_name,
+)
+from jaxpar.hlo.groups import REPLICA_GROUPS, SOURCE_TARGET_PAIRS, MeshAxes, joined, parse_groups
+from jaxpar.hlo.loops import Loops
+from jaxpar.hlo.parse import Computation, Instruction, Module
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_SENDING = ("send", "collective-broadcast", "ragged-all-to-all")
+_PRODUCTS = ("ragged-dot", "triangular-solve", "cholesky", "fft")
+# Calls that move or order data and multiply nothing.
+_NO_PRODUCTS = re.compile(
+    r"Sharding|SPMD\w+Shape|MoveTo(Host|Device)|AllocateBuffer|annotate_device_placement|nop|PinToDevice|"
+    r".*(TopK|RadixSort|cub_sort|LayoutConstraint|AssumeGatherIndicesInBound|ConsumeBuffer|CreateBuffer).*"
+)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind over the same mesh axes, of the same dtype, all inside loops or all outside.
+
+    Attributes:
+      kind: one of `KINDS`, however the backend spells it: `all-gather-start` and `async-start` count once, with `-done`
+        nothing. A reduce-scatter that a backend writes as all-reduce and slice is an all-reduce.
+      axes: mesh axes of size above 1 that it runs over, in mesh order; () where it fits none, which `uncounted` says too.
+      count: executions by one device in one step. What XLA combined into one call is one.
+      bytes: in one step of one device, the larger of a collective's operand and result: the gathered size of an
+        all-gather, the size before reduction of a reduce-scatter, the operand of the others. That is the size of the
+        data and not what goes over the wire, which for a ring of n is (n-1)/n of it (twice that for an all-reduce).
+      dtype: XLA's name of it; joined by + where one call carries several.
+      in_loop: executed inside a `while`.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    bytes: int
+    dtype: str
+    in_loop: bool
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one device does in one execution of a program.
+
+    Attributes:
+      flops: of matrix products, convolutions and kernel calls as executed: recomputed and masked work included.
+      collectives: most bytes first. None over groups of one device.
+      uncounted: what is missing from the figures, or had to be guessed, and why; a line for each.
+      kernel_flops: the part of `flops` in attention kernels (cuDNN, Pallas). Attention in plain products is not in it.
+    """
+
+    flops: float
+    collectives: list[Collective]
+    uncounted: list[str]
+    kernel_flops: float = 0.0
+
+
+def count(
+    hlo_text: str,
+    grid: np.ndarray | None = None,
+    axes: Sequence[str] = ("dp", "pp", "tp", "sp", "cp"),
+    *,
+    kernels: Mapping[str, KernelFlops] = KERNELS,
+) -> Count:
+    """Count an optimized program, `jax.jit(f).lower(…).compile().as_text()`, for CPU, GPU or TPU.
+
+    A loop's body is multiplied by its trip count, nested loops multiply. Of a conditional the most expensive branch
+    counts, the more so as devices may take different ones; `uncounted` says where the branches' collectives differ.
+
+    Args:
+      grid: the mesh's devices, as from `jaxpar.mesh.device_grid`, one dimension an axis. Only its shape is read, for HLO
+        numbers devices by their place in `mesh.devices.flatten()`, see groups.py. None: all collectives have no axes.
+      axes: names of the grid's dimensions.
+      kernels: FLOPs of a Pallas kernel from its operands and results, by the kernel's name.
+
+    Raises:
+      ValueError: the text is not an HLO module, or is one for another number of devices than the grid's.
+    """
+    module = Module(hlo_text)
+    mesh = None
+    if grid is not None:
+        devices = module.num_replicas * module.num_partitions
+        if grid.size != devices or grid.ndim != len(axes):
+            raise ValueError(
+                f"mesh {dict(zip(axes, grid.shape, strict=False))}, but the program is for {devices} devices"
+            )
+        mesh = MeshAxes(grid.shape, axes)
+    total = _Walker(module, mesh, kernels).computation(module.entry)
+    collectives = [
+        Collective(kind, over, n, size, dtype, in_loop)
+        for (kind, over, dtype, in_loop), (n, size) in total.sent.items()
+    ]
+    return Count(
+        flops=float(total.flops),
+        collectives=sorted(collectives, key=lambda c: (-c.bytes, c.kind, c.axes, c.dtype, c.in_loop)),
+        uncounted=[f"{note} ({n} time{'s' if n != 1 else ''} a step)" for note, n in total.notes.items() if n],
+        kernel_flops=float(total.kernel_flops),
+    )
+
+
+_Key = tuple[str, tuple[str, ...], str, bool]  # kind, axes, dtype, in_loop
+
+
+@dataclass
+class _Total:
+    flops: float = 0
+    kernel_flops: float = 0
+    sent: dict[_Key, tuple[int, int]] = field(default_factory=lambda: defaultdict(lambda: (0, 0)))
+    notes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, other: "_Total", times: int = 1, in_loop: bool = False) -> None:
+        self.flops += times * other.flops
+        self.kernel_flops += times * other.kernel_flops
+        for (kind, axes, dtype, looped), (n, size) in other.sent.items():
+            if times:
+                key = (kind, axes, dtype, looped or in_loop)
+                self.sent[key] = (self.sent[key][0] + times * n, self.sent[key][1] + times * size)
+        for note, n in other.notes.items():
+            self.notes[note] += times * n
+
+    def cost(self) -> tuple[float, int]:
+        return self.flops, sum(size for _, size in self.sent.values())
+
+
+class _Walker:
+    def __init__(self, module: Module, mesh: MeshAxes | None, kernels: Mapping[str, KernelFlops]):
+        self.module, self.mesh, self.kernels = module, mesh, kernels
+        self.loops = Loops(module)
+        self._done: dict[str, _Total] = {}
+        self._joined: dict[tuple[str, str], tuple[int, tuple[str, ...]]] = {}  # thousands of ids, few distinct texts
+
+    def computation(self, name: str) -> _Total:
+        """One execution of a computation."""
+        if name not in self._done:
+            total, here = _Total(), self.module.computations[name]
+            for instruction in here.instructions.values():
+                self._instruction(total, here, instruction)
+            self._done[name] = total
+        return self._done[name]
+
+    def _instruction(self, total: _Total, here: Computation, instruction: Instruction) -> None:
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode.endswith(("-done", "-update")):
+            return  # of what its -start has counted
+        if opcode in ("fusion", "call", "async"):
+            for callee in instruction.computations("calls", "to_apply", "called_computations"):
+                total.add(self.computation(callee))
+        elif opcode == "while":
+            self._while(total, here, instruction)
+        elif opcode == "conditional":
+            self._conditional(total, instruction)
+        elif opcode in ("dot", "scaled-dot"):
+            (lhs, *_) = here.operands(instruction)
+            total.flops += dot_flops(instruction.result[0], lhs, instruction.dims("lhs_contracting_dims"))
+        elif opcode == "convolution":
+            lhs, kernel = here.operands(instruction)
+            total.flops += convolution_flops(instruction, lhs, kernel, instruction.result[0])
+        elif opcode == "custom-call":
+            self._custom_call(total, here, instruction)
+        elif opcode in KINDS:
+            self._collective(total, here, instruction, opcode)
+        elif opcode in _SENDING or opcode in _PRODUCTS:
+            total.notes[f"{opcode}: not counted"] += 1
+
+    def _while(self, total: _Total, here: Computation, loop: Instruction) -> None:
+        condition, body = (self.computation(name) for name in loop.computations("condition", "body"))
+        trips = self.loops.trip_count(here, loop)
+        if trips is None:
+            where = loop.op_name or loop.name
+            total.notes[f"while {where}: number of turns depends on data, its body counted once"] += 1
+            trips = 1
+        total.add(body, trips, in_loop=True)
+        total.add(condition, trips + 1, in_loop=True)
+
+    def _conditional(self, total: _Total, instruction: Instruction) -> None:
+        keys = ("branch_computations", "true_computation", "false_computation")
+        branches = [self.computation(name) for name in instruction.computations(*keys)]
+        total.add(max(branches, key=_Total.cost))
+        if any(branch.sent != branches[0].sent for branch in branches):
+            where = instruction.op_name or instruction.name
+            total.notes[f"conditional {where}: branches differ in collectives, the most expensive one counted"] += 1
+
+    def _custom_call(self, total: _Total, here: Computation, instruction: Instruction) -> None:
+        target, operands = custom_call_target(instruction) or "", here.operands(instruction)
+        kernel, flops, note = kernel_name(instruction), None, f"custom call {target}"
+        if target.startswith("__cublas$"):
+            contracting = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+            if contracting:  # the first result; the next is workspace
+                dims = [int(n) for n in re.findall(r"\d+", contracting[1])]
+                total.flops += dot_flops(instruction.result[0], operands[0], dims)
+                return
+        elif target.startswith("__cudnn$fmha"):
+            flops = cudnn_attention_flops(instruction, operands)
+        elif kernel is not None:
+            note = f"kernel {kernel} ({target})"
+            if kernel in self.kernels:
+                flops = self.kernels[kernel](operands, instruction.result)
+                if self.kernels[kernel] is KERNELS.get(kernel) and flops:
+                    total.notes[f"{note}: counted without a mask, which its call does not show"] += 1
+        # A Pallas kernel on TPU may carry its author's estimate.
+        if flops is None and (estimate := re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)):
+            flops = int(estimate[1])
+        if flops is not None:
+            total.flops += flops
+            total.kernel_flops += flops
+        elif not _NO_PRODUCTS.fullmatch(target):
+            total.notes[f"{note}: FLOPs not known"] += 1
+
+    def _collective(self, total: _Total, here: Computation, instruction: Instruction, kind: str) -> None:
+        members, axes = self._members(instruction, kind)
+        if members == 1:
+            return
+        arrays = here.operands(instruction)
+        size = sum(array.nbytes for array in arrays) * (members if kind == "all-gather" else 1)
+        key = (kind, axes, "+".join(sorted({array.dtype for array in arrays})), False)
+        total.sent[key] = (total.sent[key][0] + 1, total.sent[key][1] + size)
+        if self.mesh is not None and not axes:
+            total.notes[f"{kind} in groups of {members} that are no axes of the mesh"] += 1
+
+    def _members(self, instruction: Instruction, kind: str) -> tuple[int, tuple[str, ...]]:
+        """Devices in a group (1: nothing is sent) and the mesh axes."""
+        permute = kind == "collective-permute"
+        text = instruction.attribute(SOURCE_TARGET_PAIRS if permute else REPLICA_GROUPS)
+        channel = "channel_id=" in instruction.attributes
+        global_ids = "use_global_device_ids=true" in instruction.attributes
+        key = (kind, f"{text} {channel} {global_ids}")
+        if key not in self._joined:
+            if text is None:
+                raise ValueError(f"{instruction.name}: cannot read the groups of {instruction.attributes[:200]!r}")
+            groups = joined(
+                parse_groups(text),
+                self.module.num_replicas,
+                self.module.num_partitions,
+                channel=channel,
+                global_ids=global_ids,
+                pairs=permute or kind == "all-to-all",
+            )
+            if permute:
+                groups = [pair for pair in groups if pair[0] != pair[1]]
+                axes = self.mesh.of_pairs(groups) if self.mesh else ()
+            else:
+                axes = self.mesh.of_groups(groups) if self.mesh else ()
+            self._joined[key] = max((len(group) for group in groups), default=1), axes
+        return self._joined[key]

@@ -1,0 +1,56 @@
+"""GPUs that a program can be compiled for without having one.
+
+Numbers are of the SXM boards, from NVIDIA's data sheets and architecture white papers, in the fields of XLA's
+GpuTargetConfigProto (xla/stream_executor/device_description.proto and xla/tools/hlo_opt).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Attributes: names of NVIDIA's; memory in bytes, bandwidth in bytes/s, peak_flops dense bf16 FLOP/s."""
+
+    description: str
+    compute_capability: tuple[int, int]
+    core_count: int
+    fpus_per_core: int
+    shared_memory_per_core: int
+    memory: int
+    memory_bandwidth: float
+    l2_cache: int
+    clock_ghz: float
+    peak_flops: float
+
+    def target_config(self) -> str:
+        """GpuTargetConfigProto in text form."""
+        major, minor = self.compute_capability
+        return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_core: {self.shared_memory_per_core}
+  shared_memory_per_block_optin: {self.shared_memory_per_core - 1024}
+  core_count: {self.core_count}  fpus_per_core: {self.fpus_per_core}
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: {int(self.memory_bandwidth)}  l2_cache_size: {self.l2_cache}  clock_rate_ghz: {self.clock_ghz}
+  device_memory_size: {self.memory}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}}
+runtime_version {{ major: 12 minor: 9 }}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+device_description_str: "{self.description}"
+"""
+
+
+TPU_MEMORY = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}  # bytes of a chip
+
+_MIB = 2**20
+GPUS = {
+    "a100-40g": Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 167936, 40536 * _MIB, 1.555e12, 40 * _MIB, 1.41, 312e12),
+    "a100-80g": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167936, 81251 * _MIB, 2.039e12, 40 * _MIB, 1.41, 312e12),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233472, 80995 * _MIB, 3.352e12, 50 * _MIB, 1.98, 989.4e12),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 233472, 143167 * _MIB, 4.8e12, 60 * _MIB, 1.98, 989.4e12),
+    "b200": Gpu("NVIDIA B200", (10, 0), 148, 128, 233472, 182642 * _MIB, 8.0e12, 126 * _MIB, 1.965, 2250e12),
+}
