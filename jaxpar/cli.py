@@ -57,6 +57,9 @@ def train(
 def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
     """Show the mesh, which device holds which coordinate, and every parameter's shape, split and bytes."""
     config = load_config(config_path, overrides or ())
+    from jaxpar import xla
+
+    xla.apply(config.cluster.xla_flags)
     from jax.sharding import AbstractMesh
 
     from jaxpar import display, runtime

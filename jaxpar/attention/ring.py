@@ -115,7 +115,8 @@ def _ring_backward(kind: _Kind, residuals, grad: jax.Array):
 
     def attend(query_grad: jax.Array, keys: _Keys, source):
         def step(query_grad: jax.Array, block):
-            more, kv_grad = _block_backward(kind, query, segments, *block, grad, lse, delta)
+            block_keys, first_key = block
+            more, kv_grad = _block_backward(kind, query, segments, block_keys, first_key, grad, lse, delta)
             return query_grad + more, kv_grad
 
         query_grad, kv_grad = lax.scan(step, query_grad, _blocks(keys, source))

@@ -224,7 +224,9 @@ class _Walker:
 
     def _collective(self, total: _Total, here: Computation, instruction: Instruction, kind: str) -> None:
         members, axes = self._members(instruction, kind)
-        if members == 1:
+        if members == 0:
+            total.notes[f"{kind} {instruction.name}: its groups are in an unknown notation, not counted"] += 1
+        if members < 2:
             return
         arrays = here.operands(instruction)
         size = sum(array.nbytes for array in arrays) * (members if kind == "all-gather" else 1)
@@ -234,7 +236,7 @@ class _Walker:
             total.notes[f"{kind} in groups of {members} that are no axes of the mesh"] += 1
 
     def _members(self, instruction: Instruction, kind: str) -> tuple[int, tuple[str, ...]]:
-        """Devices in a group (1: nothing is sent) and the mesh axes."""
+        """Devices in a group (1: nothing is sent; 0: not readable) and the mesh axes."""
         permute = kind == "collective-permute"
         text = instruction.attribute(SOURCE_TARGET_PAIRS if permute else REPLICA_GROUPS)
         channel = "channel_id=" in instruction.attributes
@@ -242,7 +244,7 @@ class _Walker:
         key = (kind, f"{text} {channel} {global_ids}")
         if key not in self._joined:
             if text is None:
-                raise ValueError(f"{instruction.name}: cannot read the groups of {instruction.attributes[:200]!r}")
+                return 0, ()
             groups = joined(
                 parse_groups(text),
                 self.module.num_replicas,

@@ -1,0 +1,98 @@
+"""Every config in configs/, compiled for its cluster of H100s by XLA's real GPU compiler, without a GPU."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxpar.config import load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+JAXPAR = Path(sys.executable).parent / "jaxpar"
+CLUSTER_CONFIGS = sorted(path.name for path in CONFIGS.glob("*node*.yaml"))
+IN_EVERY_RUN = {"llama3_70b_16nodes_8k.yaml"}
+
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins.xla_cuda12") is None,
+    reason="jax's CUDA plugin is not installed: pip install -e '.[compile]'",
+)
+
+
+def compile_(tmp_path: Path, name: str, *overrides: str) -> dict:
+    report = tmp_path / "report.json"
+    result = subprocess.run(
+        [JAXPAR, "compile", CONFIGS / name, *overrides, "--json", report], capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+    assert "not counted" not in result.stdout
+    return json.loads(report.read_text())
+
+
+def traffic(report: dict, kind: str, axes: set[str]) -> tuple[int, int]:
+    """Executions and bytes a step of all collectives of a kind over just these axes."""
+    found = [c for c in report["collectives"] if c["kind"] == kind and set(c["axes"]) == axes]
+    return sum(c["count"] for c in found), sum(c["bytes"] for c in found)
+
+
+@pytest.mark.parametrize("name", CLUSTER_CONFIGS)
+def test_a_shipped_config_is_sound(name):
+    config = load_config(CONFIGS / name)
+    sizes, architecture = config.prepare_train(config.num_configured_devices())
+    assert architecture is not None
+    assert sizes.num_devices == 8 * config.cluster.num_nodes
+    assert sizes.tensor <= 8  # the tensor group stays on NVLink
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in IN_EVERY_RUN else pytest.mark.slow) for n in CLUSTER_CONFIGS]
+)
+def test_a_shipped_config_compiles_and_fits(tmp_path, name):
+    report = compile_(tmp_path, name)
+    keys = ["devices", "mesh", "compile_seconds", "bubble_fraction", "flops", "model_flops", "memory", "collectives"]
+    assert list(report) == keys
+    assert list(report["memory"]) == ["arguments", "outputs", "aliased", "temporaries", "peak", "capacity", "fits"]
+    assert math.prod(report["mesh"].values()) == report["devices"]
+    assert report["memory"]["fits"]
+    assert 0.3 < report["model_flops"] / report["flops"] < 1
+
+
+@needs_plugin
+def test_gradients_are_reduced_once_a_step_whatever_the_microbatches(tmp_path):
+    """Llama-3-8B on one node, TP 4, dp 2: float32 gradients of a quarter of the parameters, and nothing in a loop."""
+    size = 4 * 8_030_261_248 // 4
+    for batch in (8, 64):  # 4 and 32 microbatches
+        report = compile_(tmp_path, "llama3_8b_1node_8k.yaml", f"actor.global_batch_size={batch}")
+        _, scattered = traffic(report, "reduce-scatter", {"dp"})
+        assert scattered == pytest.approx(size, rel=1e-3)
+        calls = sum(c["count"] for c in report["collectives"] if "dp" in c["axes"])
+        assert calls < 30  # combined by XLA; per microbatch or layer there would be hundreds
+        _, gathered = traffic(report, "all-gather", {"dp"})
+        assert gathered == pytest.approx(size / 2, rel=1e-3)  # in bfloat16
+
+
+@needs_plugin
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensor_collectives_are_megatrons_minimum(tmp_path, sequence_parallel):
+    """Two a layer forward and two backward, from the program for H100s, without recompute."""
+    report = compile_(
+        tmp_path,
+        "llama3_8b_1node_8k.yaml",
+        f"actor.model.sequence_parallel={sequence_parallel}",
+        "actor.model.recompute_granularity=null",
+        "actor.model.recompute_method=null",
+        "actor.model.recompute_num_layers=null",
+        "actor.global_batch_size=8",
+        "runner.seq_length=2048",
+    )
+    layers, microbatches = 32, 4
+    outside = 4 * microbatches + 8  # embedding and head, and what happens once a step
+    kinds = ("all-gather", "reduce-scatter") if sequence_parallel else ("all-reduce",)
+    for kind in kinds:
+        calls, _ = traffic(report, kind, {"sp" if sequence_parallel else "tp"})
+        assert 4 * layers * microbatches <= calls <= 4 * layers * microbatches + outside, kind
