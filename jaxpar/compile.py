@@ -60,7 +60,7 @@ class Report:
     uncounted: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        keys = "devices mesh compile_seconds bubble_fraction flops model_flops".split()
+        keys = ["devices", "mesh", "compile_seconds", "bubble_fraction", "flops", "model_flops"]
         return {
             **{key: getattr(self, key) for key in keys},
             "memory": asdict(self.memory),

@@ -23,14 +23,14 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """SIGINT and SIGTERM, noted instead of obeyed; a second SIGINT interrupts at once.
+    """SIGINT, SIGTERM and SIGUSR1 (Slurm's choice), noted instead of obeyed; a second SIGINT interrupts at once.
 
     `received` is the same in all processes, whichever of them the signal reached.
     """
 
     def __enter__(self) -> "Signals":
         self._number = 0
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         return self
 
     def __exit__(self, *_: Any) -> None:

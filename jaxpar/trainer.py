@@ -92,7 +92,7 @@ class Trainer:
     def fit(self) -> None:
         """Trains from the start, or from where `runner.resume_dir` says, to `max_steps` or `max_epochs`.
 
-        Ctrl-C or SIGTERM finishes the step, saves, and raises `Interrupted`.
+        Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves, and raises `Interrupted`.
 
         Raises:
           ConfigError: of the config, the data (`jaxpar.data.DataError`) or the checkpoint, as they are found.

@@ -1,5 +1,4 @@
 """Config: keys and types, interpolation, the five sizes, the arithmetic of every rule, the architecture."""
-# ruff: noqa: E501 - whole messages, as a user reads them
 
 import json
 from pathlib import Path
@@ -10,18 +9,28 @@ from jaxpar.config import Config, ConfigError, MeshSizes, RopeScaling, config_fr
 
 ROOT = Path(__file__).resolve().parents[2]
 
-MODEL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-             vocab_size=256)
+MODEL = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    vocab_size=256,
+)
 
 
 def train_config(**sections: dict) -> Config:
     """A config that trains on one device; `model=`, `optim=`, … add keys to a section."""
     values = {
         "runner": {"seq_length": 64, "max_steps": 10, **sections.get("runner", {})},
-        "actor": {"micro_batch_size": 2, "global_batch_size": 16, **sections.get("actor", {}),
-                  "model": {**MODEL, **sections.get("model", {})},
-                  "optim": {"lr": 1e-3, **sections.get("optim", {})},
-                  "lr_sched": sections.get("lr_sched", {})},
+        "actor": {
+            "micro_batch_size": 2,
+            "global_batch_size": 16,
+            **sections.get("actor", {}),
+            "model": {**MODEL, **sections.get("model", {})},
+            "optim": {"lr": 1e-3, **sections.get("optim", {})},
+            "lr_sched": sections.get("lr_sched", {}),
+        },
     }
     return config_from_dict(values)
 
@@ -51,7 +60,11 @@ def write(folder: Path, text: str, name: str = "config.yaml") -> Path:
 
 TABLE = [
     (dict(tensor_model_parallel_size=2), 8, (4, 1, 2, 1, 1)),
-    (dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, context_parallel_size=2), 128, (16, 2, 2, 1, 2)),
+    (
+        dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, context_parallel_size=2),
+        128,
+        (16, 2, 2, 1, 2),
+    ),
     (dict(pipeline_model_parallel_size=2), 8, (4, 2, 1, 1, 1)),
     (dict(tensor_model_parallel_size=2, sequence_parallel=True), 8, (4, 1, 1, 2, 1)),
     (dict(tensor_model_parallel_size=1, sequence_parallel=False), 8, (8, 1, 1, 1, 1)),
@@ -61,8 +74,9 @@ TABLE = [
 
 @pytest.mark.parametrize("model,num_devices,expected", TABLE)
 def test_mesh_sizes(model, num_devices, expected):
-    config = config_from_dict({"cluster": {"num_nodes": num_devices // 8, "num_gpus_per_node": 8},
-                               "actor": {"model": model}})
+    config = config_from_dict(
+        {"cluster": {"num_nodes": num_devices // 8, "num_gpus_per_node": 8}, "actor": {"model": model}}
+    )
     assert config.num_configured_devices() == num_devices
     sizes = config.mesh_sizes(num_devices)
     assert sizes == MeshSizes(*expected)
@@ -84,17 +98,20 @@ def mesh_problems(num_devices: int, **model) -> str:
 def test_sequence_parallel_needs_a_tensor_group():
     assert mesh_problems(8, sequence_parallel=True) == (
         "actor.model.sequence_parallel: True needs actor.model.tensor_model_parallel_size > 1, which is 1: sequence "
-        "parallelism splits over the tensor group; raise that size, or set sequence_parallel: False")
+        "parallelism splits over the tensor group; raise that size, or set sequence_parallel: False"
+    )
 
 
 def test_world_size():
     assert mesh_problems(16, tensor_model_parallel_size=3, pipeline_model_parallel_size=2) == (
         "actor.model.tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size: 3 * 2 * 1 = 6 "
         "does not divide 16 devices (16 / 6 = 2.67): change the sizes so that their product is one of 1, 2, 4, 8, 16, "
-        "or the devices to a multiple of 6")
+        "or the devices to a multiple of 6"
+    )
 
 
 # --- The arithmetic of training
+
 
 def test_a_good_config_has_no_problems():
     assert train_problems() == []
@@ -102,78 +119,164 @@ def test_a_good_config_has_no_problems():
 
 
 RULES = {
-    "heads": (3, dict(model=dict(tensor_model_parallel_size=3, num_attention_heads=32, num_key_value_heads=32, head_dim=2,
-                              make_vocab_size_divisible_by=96)),
-              "actor.model.tensor_model_parallel_size: 3 does not divide num_attention_heads 32 (32 / 3 = 10.67): "
-              "choose one of 1, 2, 4, 8, 16, 32"),
-    "kv heads": (4, dict(model=dict(tensor_model_parallel_size=4, num_attention_heads=12, num_key_value_heads=6, head_dim=8)),
-                 "actor.model.tensor_model_parallel_size: 4 neither divides num_key_value_heads 6 (6 / 4 = 1.5) nor is a "
-                 "multiple of it (4 / 6 = 0.67): choose one of 1, 2, 3, 6, 12"),
-    "mlp": (8, dict(model=dict(tensor_model_parallel_size=8, intermediate_size=100)),
-            "actor.model.tensor_model_parallel_size: 8 does not divide intermediate_size 100 (100 / 8 = 12.5): choose one "
-            "of 1, 2, 4"),
-    "layers": (3, dict(model=dict(pipeline_model_parallel_size=3, make_vocab_size_divisible_by=3)),
-               "actor.model.pipeline_model_parallel_size: 3 does not divide num_hidden_layers 4 (4 / 3 = 1.33): choose "
-               "one of 1, 2, 4"),
-    "vocabulary": (8, dict(model=dict(tensor_model_parallel_size=8, make_vocab_size_divisible_by=6, vocab_size=250)),
-                   "actor.model.make_vocab_size_divisible_by: 6 pads the vocabulary to 252, which is not a multiple of "
-                   "pipeline_model_parallel_size * tensor_model_parallel_size = 1 * 8 = 8 (252 / 8 = 31.5): set it to 24"),
-    "batch": (8, dict(actor=dict(global_batch_size=20)),
-              "actor.global_batch_size: 20 is not a multiple of micro_batch_size * dp = 2 * 8 = 16 (20 / 16 = 1.25): "
-              "choose 16 or 32"),
-    "small batch": (16, {}, "actor.global_batch_size: 16 is not a multiple of micro_batch_size * dp = 2 * 16 = 32 "
-                            "(16 / 32 = 0.5): choose 32"),
-    "sequence, cp": (2, dict(model=dict(context_parallel_size=2), runner=dict(seq_length=66)),
-                     "runner.seq_length: 66 is not a multiple of 2 * context_parallel_size = 2 * 2 = 4 (66 / 4 = 16.5): "
-                     "choose 64 or 68"),
+    "heads": (
+        3,
+        dict(
+            model=dict(
+                tensor_model_parallel_size=3,
+                num_attention_heads=32,
+                num_key_value_heads=32,
+                head_dim=2,
+                make_vocab_size_divisible_by=96,
+            )
+        ),
+        "actor.model.tensor_model_parallel_size: 3 does not divide num_attention_heads 32 (32 / 3 = 10.67): "
+        "choose one of 1, 2, 4, 8, 16, 32",
+    ),
+    "kv heads": (
+        4,
+        dict(model=dict(tensor_model_parallel_size=4, num_attention_heads=12, num_key_value_heads=6, head_dim=8)),
+        "actor.model.tensor_model_parallel_size: 4 neither divides num_key_value_heads 6 (6 / 4 = 1.5) nor is a "
+        "multiple of it (4 / 6 = 0.67): choose one of 1, 2, 3, 6, 12",
+    ),
+    "mlp": (
+        8,
+        dict(model=dict(tensor_model_parallel_size=8, intermediate_size=100)),
+        "actor.model.tensor_model_parallel_size: 8 does not divide intermediate_size 100 (100 / 8 = 12.5): choose one "
+        "of 1, 2, 4",
+    ),
+    "layers": (
+        3,
+        dict(model=dict(pipeline_model_parallel_size=3, make_vocab_size_divisible_by=3)),
+        "actor.model.pipeline_model_parallel_size: 3 does not divide num_hidden_layers 4 (4 / 3 = 1.33): choose "
+        "one of 1, 2, 4",
+    ),
+    "vocabulary": (
+        8,
+        dict(model=dict(tensor_model_parallel_size=8, make_vocab_size_divisible_by=6, vocab_size=250)),
+        "actor.model.make_vocab_size_divisible_by: 6 pads the vocabulary to 252, which is not a multiple of "
+        "pipeline_model_parallel_size * tensor_model_parallel_size = 1 * 8 = 8 (252 / 8 = 31.5): set it to 24",
+    ),
+    "batch": (
+        8,
+        dict(actor=dict(global_batch_size=20)),
+        "actor.global_batch_size: 20 is not a multiple of micro_batch_size * dp = 2 * 8 = 16 (20 / 16 = 1.25): "
+        "choose 16 or 32",
+    ),
+    "small batch": (
+        16,
+        {},
+        "actor.global_batch_size: 16 is not a multiple of micro_batch_size * dp = 2 * 16 = 32 "
+        "(16 / 32 = 0.5): choose 32",
+    ),
+    "sequence, cp": (
+        2,
+        dict(model=dict(context_parallel_size=2), runner=dict(seq_length=66)),
+        "runner.seq_length: 66 is not a multiple of 2 * context_parallel_size = 2 * 2 = 4 (66 / 4 = 16.5): "
+        "choose 64 or 68",
+    ),
     "sequence, cp and sp": (
-        4, dict(model=dict(context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True),
-                runner=dict(seq_length=100)),
+        4,
+        dict(
+            model=dict(context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True),
+            runner=dict(seq_length=100),
+        ),
         "runner.seq_length: 100 is not a multiple of 2 * context_parallel_size * tensor_model_parallel_size = 2 * 2 * 2 "
-        "= 8 (100 / 8 = 12.5): choose 96 or 104"),
-    "sequence, sp": (2, dict(model=dict(tensor_model_parallel_size=2, sequence_parallel=True), runner=dict(seq_length=63)),
-                     "runner.seq_length: 63 is not a multiple of tensor_model_parallel_size = 2 (63 / 2 = 31.5): choose "
-                     "62 or 64"),
-    "two sequence lengths": (1, dict(model=dict(seq_length=32)),
-                             "actor.model.seq_length: 32 is not runner.seq_length 64: remove it, or set it to "
-                             "${runner.seq_length}"),
-    "virtual stages": (1, dict(model=dict(virtual_pipeline_model_parallel_size=2)),
-                       "actor.model.virtual_pipeline_model_parallel_size: 2 needs pipeline_model_parallel_size > 1, which "
-                       "is 1, and an interleaved schedule, which is not there yet: set it to null"),
-    "recompute method": (1, dict(model=dict(recompute_granularity="full", recompute_num_layers=1)),
-                         "actor.model.recompute_method: recompute_granularity full needs one: set uniform (every layer, "
-                         "in groups of recompute_num_layers) or block (the first recompute_num_layers of each stage)"),
-    "recompute number": (1, dict(model=dict(recompute_granularity="full", recompute_method="block")),
-                         "actor.model.recompute_num_layers: recompute_granularity full needs it: set a number of layers, "
-                         "such as 1"),
-    "recompute uniform": (2, dict(model=dict(recompute_granularity="full", recompute_method="uniform",
-                                             recompute_num_layers=3, pipeline_model_parallel_size=2)),
-                          "actor.model.recompute_num_layers: 3 does not divide the layers of a stage 2 (2 / 3 = 0.67): "
-                          "choose one of 1, 2"),
-    "recompute selective": (1, dict(model=dict(recompute_granularity="selective", recompute_method="block")),
-                            "actor.model.recompute_method: block is of recompute_granularity full, not of selective: "
-                            "remove it, or set recompute_granularity: full"),
-    "loss scale": (1, dict(model=dict(precision="fp16")),
-                   "actor.optim.loss_scale: fp16 needs one, and dynamic loss scaling is not there yet: set a static scale "
-                   "such as 65536, or actor.model.precision: bf16"),
-    "experts": (1, dict(model=dict(expert_model_parallel_size=4)),
-                "actor.model.expert_model_parallel_size: 4, but mixture of experts is not there yet: set it to 1"),
-    "dynamic batch": (1, dict(runner=dict(enable_dynamic_batch_size=True)),
-                      "runner.enable_dynamic_batch_size: True, but dynamic batch sizes are not there yet: set it to False"),
-    "no end": (1, dict(runner=dict(max_steps=-1, max_epochs=-1)),
-               "runner.max_steps: -1 and runner.max_epochs: -1 both say no limit: set one of them above 0"),
-    "decay": (1, dict(runner=dict(max_steps=-1), lr_sched=dict(lr_decay_style="cosine")),
-              "actor.lr_sched.lr_decay_iters: not given, and runner.max_steps is -1, but actor.lr_sched.lr_decay_style "
-              "cosine need it: set the steps that the decay takes"),
-    "warm-up": (1, dict(lr_sched=dict(lr_decay_style="linear", lr_warmup_iters=10)),
-                "actor.lr_sched.lr_warmup_iters: 10 is not below lr_decay_iters 10: no step is left to decay over; lower "
-                "it"),
-    "two warm-ups": (1, dict(lr_sched=dict(lr_warmup_fraction=0.1, lr_warmup_iters=5)),
-                     "actor.lr_sched.lr_warmup_fraction: 0.1 and lr_warmup_iters 5 both set the warm-up: remove one"),
-    "two peaks": (1, dict(lr_sched=dict(max_lr=0.5)),
-                  "actor.lr_sched.max_lr: 0.5 is not actor.optim.lr 0.001, and both are the peak: remove one"),
-    "qk norm": (1, dict(model=dict(qk_layernorm=True)),
-                "actor.model.qk_layernorm: True, but the llama model described has False: remove the key"),
+        "= 8 (100 / 8 = 12.5): choose 96 or 104",
+    ),
+    "sequence, sp": (
+        2,
+        dict(model=dict(tensor_model_parallel_size=2, sequence_parallel=True), runner=dict(seq_length=63)),
+        "runner.seq_length: 63 is not a multiple of tensor_model_parallel_size = 2 (63 / 2 = 31.5): choose 62 or 64",
+    ),
+    "two sequence lengths": (
+        1,
+        dict(model=dict(seq_length=32)),
+        "actor.model.seq_length: 32 is not runner.seq_length 64: remove it, or set it to ${runner.seq_length}",
+    ),
+    "virtual stages": (
+        1,
+        dict(model=dict(virtual_pipeline_model_parallel_size=2)),
+        "actor.model.virtual_pipeline_model_parallel_size: 2 needs pipeline_model_parallel_size > 1, which "
+        "is 1, and an interleaved schedule, which is not there yet: set it to null",
+    ),
+    "recompute method": (
+        1,
+        dict(model=dict(recompute_granularity="full", recompute_num_layers=1)),
+        "actor.model.recompute_method: recompute_granularity full needs one: set uniform (every layer, "
+        "in groups of recompute_num_layers) or block (the first recompute_num_layers of each stage)",
+    ),
+    "recompute number": (
+        1,
+        dict(model=dict(recompute_granularity="full", recompute_method="block")),
+        "actor.model.recompute_num_layers: recompute_granularity full needs it: set a number of layers, such as 1",
+    ),
+    "recompute uniform": (
+        2,
+        dict(
+            model=dict(
+                recompute_granularity="full",
+                recompute_method="uniform",
+                recompute_num_layers=3,
+                pipeline_model_parallel_size=2,
+            )
+        ),
+        "actor.model.recompute_num_layers: 3 does not divide the layers of a stage 2 (2 / 3 = 0.67): "
+        "choose one of 1, 2",
+    ),
+    "recompute selective": (
+        1,
+        dict(model=dict(recompute_granularity="selective", recompute_method="block")),
+        "actor.model.recompute_method: block is of recompute_granularity full, not of selective: "
+        "remove it, or set recompute_granularity: full",
+    ),
+    "loss scale": (
+        1,
+        dict(model=dict(precision="fp16")),
+        "actor.optim.loss_scale: fp16 needs one, and dynamic loss scaling is not there yet: set a static scale "
+        "such as 65536, or actor.model.precision: bf16",
+    ),
+    "experts": (
+        1,
+        dict(model=dict(expert_model_parallel_size=4)),
+        "actor.model.expert_model_parallel_size: 4, but mixture of experts is not there yet: set it to 1",
+    ),
+    "dynamic batch": (
+        1,
+        dict(runner=dict(enable_dynamic_batch_size=True)),
+        "runner.enable_dynamic_batch_size: True, but dynamic batch sizes are not there yet: set it to False",
+    ),
+    "no end": (
+        1,
+        dict(runner=dict(max_steps=-1, max_epochs=-1)),
+        "runner.max_steps: -1 and runner.max_epochs: -1 both say no limit: set one of them above 0",
+    ),
+    "decay": (
+        1,
+        dict(runner=dict(max_steps=-1), lr_sched=dict(lr_decay_style="cosine")),
+        "actor.lr_sched.lr_decay_iters: not given, and runner.max_steps is -1, but actor.lr_sched.lr_decay_style "
+        "cosine need it: set the steps that the decay takes",
+    ),
+    "warm-up": (
+        1,
+        dict(lr_sched=dict(lr_decay_style="linear", lr_warmup_iters=10)),
+        "actor.lr_sched.lr_warmup_iters: 10 is not below lr_decay_iters 10: no step is left to decay over; lower it",
+    ),
+    "two warm-ups": (
+        1,
+        dict(lr_sched=dict(lr_warmup_fraction=0.1, lr_warmup_iters=5)),
+        "actor.lr_sched.lr_warmup_fraction: 0.1 and lr_warmup_iters 5 both set the warm-up: remove one",
+    ),
+    "two peaks": (
+        1,
+        dict(lr_sched=dict(max_lr=0.5)),
+        "actor.lr_sched.max_lr: 0.5 is not actor.optim.lr 0.001, and both are the peak: remove one",
+    ),
+    "qk norm": (
+        1,
+        dict(model=dict(qk_layernorm=True)),
+        "actor.model.qk_layernorm: True, but the llama model described has False: remove the key",
+    ),
 }
 
 
@@ -200,17 +303,28 @@ def test_kv_heads_are_repeated_with_a_note():
 def test_padded_vocabulary_is_said():
     config = train_config(model=dict(vocab_size=300))
     assert config.architecture().padded_vocab_size == 384
-    assert "the vocabulary of 300 is padded to 384, a multiple of actor.model.make_vocab_size_divisible_by: 128" in config.notes
+    assert (
+        "the vocabulary of 300 is padded to 384, a multiple of actor.model.make_vocab_size_divisible_by: 128"
+        in config.notes
+    )
 
 
 def test_prepare_train_gives_all_problems_at_once():
-    config = train_config(model=dict(tensor_model_parallel_size=3, sequence_parallel=True, virtual_pipeline_model_parallel_size=2))
+    config = train_config(
+        model=dict(tensor_model_parallel_size=3, sequence_parallel=True, virtual_pipeline_model_parallel_size=2)
+    )
     with pytest.raises(ConfigError) as caught:
         config.prepare_train(8)
     text = str(caught.value)
     assert len(caught.value.problems) == len(text.splitlines()) == 6
-    for part in ("does not divide 8 devices", "num_attention_heads 8", "num_key_value_heads 4", "virtual_pipeline",
-                 "runner.seq_length: 64", "set it to 384"):
+    for part in (
+        "does not divide 8 devices",
+        "num_attention_heads 8",
+        "num_key_value_heads 4",
+        "virtual_pipeline",
+        "runner.seq_length: 64",
+        "set it to 384",
+    ):
         assert part in text
     sizes, architecture = train_config().prepare_train(8)
     assert sizes.dp == 8 and architecture.num_hidden_layers == 4
@@ -218,42 +332,69 @@ def test_prepare_train_gives_all_problems_at_once():
 
 # --- Names and types
 
-@pytest.mark.parametrize("values,expected", [
-    ({"actor": {"micro_batch_size": "four"}}, "actor.micro_batch_size: expected an integer, got 'four'"),
-    ({"actor": {"micro_batch_size": True}}, "actor.micro_batch_size: expected an integer, got True"),
-    ({"actor": {"micro_batch_size": 2.5}}, "actor.micro_batch_size: expected an integer, got 2.5"),
-    ({"actor": {"micro_batch_size": 0}}, "actor.micro_batch_size: must be above 0, got 0"),
-    ({"runner": {"max_steps": -2}}, "runner.max_steps: must be at least -1, got -2"),
-    ({"actor": {"optim": {"lr": "fast"}}}, "actor.optim.lr: expected a number, got 'fast'"),
-    ({"actor": {"optim": {"adam_beta1": 1.0}}}, "actor.optim.adam_beta1: must be below 1, got 1.0"),
-    ({"actor": {"model": {"sequence_parallel": "maybe"}}},
-     "actor.model.sequence_parallel: expected True or False, got 'maybe'"),
-    ({"actor": {"model": {"precision": "int8"}}},
-     "actor.model.precision: expected one of 'bf16', 'fp16', 'fp32', got 'int8'"),
-    ({"actor": {"model": 3}}, "actor.model: expected a section (keys below it), got 3"),
-    ({"data": {"train_data_paths": {"a": 1}}}, "data.train_data_paths: expected a list, got {'a': 1}"),
-    ({"actor": {"model": {"tensor_parallel_size": 2}}},
-     "actor.model.tensor_parallel_size: unknown key: did you mean actor.model.tensor_model_parallel_size?"),
-    ({"runner": {"global_batch_size": 2}}, "runner.global_batch_size: unknown key: did you mean actor.global_batch_size?"),
-    ({"acter": {}}, "acter: unknown key: did you mean actor?"),
-    ({"actor": {"xyzzy": 1}}, "actor.xyzzy: unknown key: remove it"),
-    ({"actor": {"seed": "???"}}, "actor.seed: is ???, which stands for a value still to be given: give one"),
-    ({"actor": {"seed": "${data.sead}"}},
-     "actor.seed: ${data.sead} cannot be resolved: Interpolation key 'data.sead' not found: correct it, or give a value"),
-])
+
+@pytest.mark.parametrize(
+    "values,expected",
+    [
+        ({"actor": {"micro_batch_size": "four"}}, "actor.micro_batch_size: expected an integer, got 'four'"),
+        ({"actor": {"micro_batch_size": True}}, "actor.micro_batch_size: expected an integer, got True"),
+        ({"actor": {"micro_batch_size": 2.5}}, "actor.micro_batch_size: expected an integer, got 2.5"),
+        ({"actor": {"micro_batch_size": 0}}, "actor.micro_batch_size: must be above 0, got 0"),
+        ({"runner": {"max_steps": -2}}, "runner.max_steps: must be at least -1, got -2"),
+        ({"actor": {"optim": {"lr": "fast"}}}, "actor.optim.lr: expected a number, got 'fast'"),
+        ({"actor": {"optim": {"adam_beta1": 1.0}}}, "actor.optim.adam_beta1: must be below 1, got 1.0"),
+        (
+            {"actor": {"model": {"sequence_parallel": "maybe"}}},
+            "actor.model.sequence_parallel: expected True or False, got 'maybe'",
+        ),
+        (
+            {"actor": {"model": {"precision": "int8"}}},
+            "actor.model.precision: expected one of 'bf16', 'fp16', 'fp32', got 'int8'",
+        ),
+        ({"actor": {"model": 3}}, "actor.model: expected a section (keys below it), got 3"),
+        ({"data": {"train_data_paths": {"a": 1}}}, "data.train_data_paths: expected a list, got {'a': 1}"),
+        (
+            {"actor": {"model": {"tensor_parallel_size": 2}}},
+            "actor.model.tensor_parallel_size: unknown key: did you mean actor.model.tensor_model_parallel_size?",
+        ),
+        (
+            {"runner": {"global_batch_size": 2}},
+            "runner.global_batch_size: unknown key: did you mean actor.global_batch_size?",
+        ),
+        ({"acter": {}}, "acter: unknown key: did you mean actor?"),
+        ({"actor": {"xyzzy": 1}}, "actor.xyzzy: unknown key: remove it"),
+        ({"actor": {"seed": "???"}}, "actor.seed: is ???, which stands for a value still to be given: give one"),
+        (
+            {"actor": {"seed": "${data.sead}"}},
+            "actor.seed: ${data.sead} cannot be resolved: Interpolation key 'data.sead' not found: correct it, or give a value",
+        ),
+    ],
+)
 def test_bad_value(values, expected):
     assert load_problems(values) == [expected]
 
 
 def test_all_problems_of_a_file_at_once():
-    problems = load_problems({
-        "runner": {"seq_length": 63, "max_stepz": 5, "save_interval": "often"},
-        "actor": {"micro_batch_size": "four", "global_batch_size": 16, "seed": "${nothing.here}", "optim": {"lr": 1e-3},
-                  "model": {**MODEL, "tensor_model_parallel_size": 16, "sequence_parallel": True}},
-    })
+    problems = load_problems(
+        {
+            "runner": {"seq_length": 63, "max_stepz": 5, "save_interval": "often"},
+            "actor": {
+                "micro_batch_size": "four",
+                "global_batch_size": 16,
+                "seed": "${nothing.here}",
+                "optim": {"lr": 1e-3},
+                "model": {**MODEL, "tensor_model_parallel_size": 16, "sequence_parallel": True},
+            },
+        }
+    )
     assert [problem.split(":")[0] for problem in problems] == [
-        "actor.seed", "runner.save_interval", "runner.max_stepz", "actor.micro_batch_size", "runner.seq_length",
-        "actor.model.tensor_model_parallel_size"]  # no arithmetic with the micro batch size that is not one
+        "actor.seed",
+        "runner.save_interval",
+        "runner.max_stepz",
+        "actor.micro_batch_size",
+        "runner.seq_length",
+        "actor.model.tensor_model_parallel_size",
+    ]  # no arithmetic with the micro batch size that is not one
 
 
 def test_null_is_the_default():
@@ -263,8 +404,13 @@ def test_null_is_the_default():
 
 
 def test_conversions():
-    config = config_from_dict({"actor": {"optim": {"lr": "2e-05"}, "model": {"precision": "bf16-mixed"}},
-                               "data": {"train_data_paths": "a.txt"}, "runner": {"experiment_name": 7}})
+    config = config_from_dict(
+        {
+            "actor": {"optim": {"lr": "2e-05"}, "model": {"precision": "bf16-mixed"}},
+            "data": {"train_data_paths": "a.txt"},
+            "runner": {"experiment_name": 7},
+        }
+    )
     assert config.actor.optim.lr == 2e-5 and config.actor.model.precision == "bf16"
     assert config.data.train_data_paths == ["a.txt"]
     assert config.output_path == Path("results/7")
@@ -343,8 +489,11 @@ def test_reinforcement_learning_file(tmp_path):
     with pytest.raises(ConfigError) as caught:
         config.check_train(config.mesh_sizes(32), None)
     assert {p.split(":")[0] for p in caught.value.problems} == {
-        "runner.enable_dynamic_batch_size", "actor.model.expert_model_parallel_size", "actor.micro_batch_size",
-        "actor.global_batch_size"}
+        "runner.enable_dynamic_batch_size",
+        "actor.model.expert_model_parallel_size",
+        "actor.micro_batch_size",
+        "actor.global_batch_size",
+    }
 
 
 def test_hydra_defaults_beside_the_file(tmp_path):
@@ -361,12 +510,22 @@ def test_sequence_length_under_the_model(tmp_path):
 
 def test_overrides(tmp_path):
     path = write(tmp_path, "runner: {max_steps: 3, seq_length: 8}\nactor: null")
-    config = load_config(path, ["actor.model.tensor_model_parallel_size=2", "actor.optim.lr=2e-05", "runner.max_steps=5",
-                                "actor.seed=${runner.seq_length}", "data.train_data_paths=[a, b]"])
+    config = load_config(
+        path,
+        [
+            "actor.model.tensor_model_parallel_size=2",
+            "actor.optim.lr=2e-05",
+            "runner.max_steps=5",
+            "actor.seed=${runner.seq_length}",
+            "data.train_data_paths=[a, b]",
+        ],
+    )
     assert config.actor.model.tensor_model_parallel_size == 2 and config.actor.optim.lr == 2e-5
     assert config.runner.max_steps == 5 and config.actor.seed == 8 and config.data.train_data_paths == ["a", "b"]
     with pytest.raises(ConfigError) as caught:
-        load_config(path, ["runner.max_steps", "=3", "actor.modle.precision=bf16", "data.seed=[", "runner.max_steps.x=1"])
+        load_config(
+            path, ["runner.max_steps", "=3", "actor.modle.precision=bf16", "data.seed=[", "runner.max_steps.x=1"]
+        )
     problems = caught.value.problems
     assert problems[0] == "override 'runner.max_steps': expected key.path=value, such as runner.max_steps=100"
     assert problems[1].startswith("override '=3': expected key.path=value")
@@ -374,13 +533,16 @@ def test_overrides(tmp_path):
     assert any(p == "actor.modle: unknown key: did you mean actor.model?" for p in problems)
 
 
-@pytest.mark.parametrize("text,expected", [
-    ("runner: {max_steps: 3\n", "not YAML at line 2, column 1: expected ',' or '}', but got '<stream end>'"),
-    ("runner:\n  seed: 1\n  seed: 2\n", "not YAML at line 3, column 3: found duplicate key seed"),
-    ("- a\n- b\n", "expected sections (cluster, runner, data, actor) at the top, got a plain list"),
-    ("just text\n", "expected sections (cluster, runner, data, actor) at the top, got a plain value"),
-    ("runner:\n  output_dir: ${broken\n", "output_dir: "),
-])
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("runner: {max_steps: 3\n", "not YAML at line 2, column 1: expected ',' or '}', but got '<stream end>'"),
+        ("runner:\n  seed: 1\n  seed: 2\n", "not YAML at line 3, column 3: found duplicate key seed"),
+        ("- a\n- b\n", "expected sections (cluster, runner, data, actor) at the top, got a plain list"),
+        ("just text\n", "expected sections (cluster, runner, data, actor) at the top, got a plain value"),
+        ("runner:\n  output_dir: ${broken\n", "output_dir: "),
+    ],
+)
 def test_bad_file(tmp_path, text, expected):
     path = write(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
@@ -414,20 +576,42 @@ def test_quickstart():
 
 # --- Architecture
 
+
 def hugging_face(folder: Path, **values) -> Config:
-    write(folder, json.dumps({**MODEL, "vocab_size": 1000, "hidden_act": "silu", "rms_norm_eps": 1e-05,
-                              "max_position_embeddings": 4096, **values}), "config.json")
+    write(
+        folder,
+        json.dumps(
+            {
+                **MODEL,
+                "vocab_size": 1000,
+                "hidden_act": "silu",
+                "rms_norm_eps": 1e-05,
+                "max_position_embeddings": 4096,
+                **values,
+            }
+        ),
+        "config.json",
+    )
     return config_from_dict({"actor": {"model": {"model_path": str(folder)}}})
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
-@pytest.mark.parametrize("stored", [
-    {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
-    {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}},
-], ids=["transformers 4", "transformers 5"])
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
+        {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}},
+    ],
+    ids=["transformers 4", "transformers 5"],
+)
 def test_llama(tmp_path, stored):
     architecture = hugging_face(tmp_path, model_type="llama", tie_word_embeddings=True, **stored).architecture()
     assert architecture.rope_theta == 500000.0
@@ -461,20 +645,29 @@ def test_qwen3(tmp_path):
     assert architecture.qk_norm and not architecture.attention_bias and architecture.head_dim == 16
 
 
-@pytest.mark.parametrize("stored,expected", [
-    ({"model_type": "gpt2"}, "model_type: gpt2 is not there yet: choose one of llama, mistral, qwen2, qwen3"),
-    ({"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}},
-     "rope_scaling: rope_type linear is not there yet: choose one of default, llama3"),
-    ({"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
-     "needs numbers for low_freq_factor, high_freq_factor, original_max_position_embeddings"),
-    ({"model_type": "llama", "rope_scaling": {"factor": 2.0}}, "rope_scaling: rope_type None is not there yet"),
-    ({"model_type": "llama", "hidden_size": None}, "hidden_size: not given"),
-    ({"model_type": "llama", "hidden_size": "big"}, "hidden_size: expected an integer, got 'big'"),
-    ({"model_type": "llama", "num_key_value_heads": 3},
-     "num_key_value_heads: 3 does not divide num_attention_heads 8 (8 / 3 = 2.67): choose one of 1, 2, 4, 8"),
-    ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act: gelu"),
-    ({"model_type": "llama", "attention_bias": True}, "llama with biases is not there yet"),
-])
+@pytest.mark.parametrize(
+    "stored,expected",
+    [
+        ({"model_type": "gpt2"}, "model_type: gpt2 is not there yet: choose one of llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling: rope_type linear is not there yet: choose one of default, llama3",
+        ),
+        (
+            {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+            "needs numbers for low_freq_factor, high_freq_factor, original_max_position_embeddings",
+        ),
+        ({"model_type": "llama", "rope_scaling": {"factor": 2.0}}, "rope_scaling: rope_type None is not there yet"),
+        ({"model_type": "llama", "hidden_size": None}, "hidden_size: not given"),
+        ({"model_type": "llama", "hidden_size": "big"}, "hidden_size: expected an integer, got 'big'"),
+        (
+            {"model_type": "llama", "num_key_value_heads": 3},
+            "num_key_value_heads: 3 does not divide num_attention_heads 8 (8 / 3 = 2.67): choose one of 1, 2, 4, 8",
+        ),
+        ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act: gelu"),
+        ({"model_type": "llama", "attention_bias": True}, "llama with biases is not there yet"),
+    ],
+)
 def test_bad_hugging_face_config(tmp_path, stored, expected):
     with pytest.raises(ConfigError) as caught:
         hugging_face(tmp_path, **stored).architecture()

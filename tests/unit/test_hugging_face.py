@@ -1,5 +1,4 @@
 """Hugging Face folders: what is read lies where it should on every mesh, what is written transformers reads."""
-# ruff: noqa: E501 - whole messages, as a user reads them
 
 import json
 from pathlib import Path

@@ -1,0 +1,125 @@
+"""From dimension names to specs, at rest and while computing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from support import DECODER, make_mesh
+
+from jaxpar.config import ConfigError
+from jaxpar.models import Decoder, FunctionalModel
+from jaxpar.sharding import BATCH_SPEC, EXPLICIT_RULES, RULES, layout_tree, param_layout
+
+SIXTEEN = {"dp": 2, "pp": 2, "tp": 2, "sp": 1, "cp": 2}
+ONE = dict.fromkeys(SIXTEEN, 1)
+
+
+def layout(shape, dims, mesh=SIXTEEN, explicit=True, zero=True):
+    return param_layout("layers/w", shape, dims, mesh, explicit=explicit, zero=zero)
+
+
+def axes(spec) -> list[tuple[str, ...]]:
+    """Each entry as a tuple of axes, however PartitionSpec writes it."""
+    return [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec]
+
+
+@pytest.mark.parametrize(
+    ("dims", "compute"),
+    [
+        (("embed", "heads", "head_dim"), [(), ("tp", "sp"), ()]),
+        (("embed", "kv_heads", "head_dim"), [(), ("tp", "sp"), ()]),
+        (("heads", "head_dim", "embed"), [("tp", "sp"), (), ()]),
+        (("layers", "embed", "mlp"), [("pp",), (), ("tp", "sp")]),
+        (("layers", "mlp", "embed"), [("pp",), ("tp", "sp"), ()]),
+        (("layers", "embed"), [("pp",), ()]),
+        (("vocab", "embed"), [("pp", "tp", "sp"), ()]),
+        ((None, "embed"), [(), ()]),
+    ],
+)
+def test_the_table(dims, compute):
+    assert axes(layout((16,) * len(dims), dims).compute_spec) == compute
+
+
+def test_an_automatic_model_keeps_the_vocabulary_on_every_stage():
+    assert axes(layout((16, 16), ("vocab", "embed"), explicit=False).compute_spec) == [("tp", "sp"), ()]
+    assert {word for word in RULES if RULES[word] != EXPLICIT_RULES[word]} == {"vocab"}
+
+
+def test_the_batch():
+    assert P("dp", "cp") == BATCH_SPEC
+
+
+def test_at_rest_the_largest_local_dimension_that_divides_is_split_over_dp_and_cp():
+    found = layout((64, 8, 16), ("embed", "heads", "head_dim"))
+    assert axes(found.rest_spec) == [("dp", "cp"), ("tp", "sp"), ()] and found.gather == (("dp", "cp"), 0)
+    found = layout((64, 256), ("embed", "mlp"))  # mlp is larger on a device too: 128
+    assert axes(found.rest_spec) == [(), ("tp", "sp", "dp", "cp")] and found.gather == (("dp", "cp"), 1)
+    found = layout((64, 96), ("embed", "mlp"))  # 48 on a device
+    assert axes(found.rest_spec) == [("dp", "cp"), ("tp", "sp")]
+    found = layout((62, 48), ("embed", "mlp"))  # 62 does not divide by 4
+    assert axes(found.rest_spec) == [(), ("tp", "sp", "dp", "cp")]
+
+
+def test_at_rest_where_only_one_axis_divides():
+    found = layout((9, 2), (None, None), {**ONE, "dp": 4, "cp": 3})
+    assert axes(found.rest_spec) == [("cp",), ()] and found.gather == (("cp",), 0)
+    found = layout((8, 3), (None, None), {**ONE, "dp": 4, "cp": 6})  # the larger axis does not divide: the other
+    assert axes(found.rest_spec) == [("dp",), ()]
+    found = layout((7, 5), (None, None), {**ONE, "dp": 4, "cp": 6})
+    assert found.gather is None and found.rest_spec == found.compute_spec
+
+
+def test_without_zero_or_replicas_rest_is_compute():
+    for found in (
+        layout((64, 96), ("embed", "mlp"), zero=False),
+        layout((64, 96), ("embed", "mlp"), {**ONE, "tp": 4, "pp": 2}),
+    ):
+        assert found.gather is None and found.rest_spec == found.compute_spec
+
+
+def test_repeated_kv_heads():
+    four = {**ONE, "tp": 4}
+    found = layout((64, 2, 8), ("embed", "kv_heads", "head_dim"), four)
+    assert axes(found.compute_spec) == [(), (), ()] and found.repeated == (1, ("tp", "sp"))
+    assert layout((64, 2, 8), ("embed", "kv_heads", "head_dim"), four, explicit=False).repeated is None
+    assert layout((64, 4, 8), ("embed", "kv_heads", "head_dim"), four).repeated is None
+    with pytest.raises(ConfigError, match=r"'kv_heads' of 3 does not divide by tp 4 x sp 1 = 4"):
+        layout((64, 3, 8), ("embed", "kv_heads", "head_dim"), four)
+    with pytest.raises(ConfigError, match=r"'heads' of 2 does not divide by tp 4 x sp 1 = 4"):
+        layout((64, 2, 8), ("embed", "heads", "head_dim"), four)
+
+
+def test_errors_name_the_parameter():
+    for shape, dims, message in [
+        ((4, 8), None, r"layers/w \[4, 8\] has no dimension names.*nnx.with_partitioning"),
+        ((4, 8), ("embed",), r"layers/w \[4, 8\] has 2 dimensions but 1 names \('embed',\)"),
+        ((4, 8), ("embed", "mpl"), r"layers/w \[4, 8\]: unknown dimension name 'mpl': did you mean 'mlp'\?"),
+        ((4, 8), ("embed", "q"), r"unknown dimension name 'q': known: .*head_dim.*vocab"),
+        ((4, 7), ("embed", "mlp"), r"layers/w \[4, 7\]: dimension 'mlp' of 7 does not divide by tp 2 x sp 1 = 2"),
+        ((3, 8), ("layers", "embed"), r"dimension 'layers' of 3 does not divide by pp 2 = 2"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            layout(shape, dims)
+
+
+def test_all_problems_at_once():
+    shapes = {"a": jax.ShapeDtypeStruct((4,), jnp.float32), "b": {"c": jax.ShapeDtypeStruct((3, 4), jnp.float32)}}
+    with pytest.raises(ConfigError) as caught:
+        layout_tree(
+            shapes, {"a": ("embd",), "b": {"c": ("mlp", None)}}, make_mesh((1, 1, 2, 1, 1)), explicit=True, zero=True
+        )
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["parameter a [4]", "parameter b/c [3, 4]"]
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_bytes_are_those_that_jax_stores(zero):
+    mesh, model = make_mesh((2, 2, 1, 2, 2)), FunctionalModel(Decoder(DECODER))
+    layouts = layout_tree(model.shapes, model.dims, mesh, explicit=True, zero=zero)
+    for found, shape in zip(jax.tree.leaves(layouts), jax.tree.leaves(model.shapes), strict=True):
+        sharding = jax.sharding.NamedSharding(mesh, found.rest_spec)
+        stored = np.prod(sharding.shard_shape(shape.shape)) * 4
+        assert found.bytes_per_device(mesh.shape) == stored == 2 * found.bytes_per_device(mesh.shape, itemsize=2)
+    total = sum(found.bytes_per_device(mesh.shape) for found in jax.tree.leaves(layouts))
+    whole = sum(np.prod(shape.shape) * 4 for shape in jax.tree.leaves(model.shapes))
+    assert whole / 16 <= total < (1.1 * whole / 16 if zero else whole / 2)
