@@ -4,8 +4,7 @@ Each asks which mesh axes are manual where it is called (`shard_map` says so) an
 same model runs on one device, under XLA's automatic partitioning, and with Megatron's minimum of collectives.
 
 Sources: Shoeybi et al., 2019 (arXiv:1909.08053) for the tensor split; Korthikanti et al., 2022 (arXiv:2205.05198)
-for sequence parallelism. Their f and f-bar need no code here: a value that is the same on all tensor ranks meets a
-weight that is not, and `shard_map`'s tracking of replication (`check_vma`) transposes that to the all-reduce.
+for sequence parallelism.
 """
 
 from typing import Any
@@ -53,8 +52,10 @@ def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def gather_sequence(x: Float[Array, "batch seq embed"]) -> Float[Array, "batch full_seq embed"]:
-    """Before a column-parallel product: all-gather the sequence over sp (backward: reduce-scatter)."""
+    """Before column-parallel products: all-gather the sequence over sp (backward: reduce-scatter); over tp nothing
+    (backward: all-reduce)."""
     axes = manual("sp")
+    x = vary(x, ("tp",))  # here once, and not at each product: the transpose is the backward pass's all-reduce
     return lax.all_gather(x, axes, axis=1, tiled=True) if axes else x
 
 

@@ -76,7 +76,11 @@ def build_loss_and_grads(
     if all(mesh.shape[axis] == 1 for axis in manual_axes):
         # Nothing is left to do by hand, and XLA's partitioner refuses manual sums over axes of size 1 beside automatic
         # ones.
-        return local
+        def automatic(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return local(params, batch)
+
+        return automatic
     specs = jax.tree.map(lambda layout: _only(layout.rest_spec, manual_axes), layouts)
     return jax.shard_map(local, mesh=mesh, in_specs=(specs, BATCH_SPEC), out_specs=(P(), specs), axis_names=manual_axes)
 

@@ -45,4 +45,6 @@ class Recompute:
 
 
 def _scan(apply: ApplyLayer, layers: Any, x: jax.Array) -> jax.Array:
+    if not jax.tree.leaves(layers):  # a model without a stack
+        return x
     return lax.scan(lambda x, layer: (apply(layer, x), None), x, layers)[0]

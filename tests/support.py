@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -30,11 +31,15 @@ from jaxpar.sharding import BATCH_SPEC, layout_tree
 SEQ, GLOBAL_BATCH = 32, 12
 VOCAB, PADDED_VOCAB = 250, 256
 TOLERANCE = 1e-5  # relative, float32
+# LLVM's optimization is a third of the time to compile, and nothing that these tests look at; XLA's own is as ever.
+QUICK = {"xla_backend_optimization_level": 0}
 
 # Grouped-query attention 8:4 with everything that a Qwen has.
 DECODER = Architecture("qwen3", VOCAB, PADDED_VOCAB, 64, 96, 4, 8, 4, 8, qk_norm=True, attention_bias=True)
 # 8:2, so that a tensor group of 4 repeats kv heads; tied embeddings and a sliding window.
-FEW_KV_HEADS = Architecture("mistral", VOCAB, PADDED_VOCAB, 64, 96, 4, 8, 2, 8, tie_word_embeddings=True, sliding_window=11)
+FEW_KV_HEADS = Architecture(
+    "mistral", VOCAB, PADDED_VOCAB, 64, 96, 4, 8, 2, 8, tie_word_embeddings=True, sliding_window=11
+)
 # Nothing but the products and their norms: its collectives are the ones to count.
 PLAIN = Architecture("llama", VOCAB, PADDED_VOCAB, 64, 96, 4, 8, 4, 8)
 
@@ -129,7 +134,10 @@ def decoder_case(arch: Architecture) -> Case:
 def assert_parity(loss: Any, grads: Any, expected_loss: Any, expected_grads: Any, tolerance: float = TOLERANCE) -> None:
     """Norm of the difference over norm of the reference, for the loss, each parameter, and each layer of a stacked one."""
     errors = {"loss": relative_error(loss, expected_loss)}
-    leaves, expected_leaves = jax.tree_util.tree_leaves_with_path(grads), jax.tree_util.tree_leaves_with_path(expected_grads)
+    leaves, expected_leaves = (
+        jax.tree_util.tree_leaves_with_path(grads),
+        jax.tree_util.tree_leaves_with_path(expected_grads),
+    )
     assert [path for path, _ in leaves] == [path for path, _ in expected_leaves]
     for (path, grad), (_, expected) in zip(leaves, expected_leaves, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -187,9 +195,11 @@ class Step:
 
     @functools.cached_property
     def compiled(self) -> Any:
-        # LLVM's optimization is a third of the time, and nothing that a test of ours looks at.
-        options = {"xla_backend_optimization_level": 0}
-        return jax.jit(self.function).lower(*self.shapes).compile(compiler_options=options)
+        return jax.jit(self.function).lower(*self.shapes).compile(compiler_options=QUICK)
+
+    def initial_params(self, model: FunctionalModel, seed: int) -> Any:
+        # Compiled as a user's are: with other options the last bits are others, the same ones on every mesh.
+        return jax.jit(model.init, static_argnums=0, out_shardings=self.shardings)(seed)
 
     def __call__(self, params: Any, batch: Any) -> tuple[np.ndarray, Any]:
         params = jax.device_put(params, self.shardings)
@@ -259,6 +269,12 @@ def collectives(program: Any, axis_sizes: Any) -> list[Collective]:
 
 def _is_jaxpr(x: Any) -> bool:
     return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
+
+
+def array_shapes(text: str) -> set[tuple[int, ...]]:
+    """The shape of every array in a compiled program's text."""
+    shapes = re.findall(r"\b(?:pred|bf16|f16|f32|f64|[su]\d+)\[([\d,]*)\]", text)
+    return {tuple(int(n) for n in shape.split(",") if n) for shape in shapes}
 
 
 def equal_trees(a: Any, b: Any) -> bool:

@@ -83,18 +83,18 @@ class LinenBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, info):
-        y = nn.LayerNorm(scale_init=nn.with_partitioning(ones, ("embed",)), use_bias=False)(x)
+        y = nn.LayerNorm(scale_init=nn.with_logical_partitioning(ones, ("embed",)), use_bias=False)(x)
         query, key, value = (
             nn.DenseGeneral((heads, HEAD_DIM), use_bias=False, name=name,
-                            kernel_init=nn.with_partitioning(normal, ("embed", dim, "head_dim")))(y)
+                            kernel_init=nn.with_logical_partitioning(normal, ("embed", dim, "head_dim")))(y)
             for name, dim, heads in (("q", "heads", HEADS), ("k", "kv_heads", KV_HEADS), ("v", "kv_heads", KV_HEADS))
         )  # fmt: skip
         y = self.attention(query, key, value, segment_ids=info.segment_ids)
         x = x + nn.DenseGeneral(EMBED, axis=(-2, -1), use_bias=False, name="out",
-                                kernel_init=nn.with_partitioning(normal, ("heads", "head_dim", "embed")))(y)  # fmt: skip
-        y = nn.Dense(MLP, kernel_init=nn.with_partitioning(normal, ("embed", "mlp")), name="up",
-                     bias_init=nn.with_partitioning(zeros, ("mlp",)))(x)  # fmt: skip
-        return x + nn.Dense(EMBED, use_bias=False, kernel_init=nn.with_partitioning(normal, ("mlp", "embed")),
+                                kernel_init=nn.with_logical_partitioning(normal, ("heads", "head_dim", "embed")))(y)  # fmt: skip
+        y = nn.Dense(MLP, kernel_init=nn.with_logical_partitioning(normal, ("embed", "mlp")), name="up",
+                     bias_init=nn.with_logical_partitioning(zeros, ("mlp",)))(x)  # fmt: skip
+        return x + nn.Dense(EMBED, use_bias=False, kernel_init=nn.with_logical_partitioning(normal, ("mlp", "embed")),
                             name="down")(nn.gelu(y))  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 from jaxtyping import Array, Float, Int
 
 from jaxpar.config import ConfigError
@@ -157,6 +157,12 @@ def _inspect(part: str, build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, P
             f"model: {part} holds state that is no nnx.Param: {', '.join(found)}. Only parameters are trained and "
             f"saved: running statistics and dropout are not supported"
         )
+    for path, v in nnx.to_flat_state(params):
+        if v.get_metadata().get("linen_meta_type") is linen.Partitioned:
+            raise ConfigError(
+                f"model: {part}/{'/'.join(map(str, path))} names its dimensions by flax.linen.with_partitioning, which "
+                f"means mesh axes: use flax.linen.with_logical_partitioning"
+            )
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), nnx.to_pure_dict(params))
     names = {path: v.get_metadata().get("out_sharding") for path, v in nnx.to_flat_state(params)}
     return graph, shapes, nnx.traversals.unflatten_mapping(names)

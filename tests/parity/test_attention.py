@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from support import TOLERANCE, make_mesh, relative_error
+from support import QUICK, TOLERANCE, array_shapes, make_mesh, relative_error
 
-from jaxpar.attention import attention, reference_attention
+from jaxpar.attention import attention, reference_attention, ring
 
 BATCH, SEQ, HEAD_DIM = 2, 32, 8
-QUICK = {"xla_backend_optimization_level": 0}  # LLVM's; XLA's own is as ever
 KINDS = {
     "causal": {},
     "full": {"causal": False},
@@ -66,12 +65,13 @@ def expected(heads, kind, dtype="float32"):
     return results(reference_attention, None, heads, dtype, **KINDS[kind])
 
 
-CASES = [(cp, GROUPED, kind) for kind in KINDS for cp in (None, 2, 4)]
-CASES += [(cp, EQUAL, kind) for kind in ("causal", "full", "packed window") for cp in (None, 1, 2, 4)]
+CASES = [(cp, GROUPED, kind, 4) for kind in KINDS for cp in (None, 2, 4)]  # 8, 4 and 2 blocks a rank
+CASES += [(cp, EQUAL, kind, SEQ) for kind in ("causal", "full", "packed window") for cp in (None, 1, 2, 4)]  # one
 
 
-@pytest.mark.parametrize(("cp", "heads", "kind"), CASES, ids=str)
-def test_output_and_gradients(cp, heads, kind):
+@pytest.mark.parametrize(("cp", "heads", "kind", "block_size"), CASES, ids=str)
+def test_output_and_gradients(monkeypatch, cp, heads, kind, block_size):
+    monkeypatch.setattr(ring, "BLOCK_SIZE", block_size)
     actual = results(attention, cp, heads, **KINDS[kind])
     for name, value in expected(heads, kind).items():
         assert relative_error(actual[name], value) < TOLERANCE, name
@@ -131,16 +131,12 @@ def test_heads_that_are_no_multiple_of_kv_heads():
 SHARE = 64  # tokens a cp rank
 
 
-def buffers(text: str) -> set[tuple[int, ...]]:
-    """The shape of every array in a compiled program's text."""
-    shapes = re.findall(r"\b(?:pred|bf16|f16|f32|f64|[su]\d+)\[([\d,]*)\]", text)
-    return {tuple(int(n) for n in shape.split(",") if n) for shape in shapes}
-
-
+@pytest.mark.parametrize("block_size", [16, 1024])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
-def test_never_more_than_one_block_of_scores(backward):
+def test_never_more_than_one_block_of_scores(monkeypatch, backward, block_size):
+    monkeypatch.setattr(ring, "BLOCK_SIZE", block_size)
     heads, kv_heads, seq = 4, 2, 4 * SHARE
-    block = BATCH * heads * SHARE**2
+    block = BATCH * heads * SHARE * min(block_size, SHARE)
 
     def compiled(attend, cp):
         run = with_gradients(attend, cp, packed=True)
@@ -150,14 +146,14 @@ def test_never_more_than_one_block_of_scores(backward):
         return run.lower(*values, segments).compile()
 
     program = compiled(attention, 4)
-    shapes = buffers(program.as_text())
+    shapes = array_shapes(program.as_text())
     assert max(map(math.prod, shapes)) == block  # the scores themselves, and nothing is larger
     assert not [shape for shape in shapes if sum(n >= seq for n in shape) >= 2]
     # Several arrays of a block's size are in use at once, but a longer ring (of twice as many scores a rank) has no more.
     temporaries = [p.memory_analysis().temp_size_in_bytes for p in (program, compiled(attention, 8))]
     assert temporaries[1] < 1.05 * temporaries[0]
     # That the look at the text sees what it shall: the definition keeps all scores.
-    assert max(map(math.prod, buffers(compiled(reference_attention, None).as_text()))) >= BATCH * heads * seq**2
+    assert max(map(math.prod, array_shapes(compiled(reference_attention, None).as_text()))) >= BATCH * heads * seq**2
 
 
 def test_only_the_kv_heads_travel():

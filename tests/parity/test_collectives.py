@@ -3,16 +3,19 @@
 import collections
 import dataclasses
 import functools
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 import user_models
-from support import DECODER, FEW_KV_HEADS, PLAIN, REDUCTIONS, SEQ, Step, mesh_id
+from support import DECODER, FEW_KV_HEADS, PLAIN, REDUCTIONS, SEQ, Step, array_shapes, mesh_id
 from support import collectives as collectives_of
 
+from jaxpar.attention import ring
 from jaxpar.models import Decoder, FunctionalModel
+from jaxpar.recompute import Recompute
 
 ROWS = 2  # sequences a microbatch and dp rank
 
@@ -82,14 +85,26 @@ def test_each_gradient_is_reduced_once_a_step_in_float32(model, sizes, zero, com
     assert {c.kind for c in gradients} == {"reduce-scatter" if zero else "all-reduce"}
 
 
+@pytest.mark.parametrize("model", [DECODER, user_models.GPT], ids=["decoder", "user"])
+def test_gradients_do_not_travel_between_stages_for_each_microbatch(model):
+    step = build(model, (1, 2, 1, 1, 1))
+    outer = {x.shape for part in ("embed", "head") for x in jax.tree.leaves(step.shapes[0][part])}
+    outer |= {(x[0] // 2, *x[1:]) for x in outer if x[0] == 256} | {
+        (*x[:-1], x[-1] // 2) for x in outer if x[-1] == 256
+    }
+    found = [c for c in collectives_of(step.jaxpr, step.mesh.shape) if c.kind in REDUCTIONS and c.loops]
+    assert found and not [c for c in found if c.shape in outer]
+
+
 def test_parameters_are_gathered_once_a_step_in_the_compute_dtype():
-    # Compiled: the jaxpr has them twice, for the gradient's reduction is written as the gather's transpose.
     step = build(DECODER, (2, 2, 1, 2, 2), compute_dtype=jnp.bfloat16)
-    text = step.compiled.as_text()
-    lines = [line for line in text.splitlines() if " all-gather(" in line and "/while/" not in line]
-    assert len(lines) == len(jax.tree.leaves(step.shapes[0]))
+    num_params = len(jax.tree.leaves(step.shapes[0]))
     gathered = [c for c in collectives_of(step.jaxpr, step.mesh.shape) if c.kind == "all-gather" and not c.loops]
-    assert {c.dtype for c in gathered} == {"bfloat16"}
+    assert sum(c.dtype == "bfloat16" for c in gathered) == num_params
+    # In float32 they are there to be transposed to the gradients' reduction, and never run. (A CPU's program cannot say
+    # which of the two it has kept: it has no collectives in bfloat16.)
+    lines = [line for line in step.compiled.as_text().splitlines() if " all-gather(" in line and "/while/" not in line]
+    assert len(lines) == num_params
 
 
 MESHES = [(2, 4, 1, 1, 2), (2, 2, 1, 2, 2), (2, 2, 2, 1, 2)]
@@ -116,17 +131,34 @@ def test_the_compiled_program_has_no_more_collectives_with_more_microbatches():
 
 
 def temporaries(schedule, num_microbatches):
-    return build(PLAIN, (1, 4, 1, 1, 1), num_microbatches, schedule=schedule).compiled.memory_analysis().temp_size_in_bytes
+    return (
+        build(PLAIN, (1, 4, 1, 1, 1), num_microbatches, schedule=schedule).compiled.memory_analysis().temp_size_in_bytes
+    )
 
 
 def test_memory_of_1f1b_does_not_grow_with_the_number_of_microbatches():
-    assert temporaries("1f1b", 16) < 1.02 * temporaries("1f1b", 7)  # from 7 on stage 0 has as many in flight as it ever has
+    assert temporaries("1f1b", 16) < 1.02 * temporaries(
+        "1f1b", 7
+    )  # from 7 on stage 0 has as many in flight as it ever has
     assert temporaries("1f1b", 64) < 1.02 * temporaries("1f1b", 16)
 
 
 def test_memory_of_gpipe_does():
     assert temporaries("gpipe", 16) > 2 * temporaries("gpipe", 4)
     assert temporaries("gpipe", 16) > 1.8 * temporaries("1f1b", 16)
+
+
+@pytest.mark.parametrize("recompute", [Recompute(), Recompute("uniform", 1)], ids=str)
+def test_a_step_keeps_no_scores_and_no_masks(monkeypatch, recompute):
+    monkeypatch.setattr(ring, "BLOCK_SIZE", 64)
+    seq = 512  # more than any other size
+    model = FunctionalModel(Decoder(PLAIN))
+    step = Step(model, (1, 1, 1, 1, 2), num_microbatches=2, rows=2, seq=2 * seq, recompute=recompute)
+    shapes = array_shapes(step.compiled.as_text())
+    assert (1, seq, 64) in shapes
+    assert not [shape for shape in shapes if sum(n >= seq for n in shape) > 1]
+    # Blocks of scores or masks that are stacked, over the keys' blocks or over layers, would be […, seq, 64] in larger ones.
+    assert max(math.prod(shape) for shape in shapes if shape[-1:] == (64,) and seq in shape) <= 8 * seq * 64
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])

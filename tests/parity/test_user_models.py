@@ -2,13 +2,13 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import pytest
 import user_models
 from flax import nnx
 from support import Case, Step, check_step, equal_trees, make_batch, make_mesh, mesh_id, random_params, reference
 
+import jaxpar
 from jaxpar.attention import reference_attention
 from jaxpar.config import ConfigError
 from jaxpar.models import FunctionalModel
@@ -66,10 +66,10 @@ def test_no_stack(sizes):
 @pytest.mark.parametrize("build", [user_models.GPT, user_models.LinenGPT, no_stack], ids=["nnx", "linen", "no stack"])
 def test_initial_weights_are_bitwise_the_same_on_every_mesh(build):
     model = FunctionalModel(build())
-    expected = jax.jit(model.init, static_argnums=0)(5)
-    for sizes in [(2, 1, 2, 1, 2), (4, 1, 1, 4, 1)]:
+    expected = Step(model, (1, 1, 1, 1, 1), num_microbatches=1).initial_params(model, 5)
+    for sizes in [(2, 1, 2, 1, 2), (2, 1, 1, 4, 1)]:
         step = Step(model, sizes, num_microbatches=1)
-        assert equal_trees(jax.jit(model.init, static_argnums=0, out_shardings=step.shardings)(5), expected)
+        assert equal_trees(step.initial_params(model, 5), expected)
 
 
 # --- errors -------------------------------------------------------------------------------------------------------------
@@ -105,7 +105,9 @@ def test_unknown_name():
     (problem,) = problems(linear("embd", "mlp"))
     assert problem == "parameter layers/kernel [4, 64, 96]: unknown dimension name 'embd': did you mean 'embed'?"
     (problem,) = problems(linear("embed", "zebra"))
-    assert "layers/kernel" in problem and "unknown dimension name 'zebra'" in problem and "known: batch, embed" in problem
+    assert (
+        "layers/kernel" in problem and "unknown dimension name 'zebra'" in problem and "known: batch, embed" in problem
+    )
 
 
 def test_wrong_number_of_names():
@@ -116,7 +118,9 @@ def test_wrong_number_of_names():
 def test_size_that_does_not_divide():
     found = problems(linear("embed", "mlp"), sizes=(1, 1, 1, 5, 1))
     start = "parameter layers/kernel [4, 64, 96]: dimension 'mlp' of 96 does not divide by tp 1 x sp 5 = 5"
-    assert [problem for problem in found if problem.startswith(start)] and len(found) == 3  # the two of the vocabulary too
+    assert [problem for problem in found if problem.startswith(start)] and len(
+        found
+    ) == 3  # the two of the vocabulary too
     (problem,) = problems(linear("embed", None), sizes=(1, 3, 1, 1, 1))
     assert "layers/kernel [4, 64, 96]: dimension 'layers' of 4 does not divide by pp 3 = 3" in problem
 
@@ -160,3 +164,16 @@ def test_a_module_instead_of_a_function_that_builds_it():
         FunctionalModel(module)
     with pytest.raises(ConfigError, match="str has not the members"):
         FunctionalModel("GPT")
+
+
+@pytest.mark.parametrize(("build", "message"), [(no_stack, "pipeline"), (user_models.GPT, "layers")])
+def test_what_cannot_be_pipelined(build, message):
+    config = jaxpar.config_from_dict({
+        "cluster": {"num_gpus_per_node": 16},
+        "runner": {"seq_length": 32, "max_steps": 1},
+        "actor": {"micro_batch_size": 1, "global_batch_size": 16, "optim": {"lr": 1e-3},
+                  "model": {"pipeline_model_parallel_size": 8, "precision": "fp32"}},
+    })  # fmt: skip
+    with pytest.raises(ConfigError, match=message) as caught:
+        jaxpar.Trainer(config, model=build())
+    assert "pipeline_model_parallel_size" in str(caught.value)

@@ -17,7 +17,7 @@ CLUSTER_CONFIGS = sorted(path.name for path in CONFIGS.glob("*node*.yaml"))
 IN_EVERY_RUN = {"llama3_70b_16nodes_8k.yaml"}
 
 needs_plugin = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins.xla_cuda12") is None,
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
     reason="jax's CUDA plugin is not installed: pip install -e '.[compile]'",
 )
 

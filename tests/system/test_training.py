@@ -155,7 +155,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path):
-    run = [*SMALL, "runner.max_steps=4", *layout("all"), "cluster.num_gpus_per_node=8"]
+    # No ring across the processes: on a loaded machine gloo then ran into its 30 s time-out, now and then.
+    sizes = ["actor.model.context_parallel_size=1", "cluster.num_gpus_per_node=8"]  # dp 2, pp 2, sp 2
+    run = [*SMALL, "runner.max_steps=4", *layout("all"), *sizes]
     fit(tmp_path / "one", *run)
     with socket.socket() as free:
         free.bind(("localhost", 0))
