@@ -34,8 +34,9 @@ def jaxpar(*arguments: str | Path) -> subprocess.CompletedProcess:
 def test_a_mistake_is_one_clear_error(tmp_path, arguments, words):
     result = jaxpar(*[str(argument).replace("{tmp}", str(tmp_path)) for argument in arguments])
     assert result.returncode == 2
-    assert words in result.stderr
-    assert result.stderr.startswith("error: ")
+    # XLA's CUDA plugin, where it is installed, says on standard error that it found no driver.
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert words in "\n".join(errors)
     assert "Traceback" not in result.stderr
 
 
