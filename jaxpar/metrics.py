@@ -8,9 +8,7 @@ from typing import Any
 import jax
 
 from jaxpar.config import Architecture
-
-# Dense bf16 peak of one device in FLOP/s, from NVIDIA's data sheets (without sparsity).
-PEAK_FLOPS = {"A100": 312e12, "H100": 989.4e12, "H200": 989.4e12, "B200": 2250e12}
+from jaxpar.targets import GPUS
 
 
 def model_flops_per_token(architecture: Architecture, num_params: int, seq_length: int) -> float:
@@ -26,8 +24,8 @@ def model_flops_per_token(architecture: Architecture, num_params: int, seq_lengt
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Of one device, or None where it is not known (a CPU)."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device.device_kind), None)
+    """Dense bf16 peak of one device in FLOP/s, or None where it is not known (a CPU, a GPU not in `jaxpar.targets`)."""
+    return next((gpu.peak_flops for gpu in GPUS.values() if gpu.description == device.device_kind), None)
 
 
 class MetricsFile:
