@@ -325,9 +325,11 @@ def test_a_process_that_waits_in_vain_says_so(process, tmp_path):
         0: f"error: process 0 of 3 waited 3 s at {address} for 2 that did not come: 1, 2. Check ",
         1: f"error: process 1 of 3 waited 3 s for the coordinator, process 0 at {address}: Connection refused. Check ",
     }
-    assert result.stderr.startswith(expected[process])
-    assert "JAXPAR_START_TIMEOUT" in result.stderr
-    assert result.stderr.count("\n") == 1
+    # XLA's CUDA plugin, where it is installed, says on standard error that it found no driver.
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith(expected[process])
+    assert "JAXPAR_START_TIMEOUT" in error
+    assert "Traceback" not in result.stderr
 
 
 ONE_STEP = {
