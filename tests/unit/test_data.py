@@ -503,4 +503,7 @@ def test_workers_end_with_a_program_that_never_closes_its_loader(tmp_path, end):
         program.kill()
     errors = program.communicate(timeout=30)[1]  # returns when the last process that holds the pipes has ended
     if end == "exits":
-        assert (program.returncode, errors) == (0, "")
+        # XLA's CUDA plugin, where it is installed, says that it found no driver; anything else would be a leak.
+        notices = ("WARNING: All log messages before absl::InitializeLog()", "cudart_stub.cc")
+        lines = [line for line in errors.splitlines() if not any(notice in line for notice in notices)]
+        assert (program.returncode, lines) == (0, [])
