@@ -702,3 +702,16 @@ def test_families_from_own_fields():
     assert train_config(model=dict(model_type="qwen3")).architecture().qk_norm
     with pytest.raises(ConfigError, match="actor.model.model_type: deepseek_v3 is not there yet"):
         train_config(model=dict(model_type="deepseek_v3")).architecture()
+
+
+def test_what_has_no_effect_is_said():
+    config = config_from_dict(
+        {
+            "runner": {"val_check_interval": 10},
+            "data": {"val_data_paths": ["held_out.txt"]},
+            "actor": {"model": {"recompute_granularity": "selective"}},
+        }
+    )
+    assert any("no evaluation during training yet" in note for note in config.notes)
+    assert any("selective changes nothing" in note for note in config.notes)
+    assert config_from_dict({}).notes == []
