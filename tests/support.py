@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxpar.attention import reference_attention
 from jaxpar.config import Architecture, MeshSizes
-from jaxpar.loss_and_grads import build_loss_and_grads
+from jaxpar.loss_and_grads import StepSetup, build_loss_and_grads
 from jaxpar.mesh import build_mesh
 from jaxpar.models import Decoder, FunctionalModel, TokenInfo
 from jaxpar.models import decoder as decoder_module
@@ -170,18 +170,27 @@ class Step:
         num_microbatches: int = 6,
         schedule: str = "1f1b",
         recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
-        zero: bool = True,
+        num_chunks: int = 1,
+        zero_stage: int = 1,
         compute_dtype: Any = jnp.float32,
         rows: int = GLOBAL_BATCH,
         seq: int = SEQ,
     ):
         self.mesh = make_mesh(sizes)
-        self.layouts = layout_tree(model.shapes, model.dims, self.mesh, explicit=model.explicit, zero=zero)
-        self.shardings = jax.tree.map(lambda layout: NamedSharding(self.mesh, layout.rest_spec), self.layouts)
-        table = build_schedule(schedule, sizes[1], num_microbatches)
-        self.function = build_loss_and_grads(
-            model, self.mesh, self.layouts, table, compute_dtype=compute_dtype, recompute=recompute
+        self.layouts = layout_tree(
+            model.shapes, model.dims, self.mesh, explicit=model.explicit, zero_stage=zero_stage, num_chunks=num_chunks
         )
+        self.shardings = jax.tree.map(lambda layout: NamedSharding(self.mesh, layout.rest_spec), self.layouts)
+        self.setup = StepSetup(
+            model,
+            self.mesh,
+            self.layouts,
+            build_schedule(schedule, sizes[1], num_microbatches, num_chunks),
+            compute_dtype=compute_dtype,
+            recompute=recompute,
+            zero_stage=zero_stage,
+        )
+        self.function = build_loss_and_grads(self.setup)
         shape = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
         batch_sharding = NamedSharding(self.mesh, BATCH_SPEC)
         self.shapes = (

@@ -165,7 +165,9 @@ class Optim(Section):
     adam_eps: Positive = 1e-8
     weight_decay: Number = 0.01
     clip_grad: Number | None = 1.0  # global norm; 0 or null: off
-    use_distributed_optimizer: bool = True  # ZeRO-1: optimizer state split over dp and cp
+    use_distributed_optimizer: bool = True  # ZeRO: state split over dp and cp
+    zero_stage: Literal[0, 1, 2, 3] | None = None  # ours; null: 1, or 0 without use_distributed_optimizer
+    grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # ours: of gradients on their way over dp and cp
     loss_scale: Positive | None = None  # static, for fp16
 
 

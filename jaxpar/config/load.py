@@ -84,10 +84,6 @@ class Config(Section):
             notes.append(
                 "data.val_data_paths and runner.val_check_interval: there is no evaluation during training yet"
             )
-        if model.recompute_granularity == "selective":
-            notes.append(
-                "actor.model.recompute_granularity: selective changes nothing: attention never keeps its scores"
-            )
         try:
             architecture, more = read_architecture(self.actor)
         except ConfigError:  # check_train and architecture() report it
@@ -113,6 +109,12 @@ class Config(Section):
                 f"{architecture.max_position_embeddings}"
             )
         return notes
+
+    @property
+    def zero_stage(self) -> int:
+        """Stage of ZeRO, 0 to 3."""
+        optim = self.actor.optim
+        return int(optim.use_distributed_optimizer) if optim.zero_stage is None else optim.zero_stage
 
     def num_configured_devices(self) -> int | None:
         """Devices that the file asks for; None if `cluster.num_gpus_per_node` is null: then ask the runtime."""

@@ -84,7 +84,7 @@ def test_recompute_changes_no_gradient(sizes, schedule, recompute):
 
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 2, 2), (2, 1, 2, 1, 2)], ids=mesh_id)
 def test_without_zero(sizes):
-    check_step(decoder_case(DECODER), sizes, zero=False)
+    check_step(decoder_case(DECODER), sizes, zero_stage=0)
 
 
 def test_keys_in_several_blocks_a_rank(monkeypatch):
@@ -115,15 +115,15 @@ def initial_params():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "zero"),
+    ("sizes", "zero_stage"),
     [
         ((16, 1, 1, 1, 1), True), ((1, 4, 1, 4, 1), True), ((2, 2, 2, 1, 2), True), ((2, 2, 1, 2, 2), True),
         ((1, 4, 1, 1, 4), True), ((2, 2, 1, 2, 2), False),
     ],
 )  # fmt: skip
-def test_initial_weights_are_bitwise_the_same_on_every_mesh(initial_params, sizes, zero):
+def test_initial_weights_are_bitwise_the_same_on_every_mesh(initial_params, sizes, zero_stage):
     model, expected = initial_params
-    step = Step(model, sizes, num_microbatches=1, zero=zero)
+    step = Step(model, sizes, num_microbatches=1, zero_stage=zero_stage)
     assert equal_trees(step.initial_params(model, 5), expected)
 
 
