@@ -8,6 +8,7 @@ With ZeRO stage 2 the reduction happens layer by layer, as gradients come; with 
 backward. For an explicit model all five axes are manual; for an automatic one tp and sp are left to XLA.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxpar.collectives import (
     broadcast_from_last_stage,
     cross_entropy,
+    manual,
     rank_and_size,
     sum_over,
     varying_axes,
@@ -35,6 +37,7 @@ from jaxpar.recompute import Recompute
 from jaxpar.sharding import BATCH_SPEC, ParamLayout, gather_param, mark_varying, place_layers, reduce_grad
 
 Batch = Mapping[str, jax.Array]
+MAX_LOGITS_BYTES = 2**29  # float32 logits that a device holds at a time
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class StepSetup:
     layouts: Any
     schedule: Schedule
     compute_dtype: Any = jnp.float32
-    recompute: Recompute = Recompute()
+    recompute: Recompute = Recompute()  # noqa: RUF009 (frozen)
     zero_stage: int = 1
     reduce_dtype: Any = jnp.float32
 
@@ -98,8 +101,8 @@ class StepSetup:
     def microbatches(self, batch: Batch) -> Batch:
         return jax.tree.map(lambda x: x.reshape(self.schedule.num_microbatches, -1, *x.shape[1:]), batch)
 
-    def functions(self) -> engine.StageFunctions:
-        """The model as the engine wants it."""
+    def functions(self, params: Params, batch: Batch) -> engine.StageFunctions:
+        """The model as the engine wants it. `params` as held, `batch` in microbatches."""
         model, split_sequence = self.model, not self.model.explicit and self.mesh.shape["sp"] > 1
 
         def constrain(x: jax.Array) -> jax.Array:
@@ -114,9 +117,29 @@ class StepSetup:
         def token_losses(params: Params, x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
             return _token_losses(model, params, x, batch)
 
+        parts = self._num_loss_parts(embed, params, batch)
+
+        def cut(x: jax.Array, batch: Batch) -> tuple[jax.Array, Batch]:
+            return _cut(x, parts, 1), jax.tree.map(lambda a: _cut(a, parts, a.shape[1] // x.shape[1]), batch)
+
         placement = LayerPlacement(model.num_layers, self.schedule.num_stages, self.schedule.num_chunks)
         num_real = jnp.asarray(placement.counts)[rank_and_size("pp")[0]] if placement.is_padded else None
-        return engine.StageFunctions(embed, block, token_losses, self.gather, self.reduce, num_real)
+        return engine.StageFunctions(embed, block, token_losses, cut, self.gather, self.reduce, num_real)
+
+    def _num_loss_parts(self, embed: Callable[[Params, Batch], jax.Array], params: Params, batch: Batch) -> int:
+        """The least number of parts of a microbatch's tokens whose logits are small enough."""
+
+        def logits() -> tuple[jax.Array, jax.Array]:
+            outer = {part: self.gather(part, params[part]) for part in ("embed", "head")}
+            x = embed(outer["embed"], jax.tree.map(lambda a: a[0], batch))
+            return x, self.model.head(outer, x)
+
+        x, logits = jax.eval_shape(logits)
+        # Of an automatic model XLA splits the logits over the tensor group, and each stage takes a share of the tokens.
+        axes = () if self.model.explicit else ("pp", *TENSOR_AXES)
+        size = math.prod(logits.shape) * 4 // math.prod(self.mesh.shape[axis] for axis in axes)
+        tokens = x.shape[1]
+        return next((n for n in range(1, tokens) if tokens % n == 0 and size <= n * MAX_LOGITS_BYTES), tokens)
 
     def on_mesh(self, local: Callable, out_specs: Any) -> Callable:
         """`local` (params, batch, …scalars) on every device, each with its part."""
@@ -157,7 +180,8 @@ def build_loss_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.Array, Par
         tokens = sum_over(batch["loss_mask"].sum(), REPLICA_AXES)
         rows = setup.microbatches({**batch, "weights": batch["loss_mask"] * (scale / jnp.maximum(tokens, 1))})
         held = setup.held(params)
-        loss, grads = engine.loss_and_grads(setup.schedule, setup.functions(), held, rows, setup.recompute)
+        functions = setup.functions(held, rows)
+        loss, grads = engine.loss_and_grads(setup.schedule, functions, held, rows, setup.recompute)
         grads = setup.leave(params, grads)
         if loss_scale:
             grads = jax.tree.map(lambda x: x / scale, grads)
@@ -182,20 +206,43 @@ def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.
 
     def local(params: Params, batch: Batch) -> dict[str, jax.Array]:
         rows = evaluating.microbatches({**batch, "weights": batch["loss_mask"]})
-        losses, weights = engine.evaluate(
-            evaluating.schedule, evaluating.functions(), evaluating.held(params), rows
-        )
-        total = (losses * weights).sum()
+        held = evaluating.held(params)
+        losses, weights = engine.evaluate(evaluating.schedule, evaluating.functions(held, rows), held, rows)
+        loss = (losses * weights).sum()
+        if not evaluating.model.explicit:
+            losses = _from_all_stages(losses)
         return {
-            "loss": sum_over(total, varying_axes(total)),
+            "loss": sum_over(loss, varying_axes(loss)),
             "tokens": sum_over(batch["loss_mask"].sum(), REPLICA_AXES),
-            "token_losses": losses.reshape(-1, losses.shape[-1]),
+            "token_losses": _join(losses, math.prod(lax.axis_size(axis) for axis in manual("sp")), batch["tokens"].shape),
         }
 
-    # The stages of an automatic model each have a share of the tokens, see _token_losses.
-    shares = not setup.model.explicit and setup.mesh.shape["pp"] > 1
-    token_spec = P("dp", ("cp", "pp")) if shares else BATCH_SPEC
-    return evaluating.on_mesh(local, {"loss": P(), "tokens": P(), "token_losses": token_spec})
+    return evaluating.on_mesh(local, {"loss": P(), "tokens": P(), "token_losses": BATCH_SPEC})
+
+
+def _cut(x: jax.Array, parts: int, ways: int) -> jax.Array:
+    """[batch, seq, ...] → [parts, batch, seq / parts, ...]: a part has an equal piece of each of the `ways` in which sp
+    splits the sequence."""
+    batch, seq, *rest = x.shape
+    pieces = x.reshape(batch, ways, parts, seq // ways // parts, *rest)
+    return jnp.moveaxis(pieces, 2, 0).reshape(parts, batch, seq // parts, *rest)
+
+
+def _join(x: jax.Array, ways: int, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `_cut`: [microbatches, parts, batch, tokens] → [rows, seq]; what was padded falls off."""
+    microbatches, parts, batch, _ = x.shape
+    pieces = x.reshape(microbatches, parts, batch, ways, -1)[..., : shape[1] // ways // parts]
+    return jnp.moveaxis(pieces, 1, 3).reshape(shape)
+
+
+def _from_all_stages(shares: jax.Array) -> jax.Array:
+    """Each stage's share of the tokens → all of them, on every stage."""
+    stage, stages = rank_and_size("pp")
+    if stages == 1:
+        return shares
+    share = shares.shape[-1]
+    mine = jnp.arange(share * stages) // share == stage
+    return sum_over(jnp.where(mine, jnp.tile(shares, stages), 0), ("pp",))
 
 
 def _token_losses(

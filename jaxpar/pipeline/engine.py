@@ -32,6 +32,8 @@ class StageFunctions(NamedTuple):
       block: (one layer's parameters, activations, batch) → activations.
       token_losses: ({"embed", "head"}, activations, batch) → (losses, weights) of tokens, [batch, any] each. All stages
         call it together, only the last one's activations count.
+      cut: (activations, batch) → both in equal parts of the tokens, [parts, ...], whose losses are computed one after the
+        other: the logits of a whole microbatch may be larger than everything else.
       gather: (part, parameters as the engine holds them) → as the functions take them. Linear.
       reduce: (part, {index of the leaf: gradient}) → the same as it is summed up over microbatches, float32. Linear.
       num_real: int [chunks] of this stage, see `jaxpar.pipeline.layers.Layers`.
@@ -40,6 +42,7 @@ class StageFunctions(NamedTuple):
     embed: Callable[[Any, Any], jax.Array]
     block: Callable[[Any, jax.Array, Any], jax.Array]
     token_losses: Callable[[Any, jax.Array, Any], tuple[jax.Array, jax.Array]]
+    cut: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
     gather: Callable[[str, Any], Any]
     reduce: Callable[[str, dict[int, jax.Array]], dict[int, jax.Array]]
     num_real: jax.Array | None = None
@@ -74,7 +77,7 @@ def loss_and_grads(
 def evaluate(
     schedule: Schedule, functions: StageFunctions, params: Any, batch: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """(losses, weights) of each token, [microbatches, batch, any] each, with a table that only runs forward."""
+    """(losses, weights) of each token, [microbatches, parts, batch, any] each, with a table that only runs forward."""
     return _Engine(schedule, functions, params, batch, Recompute()).evaluate()
 
 
@@ -86,7 +89,6 @@ class _Engine:
         self.stage, _ = rank_and_size("pp")
         self.last = schedule.num_stages - 1
         self.num_virtual = schedule.num_stages * schedule.num_chunks
-        self.outer = {part: params[part] for part in ("embed", "head")}
         self.example = jax.eval_shape(lambda: self._embed(params["embed"], jnp.int32(0)))
         self.layers = Layers(
             functions.block,
@@ -102,7 +104,8 @@ class _Engine:
         )
 
     def loss_and_grads(self) -> tuple[jax.Array, Any]:
-        sizes, loss = self.schedule.buffers.sizes, jax.eval_shape(lambda: self._loss(self.outer, zeros(self.example), 0))
+        sizes, start = self.schedule.buffers.sizes, self._microbatch(0)
+        loss = jax.eval_shape(lambda: self._loss(self._gather_outer(), zeros(self.example), start))
         carry = _Carry(
             from_below=zeros(self.example, sizes["from_below"]),
             from_above=zeros(self.example, sizes["from_above"]),
@@ -123,13 +126,16 @@ class _Engine:
         def tick(from_below: jax.Array, row: Row, segment: Segment) -> tuple[jax.Array, Any]:
             y, _ = self._forward(from_below, None, row, segment)
             leaving = self._chunk_and_microbatch(row["F"][self.last])[1]
-            losses = self._when("head", segment, row, lambda: self._token_losses(self.outer, y, leaving))
+            losses = self._when("head", segment, row, lambda: self._token_losses(y, leaving))
             return self._pass_up(from_below, y, row), losses
 
-        (segment,) = self.schedule.segments
-        _, losses = self._scan(tick, carry, segment)
-        order = np.argsort(self.schedule.forward[self.schedule.runs["head"], self.last])
-        return jax.tree.map(lambda x: x[np.flatnonzero(self.schedule.runs["head"])[order]], losses)
+        losses = []
+        for segment in self.schedule.segments:
+            carry, of_ticks = self._scan(tick, carry, segment)
+            losses.append(of_ticks)
+        ticks = np.flatnonzero(self.schedule.runs["head"])
+        in_order = ticks[np.argsort(self.schedule.forward[ticks, self.last])]
+        return jax.tree.map(lambda *x: jnp.concatenate(x)[in_order], *losses)
 
     def _scan(self, tick: Callable[..., tuple[Any, Any]], carry: Any, segment: Segment) -> tuple[Any, Any]:
         schedule = self.schedule
@@ -203,21 +209,37 @@ class _Engine:
         """Loss of the microbatch that turns round; its gradients by the outer parameters and by the last output."""
         leaving = self._chunk_and_microbatch(row["B"][self.last])[1]
         y = _take(outputs, row["outputs_read_B"][self.last])
-        outer = {part: self.functions.gather(part, held) for part, held in self.outer.items()}
-        loss, backward = jax.vjp(lambda outer, y: self._loss(outer, y, leaving, gathered=True), outer, y)
-        grads, y_grad = backward(vary(jnp.ones_like(loss), varying_axes(loss)))
-        return loss, {part: self._reduce(part, g) for part, g in grads.items()}, y_grad
+        outer = self._gather_outer()
 
-    def _loss(self, outer: Any, y: jax.Array, microbatch: Any, *, gathered: bool = False) -> jax.Array:
-        losses, weights = self._token_losses(outer, y, microbatch, gathered=gathered)
+        def part(pieces: tuple[jax.Array, Any]) -> tuple[jax.Array, Any, jax.Array]:
+            loss, backward = jax.vjp(lambda outer, y: self._loss(outer, y, pieces[1]), outer, pieces[0])
+            return loss, *backward(vary(jnp.ones_like(loss), varying_axes(loss)))
+
+        def add_part(totals: Any, pieces: tuple[jax.Array, Any]) -> tuple[Any, jax.Array]:
+            loss, grads, y_grad = part(pieces)
+            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, (loss, grads)), y_grad
+
+        y_parts, info = self.functions.cut(y, self._microbatch(leaving))
+        if y_parts.shape[0] == 1:
+            loss, grads, y_grad = part(jax.tree.map(lambda x: x[0], (y_parts, info)))
+        else:
+            first = jax.eval_shape(part, jax.tree.map(lambda x: x[0], (y_parts, info)))
+            totals = jax.tree.map(lambda x: zeros(x, dtype=jnp.float32), first[:2])
+            (loss, grads), y_grads = lax.scan(add_part, totals, (y_parts, info))
+            y_grad = jnp.moveaxis(y_grads, 0, 1).reshape(y.shape)
+        return loss, {name: self._reduce(name, g) for name, g in grads.items()}, y_grad
+
+    def _gather_outer(self) -> Any:
+        return {part: self.functions.gather(part, self.params[part]) for part in ("embed", "head")}
+
+    def _loss(self, outer: Any, y: jax.Array, info: Any) -> jax.Array:
+        losses, weights = self.functions.token_losses(outer, y, info)
         return (losses * weights).sum()
 
-    def _token_losses(
-        self, outer: Any, y: jax.Array, microbatch: Any, *, gathered: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
-        if not gathered:
-            outer = {part: self.functions.gather(part, held) for part, held in outer.items()}
-        return self.functions.token_losses(outer, y, self._microbatch(microbatch))
+    def _token_losses(self, y: jax.Array, microbatch: Any) -> tuple[jax.Array, jax.Array]:
+        outer = self._gather_outer()
+        pieces = self.functions.cut(y, self._microbatch(microbatch))
+        return lax.map(lambda pieces: self.functions.token_losses(outer, *pieces), pieces)
 
     def _embed(self, embed: Any, microbatch: Any, *, gathered: bool = False) -> jax.Array:
         embed = embed if gathered else self.functions.gather("embed", embed)
