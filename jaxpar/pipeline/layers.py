@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxpar.collectives import zeros
 from jaxpar.pipeline.pullback import Pullback
@@ -180,6 +181,8 @@ def _put(buffers: Sequence[jax.Array], values: Sequence[jax.Array], place: Any, 
 def _take(buffers: Sequence[jax.Array], place: Any, i: Any) -> list[jax.Array]:
     def take(buffer: jax.Array) -> jax.Array:
         shape = (1, 1, *buffer.shape[2:])
-        return lax.dynamic_slice(buffer, (place, i, *[0] * (buffer.ndim - 2)), shape)[0, 0]
+        x = lax.dynamic_slice(buffer, (place, i, *[0] * (buffer.ndim - 2)), shape)[0, 0]
+        # A product may want it transposed. XLA would give the whole buffer that layout: a second copy of it all.
+        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
     return [take(buffer) for buffer in buffers]
