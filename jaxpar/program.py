@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpar.attention import AttentionSettings
 from jaxpar.batch import GlobalBatch
 from jaxpar.config import Architecture, Config, ConfigError
 from jaxpar.loss_and_grads import build_loss_and_grads
@@ -67,7 +68,7 @@ class Program:
             sizes = config.mesh_sizes(len(devices))
             config.check_train(sizes, None)
         self.mesh = build_mesh(sizes, devices)
-        self.model = FunctionalModel(model)
+        self.model = FunctionalModel(model, _attention_settings(config))
         _check_stack(self.model, sizes.pp)
         self.layouts = layout_tree(
             self.model.shapes,
@@ -123,6 +124,12 @@ def _check_stack(model: FunctionalModel, num_stages: int) -> None:
         f"{key} does not divide the model's num_layers {model.num_layers} "
         f"({model.num_layers} / {num_stages} = {model.num_layers / num_stages:.2f}): choose a size that does"
     )
+
+
+def _attention_settings(config: Config) -> AttentionSettings:
+    model = config.actor.model
+    a2a_size, _ = model.hierarchical_context_parallel_sizes or (1, 1)
+    return AttentionSettings(model.cp_comm_type, a2a_size)
 
 
 def _recompute(config: Config) -> Recompute:
