@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,20 @@ from support import (
     SEQ,
     VOCAB,
     Step,
+    assert_parity,
     check_step,
     decoder_case,
     equal_trees,
     make_batch,
     mesh_id,
+    reference,
     relative_error,
 )
 
 from jaxpar import loss_and_grads
-from jaxpar.attention import ring
+from jaxpar.attention import AttentionSettings, blockwise, reference_attention, zigzag_order
 from jaxpar.models import Decoder, FunctionalModel, TokenInfo
+from jaxpar.models import decoder as decoder_module
 from jaxpar.recompute import Recompute
 
 ALL_OF_TWO = [
@@ -176,9 +180,42 @@ def test_without_zero(sizes):
     check_step(decoder_case(DECODER), sizes, zero_stage=0)
 
 
-def test_keys_in_several_blocks_a_rank(monkeypatch):
-    monkeypatch.setattr(ring, "BLOCK_SIZE", 4)
+def test_several_tiles_of_scores(monkeypatch):
+    monkeypatch.setattr(blockwise, "MAX_TILE", 4)
     check_step(decoder_case(DECODER), (1, 2, 1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes", "arch"),
+    [
+        (AttentionSettings("all_gather"), (1, 2, 1, 2, 4), DECODER),
+        (AttentionSettings("all_gather"), (2, 1, 2, 1, 2), FEW_KV_HEADS),
+        (AttentionSettings("a2a"), (1, 2, 1, 2, 4), DECODER),
+        (AttentionSettings("a2a"), (1, 2, 2, 1, 4), FEW_KV_HEADS),  # one kv head a device, for four ranks
+        (AttentionSettings("a2a+p2p", 2), (1, 2, 1, 2, 4), DECODER),
+        (AttentionSettings("a2a+p2p", 2), (2, 1, 2, 1, 4), FEW_KV_HEADS),
+    ],
+)
+def test_kinds_of_context_parallelism(settings, sizes, arch):
+    check_step(decoder_case(arch), sizes, settings)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 1, 1, 4), (1, 1, 1, 2, 4)], ids=mesh_id)
+def test_a_cp_rank_without_valid_tokens(sizes):
+    case = decoder_case(DECODER)
+    step, order = Step(case.model, sizes), zigzag_order(SEQ, 4)
+    for masked in (order[SEQ // 4 : SEQ // 2], order):  # the second rank's tokens; all tokens
+        batch = {**case.batch, "loss_mask": case.batch["loss_mask"].copy()}
+        batch["loss_mask"][:, masked] = 0
+        batch["segment_ids"] = batch["segment_ids"].copy()
+        batch["segment_ids"][:, masked] = np.arange(len(masked)) + 1000  # and nobody to attend to
+        loss, grads = step(case.params, batch)
+        if masked is order:
+            assert loss == 0 and not any(g.any() for g in jax.tree.leaves(grads))
+        else:
+            table = lambda params: params["embed"]["table"]  # noqa: E731
+            with mock.patch.object(decoder_module, "attention", reference_attention):
+                assert_parity(loss, grads, *reference(case.model, case.params, batch, table=table))
 
 
 def test_a_dimension_that_divides_by_one_axis_only():
