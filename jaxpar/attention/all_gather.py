@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxpar.attention.placement import zigzag_chunks
 from jaxpar.attention.products import Products, attend, attend_backward, output_grads_of
-from jaxpar.attention.types import Keys, Kind, Queries, no_grads, nothing
+from jaxpar.attention.types import Keys, Kind, Queries, no_grads, nothing, tie
 
 
 def all_gather_attention(kind: Kind, size: int, query: jax.Array, keys: Keys) -> jax.Array:
@@ -21,8 +21,9 @@ def _output(kind: Kind, size: int, query: jax.Array, keys: Keys) -> jax.Array:
 
 
 def _forward(kind: Kind, size: int, query: jax.Array, keys: Keys):
-    queries, partial, gathered = Queries(query, keys.segments), nothing(query), _gather(keys)
-    for products in _products(kind, size, query.shape[1]):
+    rank, segments = tie((lax.axis_index("cp"), keys.segments), query)
+    queries, partial, gathered = Queries(query, segments), nothing(query), _gather(keys._replace(segments=segments))
+    for products in _products(kind, size, rank, query.shape[1]):
         partial = attend(kind, queries, gathered, products, partial)
     output = partial.output.astype(query.dtype)
     return output, (query, keys, output, partial.lse)
@@ -30,9 +31,10 @@ def _forward(kind: Kind, size: int, query: jax.Array, keys: Keys):
 
 def _backward(kind: Kind, size: int, residuals, grad: jax.Array):
     query, keys, output, lse = residuals
-    queries, gathered = Queries(query, keys.segments), _gather(keys)
+    rank, segments = tie((lax.axis_index("cp"), keys.segments), query)
+    queries, gathered = Queries(query, segments), _gather(keys._replace(segments=segments))
     grads, output_grads = no_grads(queries, gathered), output_grads_of(grad, output, lse)
-    for products in _products(kind, size, query.shape[1]):
+    for products in _products(kind, size, rank, query.shape[1]):
         grads = attend_backward(kind, queries, gathered, products, output_grads, grads)
     key_grad, value_grad = (lax.psum_scatter(x, "cp", scatter_dimension=1, tiled=True) for x in grads[1:])
     keys_grad = Keys(key_grad.astype(keys.key.dtype), value_grad.astype(keys.value.dtype), None)
@@ -48,7 +50,7 @@ def _gather(keys: Keys) -> Keys:
     return jax.tree.map(lambda x: lax.all_gather(x, "cp", axis=1, tiled=True), keys)
 
 
-def _products(kind: Kind, size: int, seq: int) -> list[Products]:
+def _products(kind: Kind, size: int, rank: jax.Array, seq: int) -> list[Products]:
     """The blocks of this rank's two chunks of queries, the same number on every rank.
 
     Causal: on rank r the early chunk has r whole chunks of keys before it, the late one 2·size-1-r; each has one on the
@@ -56,7 +58,7 @@ def _products(kind: Kind, size: int, seq: int) -> list[Products]:
     """
     if not kind.causal and kind.window is None:
         return [Products(seq, None, None)]
-    rank, chunk, last = lax.axis_index("cp"), seq // 2, 2 * size - 1
+    chunk, last = seq // 2, 2 * size - 1
     places = jnp.array(np.argsort(zigzag_chunks(size)))  # of each chunk among the gathered ones
     if kind.window is None:
         diagonal = jnp.array([[0, 2 * rank], [1, 2 * rank + 1]])

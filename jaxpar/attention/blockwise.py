@@ -28,6 +28,7 @@ from jaxpar.attention.types import (
     nothing,
     put,
     take,
+    tie,
 )
 from jaxpar.collectives import MASKED
 
@@ -117,18 +118,13 @@ def _scores(kind: Kind, queries: Queries, keys: Keys, distance: jax.Array | None
     scores = _product("bqkgd,bskd->bkgqs", queries.query, keys.key) * kind.scale
     if distance is None and queries.segments is None:
         return scores, None
-    # The mask must seem to depend on the data. JAX would otherwise hoist it out of the scan over layers, for all tiles at
-    # once: a matrix of sequence x sequence.
-    _, distance, segments, key_segments = lax.optimization_barrier(
-        (queries.query, distance, queries.segments, keys.segments)
-    )
     places = distance is not None
-    query_index = jnp.arange(scores.shape[-2]) + (distance if places else 0)
+    query_index = jnp.arange(scores.shape[-2]) + (tie(distance, queries.query) if places else 0)
     mask = attention_mask(
         query_index,
         jnp.arange(scores.shape[-1]),
-        segments,
-        key_segments,
+        queries.segments,
+        keys.segments,
         causal=kind.causal and places,
         window=kind.window if places else None,
     )
