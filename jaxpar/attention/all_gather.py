@@ -3,10 +3,8 @@ pass. More memory than the ring, one large transfer instead of many; nothing hid
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jaxpar.attention.placement import zigzag_chunks
 from jaxpar.attention.products import Products, attend, attend_backward, output_grads_of
 from jaxpar.attention.types import Keys, Kind, Queries, no_grads, nothing, tie
 
@@ -59,18 +57,22 @@ def _products(kind: Kind, size: int, rank: jax.Array, seq: int) -> list[Products
     if not kind.causal and kind.window is None:
         return [Products(seq, None, None)]
     chunk, last = seq // 2, 2 * size - 1
-    places = jnp.array(np.argsort(zigzag_chunks(size)))  # of each chunk among the gathered ones
     if kind.window is None:
         diagonal = jnp.array([[0, 2 * rank], [1, 2 * rank + 1]])
         number = jnp.arange(last)
         early = number < rank
-        before = jnp.stack([jnp.where(early, 0, 1), places[jnp.where(early, number, number - rank)]], -1)
+        before = jnp.stack([jnp.where(early, 0, 1), _place(jnp.where(early, number, number - rank), size)], -1)
         return [Products(chunk, diagonal * chunk, 0), Products(chunk, before * chunk, None)]
     reach = min(last, -(-max(kind.window - 1, 0) // chunk))  # chunks that a causal query may look back over
     distance = jnp.arange(reach + 1) if kind.causal else jnp.arange(-last, last + 1)
     half, distance = (x.ravel() for x in jnp.meshgrid(jnp.arange(2), distance))
     key_chunk = jnp.where(half == 0, rank, last - rank) - distance
     exists = (key_chunk >= 0) & (key_chunk <= last)
-    starts = jnp.stack([half, places[jnp.clip(key_chunk, 0, last)]], -1)
+    starts = jnp.stack([half, _place(jnp.clip(key_chunk, 0, last), size)], -1)
     too_far = -2 * chunk if kind.causal else 2 * chunk + kind.window  # all of it is masked
     return [Products(chunk, starts * chunk, jnp.where(exists, distance * chunk, too_far))]
+
+
+def _place(chunk: jax.Array, size: int) -> jax.Array:
+    """Where a chunk of the sequence is among the gathered ones (`placement.zigzag_chunks`, turned round)."""
+    return jnp.where(chunk < size, 2 * chunk, 2 * (2 * size - 1 - chunk) + 1)

@@ -96,7 +96,7 @@ def _go_round(stops: list[int], step: Callable, carry: Any) -> Any:
     first, middle, last = around[:1], around[1:-1], around[1:][-1:]
     carry = step(carry, *first[0])
     if middle and all(hop == 1 for hop in hops[1:-1]):
-        carry, _ = lax.scan(lambda carry, stop: (step(carry, stop, 1, 1), None), carry, jnp.array(stops[1:-1]))
+        carry, _ = lax.scan(lambda carry, stop: (step(carry, stop, 1, 1), None), carry, jnp.arange(1, stops[-1]))
     else:
         last = around[1:]
     for one in last:
@@ -131,9 +131,13 @@ def _products(kind: Kind, ring: Ring, rank: Any, stop: Any, seq: int) -> Product
     if kind.window is None:
         other = jnp.where(stop <= rank, 0, chunk)
         return Products(chunk, jnp.array([[chunk, 0], [other, other]]), None)
-    pairs = _chunk_pairs(kind, ring, stop if isinstance(stop, int) else None, seq)
-    offsets = [_chunk(ring, rank, a) - _chunk(ring, (rank - stop) % ring.size, b) for a, b in pairs]
-    return Products(chunk, jnp.array(pairs) * chunk, jnp.array(offsets) * chunk)
+    blocks = jnp.array(
+        [
+            [a, b, _chunk(ring, rank, a) - _chunk(ring, (rank - stop) % ring.size, b)]
+            for a, b in _chunk_pairs(kind, ring, stop if isinstance(stop, int) else None, seq)
+        ]
+    )
+    return Products(chunk, blocks[:, :2] * chunk, blocks[:, 2] * chunk)
 
 
 def _chunk(ring: Ring, rank: Any, half: int) -> Any:
