@@ -122,7 +122,7 @@ def svg(schedule: Schedule, costs: Costs) -> str:
                 for stage in range(schedule.num_stages)
             ),
             *_boxes(schedule, widths, scale),
-            *_axis(time, scale, bottom),
+            *_axis(time, costs, scale, bottom),
             "</svg>",
             "",
         ]
@@ -182,7 +182,7 @@ def _placed_legend(legend: list[tuple[tuple[str, float, str, str], int]]) -> Ite
         x += width
 
 
-def _axis(time: float, scale: float, bottom: float) -> Iterator[str]:
+def _axis(time: float, costs: Costs, scale: float, bottom: float) -> Iterator[str]:
     """Of time, with a number about every 80 pixels, in steps of 1, 2 or 5 times a power of ten."""
     exponents = (10.0**power for power in range(-12, 13))
     step = next((s for ten in exponents for s in (ten, 2 * ten, 5 * ten) if s * scale >= 80), time)
@@ -191,7 +191,8 @@ def _axis(time: float, scale: float, bottom: float) -> Iterator[str]:
         x = LEFT + i * step * scale
         yield f'<line class="line" x1="{x:.2f}" x2="{x:.2f}" y1="{bottom}" y2="{bottom + 5}"/>'
         yield f'<text x="{x:.2f}" y="{bottom + 18}" text-anchor="middle">{i * step:g}</text>'
-    yield f'<text x="{LEFT}" y="{bottom + 38}">time, in units in which F, B and W have the costs given</text>'
+    words = f"time; on a whole stage a microbatch takes F {costs[0]:g}, B {costs[1]:g}, W {costs[2]:g}"
+    yield f'<text x="{LEFT}" y="{bottom + 38}">{words}</text>'
 
 
 def _published_bubbles(schedule: Schedule, costs: Costs) -> Iterator[str]:
