@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from jaxpar.config import Config, ConfigError, load_config
+from jaxpar.pipeline.schedule import SCHEDULES, ScheduleError, build_schedule
 
 if TYPE_CHECKING:
     from jaxpar.trainer import Trainer
@@ -150,7 +151,7 @@ def compile_(
 
 @app.command(epilog="Example: jaxpar schedule zb1p --stages 4 --microbatches 8 --chunks 2 --svg zb1p.svg")
 def schedule(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="gpipe, 1f1b, eager_1f1b, interleaved_1f1b or zb1p.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"{', '.join(SCHEDULES)}.")],
     stages: Annotated[int, typer.Option(help="P: pipeline_model_parallel_size.")] = 4,
     microbatches: Annotated[int, typer.Option(help="M: global_batch_size / (micro_batch_size x dp).")] = 8,
     chunks: Annotated[int, typer.Option(help="V: virtual_pipeline_model_parallel_size.")] = 1,
@@ -162,7 +163,6 @@ def schedule(
 ) -> None:
     """Draw a pipeline schedule; say its bubble, memory and messages, and what papers publish for them."""
     from jaxpar.pipeline import drawing
-    from jaxpar.pipeline.schedule import build_schedule
     from jaxpar.placement import LayerPlacement
 
     table = build_schedule(name, stages, microbatches, chunks)
@@ -195,8 +195,6 @@ def main() -> None:
     """Entry point: a user's mistake is an error on standard error and exit code 2, never a traceback."""
     # jaxlib's own notices (topology, unused flags) would tear the progress bar.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from jaxpar.pipeline.schedule import ScheduleError
-
     try:
         app()
     except ConfigError as error:

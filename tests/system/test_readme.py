@@ -57,7 +57,7 @@ def test_the_example_has_the_same_gradients_on_pp2_tp2_cp2():
 
 
 def test_the_schedule_is_what_the_command_draws():
-    ((command, shown),) = re.findall(r"```bash\n(jaxpar schedule .*)\n```\n\n```\n(.*?)```", README, re.DOTALL)
+    ((command, shown),) = re.findall(r"```bash\n(jaxpar schedule [^\n]*)\n```\n\n```\n(.*?)```", README, re.DOTALL)
     script = Path(sys.executable).parent / "jaxpar"
     result = subprocess.run([script, *command.split()[1:]], capture_output=True, text=True, timeout=120)
     assert result.stdout == shown
