@@ -1,6 +1,7 @@
-"""`jaxpar train | mesh | schedule`: reads the command line, prints, and turns errors into one line and an exit code."""
+"""`jaxpar train | mesh | compile | schedule`: reads the command line, prints, and turns errors into one line and an exit code."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 
 from jaxpar.config import Config, ConfigError, load_config
+from jaxpar.pipeline.schedule import SCHEDULES, ScheduleError, build_schedule
 
 if TYPE_CHECKING:
     from jaxpar.trainer import Trainer
@@ -65,6 +67,8 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
     from jaxpar import display, runtime
     from jaxpar.mesh import cross_host_warning
     from jaxpar.models import Decoder, FunctionalModel
+    from jaxpar.pipeline.drawing import placement_line
+    from jaxpar.placement import LayerPlacement
     from jaxpar.sharding import layout_tree
 
     console = _console()
@@ -89,6 +93,9 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
         model.shapes, model.dims, abstract, explicit=True, zero_stage=config.zero_stage, num_chunks=chunks
     )
     console.print(display.parameter_table(layouts, abstract.shape))
+    placement = LayerPlacement(model.num_layers, sizes.pp, chunks)
+    if placement.is_padded:
+        console.print(placement_line(placement), highlight=False)
 
 
 @app.command(
@@ -142,30 +149,52 @@ def compile_(
         hlo_file.write_text(report.hlo)
 
 
-@app.command(epilog="Example: jaxpar schedule 1f1b --stages 4 --microbatches 8")
+@app.command(epilog="Example: jaxpar schedule zb1p --stages 4 --microbatches 8 --chunks 2 --svg zb1p.svg")
 def schedule(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A schedule: gpipe or 1f1b.")],
-    stages: Annotated[int, typer.Option(help="Pipeline stages (pipeline_model_parallel_size).")] = 4,
-    microbatches: Annotated[int, typer.Option(help="global_batch_size / (micro_batch_size x dp).")] = 8,
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"{', '.join(SCHEDULES)}.")],
+    stages: Annotated[int, typer.Option(help="P: pipeline_model_parallel_size.")] = 4,
+    microbatches: Annotated[int, typer.Option(help="M: global_batch_size / (micro_batch_size x dp).")] = 8,
+    chunks: Annotated[int, typer.Option(help="V: virtual_pipeline_model_parallel_size.")] = 1,
+    forward_cost: Annotated[float, typer.Option(help="Time of a microbatch's F on a stage, in any unit.")] = 1.0,
+    backward_cost: Annotated[float, typer.Option(help="That of B, the gradient of the activations.")] = 1.0,
+    weight_cost: Annotated[float, typer.Option(help="That of W, the gradient of the weights.")] = 1.0,
+    layers: Annotated[int | None, typer.Option(help="num_hidden_layers, to see how they are placed.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write a picture here.")] = None,
 ) -> None:
-    """Draw a pipeline schedule; say its bubble and how many microbatches each stage holds."""
-    from jaxpar import display
-    from jaxpar.pipeline.schedule import build_schedule
+    """Draw a pipeline schedule; say its bubble, memory and messages, and what papers publish for them."""
+    from jaxpar.pipeline import drawing
+    from jaxpar.placement import LayerPlacement
 
+    table = build_schedule(name, stages, microbatches, chunks)
+    costs = (forward_cost, backward_cost, weight_cost)
+    if not (all(0 <= cost < math.inf for cost in costs) and sum(costs) > 0):
+        raise ConfigError(
+            f"--forward-cost {costs[0]:g}, --backward-cost {costs[1]:g}, --weight-cost {costs[2]:g}: choose numbers from 0 "
+            "on that are not all 0"
+        )
+    if layers is not None and layers < stages * chunks:
+        raise ConfigError(
+            f"--layers: {layers} layers are too few for {stages} stages x {chunks} chunks = {stages * chunks} parts of the "
+            "pipeline: lower a size so that each part has a layer"
+        )
     console = _console()
-    table = build_schedule(name, stages, microbatches)
-    for line in display.schedule_lines(table, console.width):
+    for line in drawing.terminal_lines(table, console.width):
         console.print(line, no_wrap=True, crop=False, overflow="ignore")
-    for text in display.schedule_summary(table):
-        console.print(text, highlight=False)
+    for text in drawing.summary_lines(table, costs):
+        console.print(text, highlight=False, markup=False)
+    if layers is not None:
+        console.print(drawing.placement_line(LayerPlacement(layers, stages, chunks)), highlight=False)
+    if svg:
+        try:
+            svg.write_text(drawing.svg(table, costs))
+        except OSError as error:
+            raise ConfigError(f"--svg {svg}: cannot be written: {error.strerror}") from None
 
 
 def main() -> None:
     """Entry point: a user's mistake is an error on standard error and exit code 2, never a traceback."""
     # jaxlib's own notices (topology, unused flags) would tear the progress bar.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from jaxpar.pipeline.schedule import ScheduleError
-
     try:
         app()
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Text and tables for people: what `jaxpar mesh` and `jaxpar schedule` print, and the head of a training run."""
+"""Text and tables for people: what `jaxpar mesh` and `jaxpar compile` print, and the head of a training run."""
 
 import math
 from collections.abc import Mapping
@@ -8,11 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 from rich.table import Table
-from rich.text import Text
 
 from jaxpar.config import MeshSizes
 from jaxpar.mesh import AXES, device_grid
-from jaxpar.pipeline.schedule import IDLE, Schedule
 
 if TYPE_CHECKING:
     from jaxpar.compile import Report
@@ -91,50 +89,6 @@ def parameter_table(layouts: Any, mesh_shape: Mapping[str, int]) -> Table:
     table.add_section()
     table.add_row("all", f"{count:,} numbers", "", "", "", f"{total:,}")
     return table
-
-
-def schedule_lines(schedule: Schedule, width: int) -> list[Text]:
-    """The table, a line for each stage, cut into blocks that fit `width` characters."""
-    digits = len(str(schedule.num_microbatches - 1))
-    columns: list[list[Text]] = []
-    for segment in schedule.segments:
-        for tick in range(schedule.num_ticks)[segment.ticks]:
-            slots = [("F", schedule.forward, "green")] * segment.forward + [
-                ("B", schedule.backward, "blue")
-            ] * segment.backward
-            columns += [
-                [_cell(name, table[tick, s], digits, style) for s in range(schedule.num_stages)]
-                for name, table, style in slots
-            ]
-    label = len(f"stage {schedule.num_stages - 1} ")
-    per_block = max(1, (width - label) // (digits + 2))
-    lines = []
-    for start in range(0, len(columns), per_block):
-        for stage in range(schedule.num_stages):
-            line = Text(f"stage {stage}".ljust(label))
-            for column in columns[start : start + per_block]:
-                line.append(column[stage])
-                line.append(" ")
-            lines.append(line)
-        lines.append(Text())
-    return lines[:-1]
-
-
-def schedule_summary(schedule: Schedule) -> list[str]:
-    """Bubble and memory, in words."""
-    stages, microbatches = schedule.num_stages, schedule.num_microbatches
-    idle, total = stages - 1, microbatches + stages - 1
-    return [
-        f"{schedule.name}: {stages} stages, {microbatches} microbatches, {schedule.num_ticks} ticks",
-        f"bubble: {schedule.bubble_fraction():.1%} of the time ((P-1)/(M+P-1) = {idle}/{total} = {idle / total:.1%})",
-        "microbatches in flight: " + ", ".join(f"stage {s}: {n}" for s, n in enumerate(schedule.in_flight)),
-    ]
-
-
-def _cell(slot: str, microbatch: int, digits: int, style: str) -> Text:
-    if microbatch == IDLE:
-        return Text("." * (digits + 1), style="dim")
-    return Text(f"{slot}{microbatch}".ljust(digits + 1), style=style)
 
 
 def _spec(spec: PartitionSpec) -> str:

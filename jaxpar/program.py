@@ -87,7 +87,7 @@ class Program:
                 config.actor.model.pipeline_schedule, sizes.pp, config.num_microbatches(sizes), chunks
             )
         except ScheduleError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError([str(error)]) from None
         self.warnings = [w for w in [cross_host_warning(sizes, len(devices) // config.cluster.num_nodes)] if w]
         self.batch = GlobalBatch(config.actor.global_batch_size, config.runner.seq_length, self.mesh)
         optimizer = build_optimizer(config, self.layouts)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from support import readme_example
 
 import jaxpar
 
@@ -15,8 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def example() -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    return code
+    return readme_example("class MyModel")
 
 
 def test_the_example_model_is_short():
@@ -54,6 +54,13 @@ def test_the_example_has_the_same_gradients_on_pp2_tp2_cp2():
         results.append(jax.tree.map(np.asarray, trainer.loss_and_grads(batch)))
     for one, many in zip(*map(jax.tree.leaves, results), strict=True):
         assert np.linalg.norm(one - many) <= 1e-5 * np.linalg.norm(one)
+
+
+def test_the_schedule_is_what_the_command_draws():
+    ((command, shown),) = re.findall(r"```bash\n(jaxpar schedule [^\n]*)\n```\n\n```\n(.*?)```", README, re.DOTALL)
+    script = Path(sys.executable).parent / "jaxpar"
+    result = subprocess.run([script, *command.split()[1:]], capture_output=True, text=True, timeout=120)
+    assert result.stdout == shown
 
 
 def test_the_readme_commands_parse():
