@@ -14,7 +14,7 @@ from jaxpar import runtime
 from jaxpar.checkpoint import Checkpoints
 from jaxpar.config import Config, ConfigError
 from jaxpar.data import BatchLoader, build_loader, load_tokenizer, open_dataset
-from jaxpar.metrics import MetricsFile, model_flops_per_token, peak_flops
+from jaxpar.metrics import MetricsWriter, metrics_writers, model_flops_per_token, peak_flops
 from jaxpar.models import Model
 from jaxpar.models.hugging_face import has_weights, load_params
 from jaxpar.program import Program
@@ -110,8 +110,8 @@ class Trainer:
         limits = [
             n for n in (config.runner.max_steps if config.runner.max_steps > 0 else None, loader.num_batches) if n
         ]
-        metrics = MetricsFile(config.output_path, step) if first_process else None
-        log = _StepLog(self, report, metrics)
+        writers = metrics_writers(config, step) if first_process else []
+        log = _StepLog(self, report, writers)
         with Signals() as signals:
             report.start(step, last := min(limits))
             try:
@@ -127,8 +127,8 @@ class Trainer:
             finally:
                 report.stop()
                 loader.close()
-                if metrics:
-                    metrics.close()
+                for writer in writers:
+                    writer.close()
         if signals.received and step < last:
             raise Interrupted(step, last, signals.received)
         report.say(f"done: step {step}, checkpoint in {checkpoints.folder}")
@@ -167,8 +167,8 @@ class Trainer:
 class _StepLog:
     """Reports each step one step late, so that the devices never wait for the host to read a number."""
 
-    def __init__(self, trainer: Trainer, report: Reporter, metrics: MetricsFile | None):
-        self._report, self._metrics = report, metrics
+    def __init__(self, trainer: Trainer, report: Reporter, writers: list[MetricsWriter]):
+        self._report, self._writers = report, writers
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._before = time.perf_counter()
         program = trainer.program
@@ -204,5 +204,5 @@ class _StepLog:
             "mfu": None if self._mfu_per_rate is None else rate * self._mfu_per_rate,
         }
         self._report.step(row)
-        if self._metrics:
-            self._metrics.write(row)
+        for writer in self._writers:
+            writer.write(row)
