@@ -32,6 +32,9 @@ Overrides = Annotated[
 def train(
     config_path: ConfigPath,
     overrides: Overrides = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="STEP:COUNT", help="Trace COUNT steps from step STEP on for xprof.")
+    ] = None,
     verbose: Annotated[bool, typer.Option(help="Show the XLA and NCCL settings, each with its reason.")] = False,
 ) -> None:
     """Train a model. Ctrl-C saves; the same command goes on where it was if runner.resume_dir is auto."""
@@ -41,12 +44,15 @@ def train(
     settings = xla.apply(config.cluster.xla_flags)
     if verbose:
         print("\n".join(settings))
-    from jaxpar.trainer import Interrupted, Trainer  # after the config is known to be good: jax takes seconds to load
+    # After the config is known to be good: jax takes seconds to load.
+    from jaxpar.profile import Steps
+    from jaxpar.trainer import Interrupted, Trainer
 
+    steps = Steps.parse(profile) if profile is not None else None
     trainer = Trainer(config)
     _print_head(trainer, config)
     try:
-        trainer.fit()
+        trainer.fit(steps)
     except Interrupted as stop:
         again = "run the same command to go on" if config.runner.resume_dir else "set runner.resume_dir=auto to go on"
         _error(f"{stop}: {again}")

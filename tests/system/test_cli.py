@@ -26,6 +26,8 @@ def jaxpar(*arguments: str | Path) -> subprocess.CompletedProcess:
             "/no/x",
         ),
         (["train", CONFIGS / "quickstart.yaml", "actor.model.pipeline_schedule=zigzag"], "none of: gpipe, 1f1b"),
+        (["train", CONFIGS / "quickstart.yaml", "--profile", "10"], "'10' is not STEP:COUNT"),
+        (["train", CONFIGS / "quickstart.yaml", "--profile", "0:3"], "'0:3' is not STEP:COUNT"),
         (["mesh", CONFIGS / "quickstart.yaml", "actor.model.context_parallel_size=3"], "does not divide 16 devices"),
         (["schedule", "zigzag"], "none of: gpipe, 1f1b"),
         (["schedule", "1f1b", "--stages", "0"], "at least one stage"),

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import jaxpar
 from jaxpar.models.hugging_face import save_params
+from jaxpar.profile import Steps
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 JAXPAR = Path(sys.executable).parent / "jaxpar"
@@ -107,6 +108,20 @@ def test_tensorboard_reads_the_same_numbers_also_after_a_step_was_run_again(tmp_
 def test_tensorboard_can_be_left_out(tmp_path):
     fit(tmp_path, "runner.max_steps=1", "runner.logger.logger_backends=[]", *SMALL, *layout("one"))
     assert {path.name for path in (tmp_path / "quickstart").iterdir()} == {"metrics.jsonl", "checkpoints"}
+
+
+def test_a_profile_is_of_the_steps_asked_for(tmp_path, capsys):
+    run = [f"runner.output_dir={tmp_path}", "runner.max_steps=4", *SMALL, *layout("dp4")]
+    trainer = jaxpar.Trainer(jaxpar.load_config(QUICKSTART, run))
+    with pytest.raises(jaxpar.ConfigError, match="3:3 are steps 3 to 5, but this run has steps 1 to 4"):
+        trainer.fit(Steps(3, 3))
+    trainer.fit(Steps(2, 2))
+    folder = tmp_path / "quickstart/profile"
+    assert f"xprof --port 8791 {folder}" in capsys.readouterr().out
+    (trace,) = folder.rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    traced = [dict(event.stats).get("step_num") for plane in planes for line in plane.lines for event in line.events]
+    assert sorted(number for number in traced if number is not None) == [2, 3]
 
 
 @pytest.mark.parametrize("name", ["all", "pp4-tp2", "cp4"])
