@@ -1,10 +1,10 @@
-"""`jaxpar train | mesh | schedule`: reads the command line, prints, and turns errors into one line and an exit code."""
+"""`jaxpar train | mesh | compile | bench | schedule`: reads the command line, prints, and turns errors into one line and an exit code."""
 
 import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -144,6 +144,59 @@ def compile_(
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
     if hlo_file:
         hlo_file.write_text(report.hlo)
+
+
+@app.command(
+    epilog="Example: jaxpar bench configs/bench_small.yaml dp8 tp2,dp4 pp4,dp2,schedule=1f1b,microbatches=8",
+)
+def bench(
+    config_path: ConfigPath,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[LAYOUT|KEY=VALUE]...", help="Layouts to compare, such as pp4,dp2; and settings."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps to time: 20; of each layout 3.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Time the train step on the devices here, with random tokens: step time, tokens/s, MFU and memory; or, with
+    layouts, each of them beside one device and beside plain data-parallel JAX."""
+    from jaxpar.layouts import layout_overrides, one_device, split_arguments
+
+    overrides, layouts = split_arguments(arguments or ())
+    config = load_config(config_path, overrides)
+    from jaxpar import xla
+
+    xla.apply(config.cluster.xla_flags)
+    import jax
+
+    from jaxpar import display, runtime
+    from jaxpar.bench import PLAIN, compare, measure
+
+    runtime.start(config)
+    devices, console = runtime.devices(config), _console()
+    console.quiet = jax.process_index() > 0
+    where = "simulated on the CPU" if jax.default_backend() == "cpu" else devices[0].device_kind
+    _notes(console, config.notes)
+    if layouts:
+        if jax.process_count() > 1:
+            raise ConfigError("jaxpar bench: layouts are compared in one process; this is one of several")
+
+        def on(settings: list[str]) -> Config:
+            return load_config(config_path, [*overrides, *settings])
+
+        configs = {layout: on(layout_overrides(layout, config, len(devices))) for layout in layouts}
+        console.print(f"{len(devices)} devices, {where}", highlight=False)
+        rows = compare(configs, on(one_device(config)), devices, steps or 3, lambda text: _notes(console, [text]))
+        console.print(display.comparison_table(rows, PLAIN.format(len(devices))))
+        figures: Any = [vars(row) for row in rows]
+    else:
+        console.print(f"mesh: {display.mesh_line(config.mesh_sizes(len(devices)))}, {where}", highlight=False)
+        measured = measure(config, devices, steps or 20)
+        for line in display.measurement_lines(measured):
+            console.print(line, highlight=False)
+        figures = measured.to_json()
+    if json_file and jax.process_index() == 0:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 @app.command(epilog="Example: jaxpar schedule 1f1b --stages 4 --microbatches 8")

@@ -18,6 +18,7 @@ from jaxpar.config import Config, ConfigError
 from jaxpar.hlo import Collective, count
 from jaxpar.mesh import AXES
 from jaxpar.metrics import model_flops_per_token
+from jaxpar.plain import PlainProgram
 from jaxpar.program import Program
 from jaxpar.targets import GPUS
 
@@ -112,6 +113,11 @@ def compile_step(config: Config, devices: list[jax.Device], capacity: int) -> Re
       ConfigError: the config does not suit these devices.
     """
     program = Program(config, devices)
+    return read_report(config, program, *compile_train_step(program), capacity)
+
+
+def compile_train_step(program: Program | PlainProgram) -> tuple[jax.stages.Compiled, float]:
+    """Its train step for its own devices, and the seconds that it took to trace and compile."""
     state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         program.state_shapes,
@@ -121,31 +127,40 @@ def compile_step(config: Config, devices: list[jax.Device], capacity: int) -> Re
     batch = {key: jax.ShapeDtypeStruct(place.shape, dtype, sharding=place.sharding) for key, dtype in DTYPES.items()}
     start = time.perf_counter()
     compiled = program.train_step.lower(state, batch).compile()
-    seconds = time.perf_counter() - start
-    text = compiled.as_text() or ""
+    return compiled, time.perf_counter() - start
+
+
+def read_report(
+    config: Config, program: Program, compiled: jax.stages.Compiled, seconds: float, capacity: int
+) -> Report:
+    """What a compiled train step needs; arguments as in `compile_step` and from `compile_train_step`."""
+    text, devices = compiled.as_text() or "", program.mesh.size
     # Programs name devices by their place in the mesh, not by their ids.
     counted = count(text, np.arange(program.mesh.size).reshape(tuple(program.mesh.shape.values())), AXES)
     model_flops = None
     if program.architecture:
         tokens = config.actor.global_batch_size * config.runner.seq_length
         per_token = model_flops_per_token(program.architecture, program.num_params, config.runner.seq_length)
-        model_flops = per_token * tokens / len(devices)
+        model_flops = per_token * tokens / devices
     return Report(
-        devices=len(devices),
+        devices=devices,
         mesh=dict(program.mesh.shape),
         compile_seconds=seconds,
         bubble_fraction=program.schedule.bubble_fraction(),
         flops=counted.flops,
         model_flops=model_flops,
-        memory=_memory(compiled.memory_analysis(), capacity),
+        memory=read_memory(compiled, capacity),
         collectives=counted.collectives,
         hlo=text,
         uncounted=counted.uncounted,
     )
 
 
-def _memory(analysis: Any, capacity: int) -> Memory:
+def read_memory(compiled: jax.stages.Compiled, capacity: int) -> Memory:
+    analysis: Any = compiled.memory_analysis()
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
     aliased, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
-    peak = getattr(analysis, "peak_memory_in_bytes", 0) or arguments + outputs - aliased + temporaries
+    together = arguments + outputs - aliased + temporaries
+    peak = getattr(analysis, "peak_memory_in_bytes", 0)
+    peak = peak if peak >= temporaries else together  # XLA for CPU knows no peak, and says one that is too small
     return Memory(arguments, outputs, aliased, temporaries, peak, capacity, peak <= MEMORY_FRACTION * capacity)

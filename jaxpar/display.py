@@ -15,6 +15,7 @@ from jaxpar.mesh import AXES, device_grid
 from jaxpar.pipeline.schedule import IDLE, Schedule
 
 if TYPE_CHECKING:
+    from jaxpar.bench import Comparison, Measurement
     from jaxpar.compile import Report
 
 
@@ -47,6 +48,46 @@ def collective_table(report: "Report") -> Table:
         table.add_column(column, justify="right")
     for c in report.collectives:
         table.add_row(c.kind, " ".join(c.axes) or "?", f"{c.count:,}", f"{c.bytes / 2**30:.3f}")
+    return table
+
+
+def measurement_lines(m: "Measurement") -> list[str]:
+    """What a config's train step cost, in words."""
+    ms = {name: 1000 * seconds for name, seconds in m.step_seconds.items()}
+    mfu = "MFU not known (no peak is known of this device)" if m.mfu is None else f"MFU {m.mfu:.1%}"
+    peak = "" if m.measured_peak is None else f"; measured peak {m.measured_peak / 2**30:.2f} GiB"
+    gib = {key: value / 2**30 for key, value in vars(m.memory).items()}
+    return [
+        f"step: {ms['median']:,.1f} ms (median of {m.steps}; 10% below {ms['p10']:,.1f}, 10% above {ms['p90']:,.1f})",
+        f"rate: {m.tokens_per_second:,.0f} tokens/s, {m.tokens_per_second / m.devices:,.0f} a device; {mfu}",
+        f"memory of a device: arguments {gib['arguments']:.2f}, temporaries {gib['temporaries']:.2f}, compiled peak "
+        f"{gib['peak']:.2f} GiB{peak}",
+        f"FLOPs of a device: {m.flops:.4g} executed"
+        + (f", {m.model_flops:.4g} useful ({m.model_flops / m.flops:.1%})" if m.model_flops and m.flops else ""),
+        f"loss: {m.loss:.4f} after {m.steps} steps; compiled in {m.compile_seconds:.1f} s",
+    ]
+
+
+def comparison_table(rows: "list[Comparison]", base: str) -> Table:
+    """Layouts beside each other; in brackets what they take of the row `base`."""
+    table = Table("layout", title="a step; in brackets times plain JAX", title_justify="left")
+    for column in ("microbatches", "CPU seconds", "wall seconds", "temporaries, MB a device", "TFLOP in all", "loss"):
+        table.add_column(column, justify="right")
+    one = next(row for row in rows if row.name == base)
+
+    def cell(value: float, base: float, form: str) -> str:
+        return f"{value:{form}} ({value / base:.2f})" if base else f"{value:{form}}"
+
+    for row in rows:
+        table.add_row(
+            row.name,
+            "-" if row.microbatches is None else str(row.microbatches),
+            cell(row.cpu_seconds, one.cpu_seconds, ".2f"),
+            cell(row.wall_seconds, one.wall_seconds, ".2f"),
+            cell(row.temporaries / 1e6, one.temporaries / 1e6, ".1f"),
+            cell(row.flops / 1e12, one.flops / 1e12, ".4f"),
+            f"{row.loss:.6f}",
+        )
     return table
 
 

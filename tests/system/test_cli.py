@@ -29,6 +29,8 @@ def jaxpar(*arguments: str | Path) -> subprocess.CompletedProcess:
         (["train", CONFIGS / "quickstart.yaml", "--profile", "10"], "'10' is not STEP:COUNT"),
         (["train", CONFIGS / "quickstart.yaml", "--profile", "0:3"], "'0:3' is not STEP:COUNT"),
         (["mesh", CONFIGS / "quickstart.yaml", "actor.model.context_parallel_size=3"], "does not divide 16 devices"),
+        (["bench", CONFIGS / "bench_small.yaml", "pp4,dp4"], "dp 4 * pp 4 = 16 devices, but there are 8"),
+        (["bench", CONFIGS / "bench_small.yaml", "actor.micro_batch_size=3"], "16 is not a multiple of"),
         (["schedule", "zigzag"], "none of: gpipe, 1f1b"),
         (["schedule", "1f1b", "--stages", "0"], "at least one stage"),
     ],
@@ -95,7 +97,7 @@ def test_schedule_is_drawn_in_plain_lines():
     assert "\x1b" not in result.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "mesh", "schedule"])
+@pytest.mark.parametrize("command", ["train", "mesh", "compile", "bench", "schedule"])
 def test_help_has_an_example(command):
     result = jaxpar(command, "--help")
     assert result.returncode == 0
