@@ -26,6 +26,10 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file,
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file's.")
 ]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[LAYOUT|KEY=VALUE]...", help="Layouts to compare, such as pp4,dp2; and settings."),
+]
 
 
 @app.command(epilog="Example: jaxpar train configs/quickstart.yaml runner.max_steps=20 actor.optim.lr=1e-3")
@@ -101,7 +105,7 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
 )
 def compile_(
     config_path: ConfigPath,
-    overrides: Overrides = None,
+    arguments: Arguments = None,
     gpu: Annotated[str, typer.Option(help="a100-40g, a100-80g, h100, h200 or b200.")] = "h100",
     tpu: Annotated[str | None, typer.Option(help="A TPU slice instead, such as v5e:4x4.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Default: cluster.num_nodes.")] = None,
@@ -110,16 +114,21 @@ def compile_(
     hlo_file: Annotated[Path | None, typer.Option("--hlo", help="Write the optimized program here.")] = None,
     verbose: Annotated[bool, typer.Option(help="Show the XLA flags, each with its reason.")] = False,
 ) -> None:
-    """Compile the train step for a whole cluster without having it; say what it needs and whether it fits."""
-    counts = [f"cluster.num_nodes={nodes}"] * bool(nodes) + [f"cluster.num_gpus_per_node={gpus_per_node}"] * bool(
-        gpus_per_node
-    )
-    config = load_config(config_path, [*(overrides or ()), *counts])
+    """Compile the train step for a whole cluster without having it; say what it needs and whether it fits. Several
+    layouts give a table."""
+    from jaxpar.layouts import layout_overrides, split_arguments
+
+    overrides, layouts = split_arguments(arguments or ())
+    overrides += [f"cluster.num_nodes={nodes}"] * bool(nodes)
+    overrides += [f"cluster.num_gpus_per_node={gpus_per_node}"] * bool(gpus_per_node)
+    config = load_config(config_path, overrides)
     from jaxpar import xla
-    from jaxpar.targets import GPUS, TPU_MEMORY
+    from jaxpar.targets import GPUS
 
     if tpu is None and gpu not in GPUS:
         raise ConfigError(f"--gpu: {gpu!r} is none of: {', '.join(GPUS)}")
+    if hlo_file and len(layouts) > 1:
+        raise ConfigError(f"--hlo: is for one program, but there are {len(layouts)} layouts: give one of them")
     # There is no GPU to try kernels on.
     flags = xla.apply({"xla_gpu_autotune_level": 0, **config.cluster.xla_flags}) if tpu is None else []
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -130,20 +139,32 @@ def compile_(
     if verbose:
         console.print("\n".join(flags), highlight=False)
     if tpu:
-        devices, capacity = tpu_devices(tpu), TPU_MEMORY.get(tpu.partition(":")[0], 0)
+        devices, capacity = tpu_devices(tpu)
     else:
         devices = gpu_devices(gpu, config.cluster.num_nodes, config.cluster.num_gpus_per_node or 8)
         capacity = GPUS[gpu].memory
-    console.print(f"mesh: {display.mesh_line(config.mesh_sizes(len(devices)))}, {tpu or gpu}", highlight=False)
-    _notes(console, config.notes)
-    report = compile_step(config, devices, capacity)
-    for line in display.report_lines(report):
-        console.print(line, highlight=False)
-    console.print(display.collective_table(report))
+    configs = {
+        layout: load_config(config_path, [*overrides, *layout_overrides(layout, config, len(devices))])
+        for layout in layouts
+    } or {"": config}
+    if len(configs) > 1:
+        _notes(console, config.notes)
+        reports = {layout: compile_step(one, devices, capacity) for layout, one in configs.items()}
+        console.print(display.report_table(reports, tpu or gpu))
+        figures: Any = {layout: report.to_json() for layout, report in reports.items()}
+    else:
+        (one,) = configs.values()
+        console.print(f"mesh: {display.mesh_line(one.mesh_sizes(len(devices)))}, {tpu or gpu}", highlight=False)
+        _notes(console, one.notes)
+        report = compile_step(one, devices, capacity)
+        for line in display.report_lines(report):
+            console.print(line, highlight=False)
+        console.print(display.collective_table(report))
+        figures = report.to_json()
+        if hlo_file:
+            hlo_file.write_text(report.hlo)
     if json_file:
-        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
-    if hlo_file:
-        hlo_file.write_text(report.hlo)
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 @app.command(
@@ -151,10 +172,7 @@ def compile_(
 )
 def bench(
     config_path: ConfigPath,
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[LAYOUT|KEY=VALUE]...", help="Layouts to compare, such as pp4,dp2; and settings."),
-    ] = None,
+    arguments: Arguments = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps to time: 20; of each layout 3.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:

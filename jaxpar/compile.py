@@ -4,7 +4,9 @@ XLA's GPU compiler needs a description of the GPUs, not the GPUs: with the CUDA 
 `jax.experimental.topologies` gives devices that can be compiled for. What a layout needs is then read from the program.
 """
 
+import math
 import os
+import re
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from jaxpar.mesh import AXES
 from jaxpar.metrics import model_flops_per_token
 from jaxpar.plain import PlainProgram
 from jaxpar.program import Program
-from jaxpar.targets import GPUS
+from jaxpar.targets import GPUS, TPU_MEMORY
 
 MEMORY_FRACTION = 0.92  # of a GPU that XLA may take; the rest is for CUDA, NCCL and cuBLAS
 
@@ -88,19 +90,30 @@ def gpu_devices(gpu: str, nodes: int, gpus_per_node: int) -> list[jax.Device]:
     return list(topology.devices)
 
 
-def tpu_devices(name: str) -> list[jax.Device]:
-    """Compile-only devices of a TPU slice, such as "v5e:4x4".
+def tpu_devices(name: str) -> tuple[list[jax.Device], int]:
+    """Compile-only devices of a TPU slice, such as "v5e:4x4", and the bytes of memory of one.
 
     Raises:
-      ConfigError: libtpu is not installed, or knows no such slice.
+      ConfigError: libtpu is not installed, or there is no such slice.
     """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name, re.ASCII)
+    if not found or found[1] not in TPU_MEMORY:
+        raise ConfigError(
+            f"--tpu: {name!r} is not KIND:CHIPS, such as v5e:4x4; kinds: {', '.join(TPU_MEMORY)}, chips: 2x4, or 2x2x4 for "
+            f"a kind with a torus of three dimensions"
+        )
+    # There is no TPU here whose metadata libtpu could ask the cloud for.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # libtpu raises whatever it likes
         raise ConfigError(
-            f"--tpu {name}: needs libtpu (pip install libtpu), and a slice that it knows: {error}"
+            f"--tpu {name}: needs libtpu (pip install -e '.[tpu]'), and a slice that it knows: {str(error).splitlines()[0]}"
         ) from None
+    # Of some kinds libtpu gives each half of a chip as a device of its own.
+    chips = math.prod(int(size) for size in found[2].split("x"))
+    return devices, TPU_MEMORY[found[1]] * chips // len(devices)
 
 
 def compile_step(config: Config, devices: list[jax.Device], capacity: int) -> Report:

@@ -42,6 +42,31 @@ def report_lines(report: "Report") -> list[str]:
     return lines + [f"not counted: {text}" for text in report.uncounted]
 
 
+def report_table(reports: "Mapping[str, Report]", device: str) -> Table:
+    """What several layouts need, beside each other."""
+    count = next(iter(reports.values())).devices
+    table = Table("layout", title=f"one step on {count} of {device}; memory and FLOPs a device", title_justify="left")
+    for column in ("peak GB", "fits", "arguments GB", "temporaries GB", "FLOPs", "useful", "bubble", "compiled in s"):
+        table.add_column(column, justify="right")
+    for layout, report in reports.items():
+        gb = {key: f"{value / 1e9:.1f}" for key, value in vars(report.memory).items()}
+        useful = f"{report.model_flops / report.flops:.1%}" if report.model_flops and report.flops else "?"
+        table.add_row(
+            layout,
+            gb["peak"],
+            "yes" if report.memory.fits else "no",
+            gb["arguments"],
+            gb["temporaries"],
+            f"{report.flops:.3g}" + ("*" if report.uncounted else ""),
+            useful,
+            f"{report.bubble_fraction:.1%}",
+            f"{report.compile_seconds:.0f}",
+        )
+    if any(report.uncounted for report in reports.values()):
+        table.caption = "* not everything could be counted: compile that layout alone to see what"
+    return table
+
+
 def collective_table(report: "Report") -> Table:
     table = Table("collective", "axes", title="collectives a step", title_justify="left")
     for column in ("count", "GiB a device"):

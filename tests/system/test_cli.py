@@ -31,6 +31,8 @@ def jaxpar(*arguments: str | Path) -> subprocess.CompletedProcess:
         (["mesh", CONFIGS / "quickstart.yaml", "actor.model.context_parallel_size=3"], "does not divide 16 devices"),
         (["bench", CONFIGS / "bench_small.yaml", "pp4,dp4"], "dp 4 * pp 4 = 16 devices, but there are 8"),
         (["bench", CONFIGS / "bench_small.yaml", "actor.micro_batch_size=3"], "16 is not a multiple of"),
+        (["compile", CONFIGS / "quickstart.yaml", "--tpu", "v9z:2x2"], "'v9z:2x2' is not KIND:CHIPS"),
+        (["compile", CONFIGS / "quickstart.yaml", "dp1", "dp2", "--hlo", "x"], "but there are 2 layouts"),
         (["schedule", "zigzag"], "none of: gpipe, 1f1b"),
         (["schedule", "1f1b", "--stages", "0"], "at least one stage"),
     ],
