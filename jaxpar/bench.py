@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxpar.batch import DTYPES
 from jaxpar.compile import Memory, compile_train_step, read_memory, read_report
 from jaxpar.config import Config, ConfigError
 from jaxpar.hlo import count
@@ -87,16 +86,8 @@ class _Run:
         self._state = program.init(None)
         rows, seq = program.batch.shape
         tokens = np.random.default_rng(0).integers(0, vocab_size, (rows, seq + 1))
-        arrays = {
-            "tokens": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "loss_mask": np.ones((rows, seq)),
-            "segment_ids": np.zeros((rows, seq)),
-            "positions": np.broadcast_to(np.arange(seq), (rows, seq)),
-        }
-        self._batch = jax.device_put(
-            {key: array.astype(DTYPES[key]) for key, array in arrays.items()}, program.batch.sharding
-        )
+        place = program.batch
+        self._batch = place.place(place.complete({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}))
         self.loss = float("nan")
 
     def step(self) -> tuple[float, float]:
@@ -119,11 +110,8 @@ def measure(config: Config, devices: list[jax.Device], steps: int) -> Measuremen
     seconds = _in_memory(lambda: [run.step()[0] for _ in range(WARM_UP + steps)])[WARM_UP:]
     low, median, high = (float(np.percentile(seconds, q)) for q in (10, 50, 90))
     stats = [device.memory_stats() or {} for device in program.mesh.local_devices]
-    capacity, peaks = (
-        stats[0].get("bytes_limit", 0),
-        [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s],
-    )
-    report = read_report(config, program, run.compiled, run.compile_seconds, capacity)
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    report = read_report(config, program, run.compiled, run.compile_seconds, stats[0].get("bytes_limit", 0))
     rate, peak = config.actor.global_batch_size * config.runner.seq_length / median, peak_flops(devices[0])
     return Measurement(
         device=devices[0].device_kind,

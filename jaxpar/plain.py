@@ -2,28 +2,23 @@
 over them, and a batch split over the devices. XLA does the rest."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpar.config import Config, ConfigError
-from jaxpar.mesh import AXES
+from jaxpar.batch import GlobalBatch
+from jaxpar.config import Config, ConfigError, MeshSizes
+from jaxpar.mesh import build_mesh
 from jaxpar.models import Decoder, FunctionalModel, TokenInfo
 from jaxpar.optimizer import build_optimizer, learning_rate_schedule
 from jaxpar.program import DTYPES
 from jaxpar.sharding import layout_tree
 from jaxpar.train_step import State, build_train_step, init_state
-
-
-class Place(NamedTuple):
-    shape: tuple[int, int]
-    sharding: NamedSharding
 
 
 class PlainProgram:
@@ -37,11 +32,8 @@ class PlainProgram:
     """
 
     def __init__(self, config: Config, devices: Sequence[jax.Device]):
-        architecture, rows, dtype = (
-            config.architecture(),
-            config.actor.global_batch_size,
-            DTYPES[config.actor.model.precision],
-        )
+        architecture, rows = config.architecture(), config.actor.global_batch_size
+        dtype = DTYPES[config.actor.model.precision]
         if architecture is None:
             raise ConfigError("actor.model: describes no model: give model_path, or hidden_size, num_hidden_layers, …")
         if rows % len(devices):
@@ -49,11 +41,10 @@ class PlainProgram:
                 f"actor.global_batch_size: {rows} does not divide by {len(devices)} devices ({rows} / {len(devices)} = "
                 f"{rows / len(devices):.2f}), over which the plain step to compare with splits it: choose a multiple"
             )
-        self.mesh = Mesh(np.asarray(devices), ("dp",))
-        self.batch = Place((rows, config.runner.seq_length), NamedSharding(self.mesh, P("dp")))
+        self.mesh = build_mesh(MeshSizes(dp=len(devices), pp=1, tp=1, sp=1, cp=1), devices)
+        self.batch = GlobalBatch(rows, config.runner.seq_length, self.mesh)
         model = FunctionalModel(Decoder(architecture))
-        one_device = AbstractMesh((1,) * len(AXES), AXES)
-        layouts = layout_tree(model.shapes, model.dims, one_device, explicit=True, zero=False)
+        layouts = layout_tree(model.shapes, model.dims, self.mesh, explicit=True, zero=False)
         optimizer = build_optimizer(config, layouts)
         recompute = jax.checkpoint if config.actor.model.recompute_granularity == "full" else lambda f: f
 

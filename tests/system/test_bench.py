@@ -24,7 +24,7 @@ SMALL = [
 
 def bench(tmp_path: Path, *arguments: str) -> tuple[str, object]:
     command = [JAXPAR, "bench", ROOT / "configs/bench_small.yaml", *SMALL, *arguments, "--json", tmp_path / "out.json"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert result.returncode == 0, result.stderr
     return result.stdout, json.loads((tmp_path / "out.json").read_text())
 

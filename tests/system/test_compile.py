@@ -120,6 +120,18 @@ def test_compile_time_does_not_grow_with_the_cluster(tmp_path):
     assert large_seconds <= 1.3 * small_seconds
 
 
+@needs_plugin
+@pytest.mark.slow
+def test_llama3_8b_takes_at_most_0_7_of_maxtexts_memory(tmp_path):
+    """On 64 H100s, by the README's command. MaxText 0.2.5's peak GB are the design's, of the same layouts."""
+    maxtext = {"sp8,dp8": 31.6, "sp8,pp4,dp2,microbatches=8": 22.2, "sp8,pp4,dp2,microbatches=32": 12.0}
+    reports = compile_(tmp_path, "llama3_8b_1node_8k.yaml", *maxtext, "--nodes", "8")
+    assert list(reports) == list(maxtext)
+    assert [report["mesh"]["pp"] for report in reports.values()] == [1, 4, 4]
+    ratios = {layout: reports[layout]["memory"]["peak"] / 1e9 / peak for layout, peak in maxtext.items()}
+    assert max(ratios.values()) <= 0.7, ratios
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_a_tpu_slice(tmp_path):
