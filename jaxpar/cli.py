@@ -1,11 +1,11 @@
-"""`jaxpar train | mesh | compile | schedule`: reads the command line, prints, and turns errors into one line and an exit code."""
+"""`jaxpar train | mesh | compile | bench | schedule`: reads the command line, prints, and turns errors into one line and an exit code."""
 
 import json
 import math
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,12 +28,19 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file,
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file's.")
 ]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[LAYOUT|KEY=VALUE]...", help="Layouts to compare, such as pp4,dp2; and settings."),
+]
 
 
 @app.command(epilog="Example: jaxpar train configs/quickstart.yaml runner.max_steps=20 actor.optim.lr=1e-3")
 def train(
     config_path: ConfigPath,
     overrides: Overrides = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="STEP:COUNT", help="Trace COUNT steps from step STEP on for xprof.")
+    ] = None,
     verbose: Annotated[bool, typer.Option(help="Show the XLA and NCCL settings, each with its reason.")] = False,
 ) -> None:
     """Train a model. Ctrl-C saves; the same command goes on where it was if runner.resume_dir is auto."""
@@ -43,12 +50,15 @@ def train(
     settings = xla.apply(config.cluster.xla_flags)
     if verbose:
         print("\n".join(settings))
-    from jaxpar.trainer import Interrupted, Trainer  # after the config is known to be good: jax takes seconds to load
+    # After the config is known to be good: jax takes seconds to load.
+    from jaxpar.profile import Steps
+    from jaxpar.trainer import Interrupted, Trainer
 
+    steps = Steps.parse(profile) if profile is not None else None
     trainer = Trainer(config)
     _print_head(trainer, config)
     try:
-        trainer.fit()
+        trainer.fit(steps)
     except Interrupted as stop:
         again = "run the same command to go on" if config.runner.resume_dir else "set runner.resume_dir=auto to go on"
         _error(f"{stop}: {again}")
@@ -104,7 +114,7 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
 )
 def compile_(
     config_path: ConfigPath,
-    overrides: Overrides = None,
+    arguments: Arguments = None,
     gpu: Annotated[str, typer.Option(help="a100-40g, a100-80g, h100, h200 or b200.")] = "h100",
     tpu: Annotated[str | None, typer.Option(help="A TPU slice instead, such as v5e:4x4.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Default: cluster.num_nodes.")] = None,
@@ -113,16 +123,21 @@ def compile_(
     hlo_file: Annotated[Path | None, typer.Option("--hlo", help="Write the optimized program here.")] = None,
     verbose: Annotated[bool, typer.Option(help="Show the XLA flags, each with its reason.")] = False,
 ) -> None:
-    """Compile the train step for a whole cluster without having it; say what it needs and whether it fits."""
-    counts = [f"cluster.num_nodes={nodes}"] * bool(nodes) + [f"cluster.num_gpus_per_node={gpus_per_node}"] * bool(
-        gpus_per_node
-    )
-    config = load_config(config_path, [*(overrides or ()), *counts])
+    """Compile the train step for a whole cluster without having it; say what it needs and whether it fits. Several
+    layouts give a table."""
+    from jaxpar.layouts import layout_overrides, split_arguments
+
+    overrides, layouts = split_arguments(arguments or ())
+    overrides += [f"cluster.num_nodes={nodes}"] * bool(nodes)
+    overrides += [f"cluster.num_gpus_per_node={gpus_per_node}"] * bool(gpus_per_node)
+    config = load_config(config_path, overrides)
     from jaxpar import xla
-    from jaxpar.targets import GPUS, TPU_MEMORY
+    from jaxpar.targets import GPUS
 
     if tpu is None and gpu not in GPUS:
         raise ConfigError(f"--gpu: {gpu!r} is none of: {', '.join(GPUS)}")
+    if hlo_file and len(layouts) > 1:
+        raise ConfigError(f"--hlo: is for one program, but there are {len(layouts)} layouts: give one of them")
     # There is no GPU to try kernels on.
     flags = xla.apply({"xla_gpu_autotune_level": 0, **config.cluster.xla_flags}) if tpu is None else []
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -133,20 +148,82 @@ def compile_(
     if verbose:
         console.print("\n".join(flags), highlight=False)
     if tpu:
-        devices, capacity = tpu_devices(tpu), TPU_MEMORY.get(tpu.partition(":")[0], 0)
+        devices, capacity = tpu_devices(tpu)
     else:
         devices = gpu_devices(gpu, config.cluster.num_nodes, config.cluster.num_gpus_per_node or 8)
         capacity = GPUS[gpu].memory
-    console.print(f"mesh: {display.mesh_line(config.mesh_sizes(len(devices)))}, {tpu or gpu}", highlight=False)
-    _notes(console, config.notes)
-    report = compile_step(config, devices, capacity)
-    for line in display.report_lines(report):
-        console.print(line, highlight=False)
-    console.print(display.collective_table(report))
+    configs = {
+        layout: load_config(config_path, [*overrides, *layout_overrides(layout, config, len(devices))])
+        for layout in layouts
+    } or {"": config}
+    if len(configs) > 1:
+        _notes(console, config.notes)
+        reports = {layout: compile_step(one, devices, capacity) for layout, one in configs.items()}
+        console.print(display.report_table(reports, tpu or gpu))
+        figures: Any = {layout: report.to_json() for layout, report in reports.items()}
+    else:
+        (one,) = configs.values()
+        console.print(f"mesh: {display.mesh_line(one.mesh_sizes(len(devices)))}, {tpu or gpu}", highlight=False)
+        _notes(console, one.notes)
+        report = compile_step(one, devices, capacity)
+        for line in display.report_lines(report):
+            console.print(line, highlight=False)
+        console.print(display.collective_table(report))
+        figures = report.to_json()
+        if hlo_file:
+            hlo_file.write_text(report.hlo)
     if json_file:
-        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
-    if hlo_file:
-        hlo_file.write_text(report.hlo)
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+@app.command(
+    epilog="Example: jaxpar bench configs/bench_small.yaml dp8 tp2,dp4 pp4,dp2,schedule=1f1b,microbatches=8",
+)
+def bench(
+    config_path: ConfigPath,
+    arguments: Arguments = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps to time: 20; of each layout 3.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Time the train step on the devices here, with random tokens: step time, tokens/s, MFU and memory; or, with
+    layouts, each of them beside one device and beside plain data-parallel JAX."""
+    from jaxpar.layouts import layout_overrides, one_device, split_arguments
+
+    overrides, layouts = split_arguments(arguments or ())
+    config = load_config(config_path, overrides)
+    from jaxpar import xla
+
+    xla.apply(config.cluster.xla_flags)
+    import jax
+
+    from jaxpar import display, runtime
+    from jaxpar.bench import PLAIN, compare, measure
+
+    runtime.start(config)
+    devices, console = runtime.devices(config), _console()
+    console.quiet = jax.process_index() > 0
+    where = "simulated on the CPU" if jax.default_backend() == "cpu" else devices[0].device_kind
+    _notes(console, config.notes)
+    if layouts:
+        if jax.process_count() > 1:
+            raise ConfigError("jaxpar bench: layouts are compared in one process; this is one of several")
+
+        def on(settings: list[str]) -> Config:
+            return load_config(config_path, [*overrides, *settings])
+
+        configs = {layout: on(layout_overrides(layout, config, len(devices))) for layout in layouts}
+        console.print(f"{len(devices)} devices, {where}", highlight=False)
+        rows = compare(configs, on(one_device(config)), devices, steps or 3, lambda text: _notes(console, [text]))
+        console.print(display.comparison_table(rows, PLAIN.format(len(devices))))
+        figures: Any = [vars(row) for row in rows]
+    else:
+        console.print(f"mesh: {display.mesh_line(config.mesh_sizes(len(devices)))}, {where}", highlight=False)
+        measured = measure(config, devices, steps or 20)
+        for line in display.measurement_lines(measured):
+            console.print(line, highlight=False)
+        figures = measured.to_json()
+    if json_file and jax.process_index() == 0:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 @app.command(epilog="Example: jaxpar schedule zb1p --stages 4 --microbatches 8 --chunks 2 --svg zb1p.svg")

@@ -13,6 +13,7 @@ from jaxpar.config import MeshSizes
 from jaxpar.mesh import AXES, device_grid
 
 if TYPE_CHECKING:
+    from jaxpar.bench import Comparison, Measurement
     from jaxpar.compile import Report
 
 
@@ -39,12 +40,77 @@ def report_lines(report: "Report") -> list[str]:
     return lines + [f"not counted: {text}" for text in report.uncounted]
 
 
+def report_table(reports: "Mapping[str, Report]", device: str) -> Table:
+    """What several layouts need, beside each other."""
+    count = next(iter(reports.values())).devices
+    table = Table("layout", title=f"one step on {count} of {device}; memory and FLOPs a device", title_justify="left")
+    for column in ("peak GB", "fits", "arguments GB", "temporaries GB", "FLOPs", "useful", "bubble", "compiled in s"):
+        table.add_column(column, justify="right")
+    for layout, report in reports.items():
+        gb = {key: f"{value / 1e9:.1f}" for key, value in vars(report.memory).items()}
+        useful = f"{report.model_flops / report.flops:.1%}" if report.model_flops and report.flops else "?"
+        table.add_row(
+            layout,
+            gb["peak"],
+            "yes" if report.memory.fits else "no",
+            gb["arguments"],
+            gb["temporaries"],
+            f"{report.flops:.3g}" + ("*" if report.uncounted else ""),
+            useful,
+            f"{report.bubble_fraction:.1%}",
+            f"{report.compile_seconds:.0f}",
+        )
+    if any(report.uncounted for report in reports.values()):
+        table.caption = "* not everything could be counted: compile that layout alone to see what"
+    return table
+
+
 def collective_table(report: "Report") -> Table:
     table = Table("collective", "axes", title="collectives a step", title_justify="left")
     for column in ("count", "GiB a device"):
         table.add_column(column, justify="right")
     for c in report.collectives:
         table.add_row(c.kind, " ".join(c.axes) or "?", f"{c.count:,}", f"{c.bytes / 2**30:.3f}")
+    return table
+
+
+def measurement_lines(m: "Measurement") -> list[str]:
+    """What a config's train step cost, in words."""
+    ms = {name: 1000 * seconds for name, seconds in m.step_seconds.items()}
+    mfu = "MFU not known (no peak is known of this device)" if m.mfu is None else f"MFU {m.mfu:.1%}"
+    peak = "" if m.measured_peak is None else f"; measured peak {m.measured_peak / 2**30:.2f} GiB"
+    gib = {key: value / 2**30 for key, value in vars(m.memory).items()}
+    return [
+        f"step: {ms['median']:,.1f} ms (median of {m.steps}; 10% below {ms['p10']:,.1f}, 10% above {ms['p90']:,.1f})",
+        f"rate: {m.tokens_per_second:,.0f} tokens/s, {m.tokens_per_second / m.devices:,.0f} a device; {mfu}",
+        f"memory of a device: arguments {gib['arguments']:.2f}, temporaries {gib['temporaries']:.2f}, compiled peak "
+        f"{gib['peak']:.2f} GiB{peak}",
+        f"FLOPs of a device: {m.flops:.4g} executed"
+        + (f", {m.model_flops:.4g} useful ({m.model_flops / m.flops:.1%})" if m.model_flops and m.flops else ""),
+        f"loss: {m.loss:.4f} after {m.steps} steps; compiled in {m.compile_seconds:.1f} s",
+    ]
+
+
+def comparison_table(rows: "list[Comparison]", base: str) -> Table:
+    """Layouts beside each other; in brackets what they take of the row `base`."""
+    table = Table("layout", title="a step; in brackets times plain JAX", title_justify="left")
+    for column in ("microbatches", "CPU seconds", "wall seconds", "temporaries, MB a device", "TFLOP in all", "loss"):
+        table.add_column(column, justify="right")
+    one = next(row for row in rows if row.name == base)
+
+    def cell(value: float, base: float, form: str) -> str:
+        return f"{value:{form}} ({value / base:.2f})" if base else f"{value:{form}}"
+
+    for row in rows:
+        table.add_row(
+            row.name,
+            "-" if row.microbatches is None else str(row.microbatches),
+            cell(row.cpu_seconds, one.cpu_seconds, ".2f"),
+            cell(row.wall_seconds, one.wall_seconds, ".2f"),
+            cell(row.temporaries / 1e6, one.temporaries / 1e6, ".1f"),
+            cell(row.flops / 1e12, one.flops / 1e12, ".4f"),
+            f"{row.loss:.6f}",
+        )
     return table
 
 

@@ -14,9 +14,10 @@ from jaxpar import runtime
 from jaxpar.checkpoint import Checkpoints
 from jaxpar.config import Config, ConfigError
 from jaxpar.data import BatchLoader, build_loader, load_tokenizer, open_dataset
-from jaxpar.metrics import MetricsFile, model_flops_per_token, peak_flops
+from jaxpar.metrics import MetricsWriter, metrics_writers, model_flops_per_token, peak_flops
 from jaxpar.models import Model
 from jaxpar.models.hugging_face import has_weights, load_params
+from jaxpar.profile import Profiler, Steps
 from jaxpar.program import Program
 from jaxpar.progress import Reporter, reporter
 from jaxpar.signals import Interrupted, Signals
@@ -89,10 +90,13 @@ class Trainer:
         `jaxpar.train_step.build_train_step`."""
         return self._advance(self.program.batch.complete(batch))
 
-    def fit(self) -> None:
+    def fit(self, profile: Steps | None = None) -> None:
         """Trains from the start, or from where `runner.resume_dir` says, to `max_steps` or `max_epochs`.
 
         Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves, and raises `Interrupted`.
+
+        Args:
+          profile: steps to trace for xprof, into `profile` beside the metrics.
 
         Raises:
           ConfigError: of the config, the data (`jaxpar.data.DataError`) or the checkpoint, as they are found.
@@ -110,13 +114,20 @@ class Trainer:
         limits = [
             n for n in (config.runner.max_steps if config.runner.max_steps > 0 else None, loader.num_batches) if n
         ]
-        metrics = MetricsFile(config.output_path, step) if first_process else None
-        log = _StepLog(self, report, metrics)
+        last = min(limits)
+        if profile:
+            profile.check(step, last)
+        writers = metrics_writers(config, step) if first_process else []
+        log = _StepLog(self, report, writers)
+        profiler = Profiler(
+            profile, config.output_path / "profile", lambda: jax.block_until_ready(self._state), report.say
+        )
         with Signals() as signals:
-            report.start(step, last := min(limits))
+            report.start(step, last)
             try:
                 while step < last and not signals.received:
-                    log.enter(step + 1, self._advance(next(loader)))
+                    with profiler.step(step + 1):
+                        log.enter(step + 1, self._advance(next(loader)))
                     step += 1
                     if config.runner.save_interval > 0 and step % config.runner.save_interval == 0:
                         log.flush()
@@ -125,10 +136,11 @@ class Trainer:
                 checkpoints.save(step, self.state, loader.get_state())
                 checkpoints.wait()
             finally:
+                profiler.stop()
                 report.stop()
                 loader.close()
-                if metrics:
-                    metrics.close()
+                for writer in writers:
+                    writer.close()
         if signals.received and step < last:
             raise Interrupted(step, last, signals.received)
         report.say(f"done: step {step}, checkpoint in {checkpoints.folder}")
@@ -167,8 +179,8 @@ class Trainer:
 class _StepLog:
     """Reports each step one step late, so that the devices never wait for the host to read a number."""
 
-    def __init__(self, trainer: Trainer, report: Reporter, metrics: MetricsFile | None):
-        self._report, self._metrics = report, metrics
+    def __init__(self, trainer: Trainer, report: Reporter, writers: list[MetricsWriter]):
+        self._report, self._writers = report, writers
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._before = time.perf_counter()
         program = trainer.program
@@ -204,5 +216,5 @@ class _StepLog:
             "mfu": None if self._mfu_per_rate is None else rate * self._mfu_per_rate,
         }
         self._report.step(row)
-        if self._metrics:
-            self._metrics.write(row)
+        for writer in self._writers:
+            writer.write(row)

@@ -88,6 +88,13 @@ class Cluster(Section):
     xla_flags: dict[str, str | bool | int] = {}  # ours: XLA flags that win over jaxpar/xla.py, without their dashes
 
 
+class Logger(Section):
+    # Beside metrics.jsonl, which is always written. RLinf's other two load, and a note says that they are not there.
+    logger_backends: Annotated[list[Literal["tensorboard", "wandb", "swanlab"]], BeforeValidator(_paths)] | None = [
+        "tensorboard"
+    ]
+
+
 class Runner(Section):
     seq_length: Count = 0  # tokens; 0: not given
     max_steps: Interval = -1  # optimizer steps; 0 or -1: no limit, max_epochs ends the run
@@ -95,6 +102,7 @@ class Runner(Section):
     save_interval: Interval = -1  # steps; 0 or -1: only at the end
     val_check_interval: Interval = -1  # steps; 0 or -1: never
     log_interval: Count = 1
+    logger: Logger = Logger()
     output_dir: Text = "results"
     experiment_name: Text = "jaxpar"
     resume_dir: Text | None = None  # null: start anew; "auto": newest checkpoint of this experiment; or a path
@@ -222,7 +230,8 @@ FOREIGN_KEYS: dict[str, frozenset[str]] = {
         auto_scheduler component_placement node_groups recreate_nccl_groups use_pre_process_policy
         use_wait_before_last_iter_policy
     """),
-    "runner": _names("logger only_eval task_type"),
+    "runner": _names("only_eval task_type"),
+    "runner.logger": _names("experiment_name log_path project_name"),
     "data": _names("""
         answer_key answer_separator apply_chat_template apply_chat_template_kwargs choice_key data_size dataset_name
         eval_data_paths filter_prompt_by_length image_keys is_hybrid is_markdown lazy_loading max_prompt_length

@@ -27,7 +27,13 @@ def jaxpar(*arguments: str | Path) -> subprocess.CompletedProcess:
             "/no/x",
         ),
         (["train", CONFIGS / "quickstart.yaml", "actor.model.pipeline_schedule=zigzag"], "none of: gpipe, 1f1b"),
+        (["train", CONFIGS / "quickstart.yaml", "--profile", "10"], "'10' is not STEP:COUNT"),
+        (["train", CONFIGS / "quickstart.yaml", "--profile", "0:3"], "'0:3' is not STEP:COUNT"),
         (["mesh", CONFIGS / "quickstart.yaml", "actor.model.context_parallel_size=3"], "does not divide 16 devices"),
+        (["bench", CONFIGS / "bench_small.yaml", "pp4,dp4"], "dp 4 * pp 4 = 16 devices, but there are 8"),
+        (["bench", CONFIGS / "bench_small.yaml", "actor.micro_batch_size=3"], "16 is not a multiple of"),
+        (["compile", CONFIGS / "quickstart.yaml", "--tpu", "v9z:2x2"], "'v9z:2x2' is not KIND:CHIPS"),
+        (["compile", CONFIGS / "quickstart.yaml", "dp1", "dp2", "--hlo", "x"], "but there are 2 layouts"),
         (["schedule", "zigzag"], "none of: gpipe, 1f1b"),
         (["schedule", "1f1b", "--stages", "0"], "at least one stage"),
         (["schedule", "1f1b", "--stages", "1", "--chunks", "2"], "2 chunks need at least two stages"),
@@ -96,7 +102,7 @@ def test_schedule_with_costs_chunks_layers_and_a_picture(tmp_path):
     assert picture.tag == "{http://www.w3.org/2000/svg}svg"
 
 
-@pytest.mark.parametrize("command", ["train", "mesh", "compile", "schedule"])
+@pytest.mark.parametrize("command", ["train", "mesh", "compile", "bench", "schedule"])
 def test_help_has_an_example(command):
     result = jaxpar(command, "--help")
     assert result.returncode == 0

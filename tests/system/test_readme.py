@@ -10,6 +10,7 @@ import numpy as np
 from support import readme_example
 
 import jaxpar
+from jaxpar.layouts import layout_overrides, split_arguments
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -61,6 +62,17 @@ def test_the_schedule_is_what_the_command_draws():
     script = Path(sys.executable).parent / "jaxpar"
     result = subprocess.run([script, *command.split()[1:]], capture_output=True, text=True, timeout=120)
     assert result.stdout == shown
+
+
+def test_the_layouts_of_the_readme_fit_their_configs():
+    found = 0
+    for path, rest in re.findall(r"^jaxpar (?:compile|bench) (\S+\.yaml)(.*)$", README, re.MULTILINE):
+        nodes = re.search(r"--nodes (\d+)", rest)
+        config = jaxpar.load_config(ROOT / path, [f"cluster.num_nodes={nodes[1]}"] if nodes else [])
+        for layout in split_arguments(re.sub(r"--\w+ \S+", "", rest).split())[1]:
+            jaxpar.load_config(ROOT / path, layout_overrides(layout, config, config.num_configured_devices()))
+            found += 1
+    assert found >= 10
 
 
 def test_the_readme_commands_parse():

@@ -746,3 +746,14 @@ def test_what_has_no_effect_is_said():
     config = config_from_dict({"runner": {"val_check_interval": 10}, "data": {"val_data_paths": ["held_out.txt"]}})
     assert any("no evaluation during training yet" in note for note in config.notes)
     assert config_from_dict({}).notes == []
+
+
+def test_logger_backends():
+    def backends(value):
+        return config_from_dict({"runner": {"logger": {"logger_backends": value, "log_path": "logs"}}})
+
+    assert config_from_dict({}).runner.logger.logger_backends == ["tensorboard"]
+    assert backends("tensorboard").runner.logger.logger_backends == ["tensorboard"]
+    assert "wandb is not there" in backends(["wandb", "tensorboard"]).notes[1]
+    with pytest.raises(ConfigError, match="expected one of 'tensorboard', 'wandb', 'swanlab', got 'tensorbord'"):
+        backends(["tensorbord"])
