@@ -102,7 +102,10 @@ class Trainer:
         loader = self._open_data()
         checkpoints = Checkpoints(config)
         report = reporter(first_process, config.runner.log_interval)
-        if found := checkpoints.find():
+        found, torn = checkpoints.find()
+        for note in torn:
+            report.say(note)
+        if found:
             self._state, position = checkpoints.restore(found, self.program.state_shapes, self.program.state_shardings)
             loader.set_state(position)
             report.say(f"resumed from {found}")
@@ -120,9 +123,9 @@ class Trainer:
                     step += 1
                     if config.runner.save_interval > 0 and step % config.runner.save_interval == 0:
                         log.flush()
-                        checkpoints.save(step, self.state, loader.get_state())
+                        checkpoints.save(step, self.state, loader.get_state()["batch"])
                 log.flush()
-                checkpoints.save(step, self.state, loader.get_state())
+                checkpoints.save(step, self.state, loader.get_state()["batch"])
                 checkpoints.wait()
             finally:
                 report.stop()
