@@ -43,13 +43,13 @@ def build_loss_and_grads(
     *,
     compute_dtype: Any = jnp.float32,
     recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
-    loss_scale: float = 1.0,
-) -> Callable[[Params, Batch], tuple[jax.Array, Params]]:
-    """Returns (params, batch) → (loss, grads), to be called inside `jax.jit`.
+) -> Callable[..., tuple[jax.Array, Params]]:
+    """Returns (params, batch, loss_scale=1.0) → (loss, grads), to be called inside `jax.jit`.
 
     params: float32, each split by its layout's rest_spec; grads likewise.
     batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `loss_mask` float32, each [global_batch, seq],
       split by `jaxpar.sharding.BATCH_SPEC`.
+    loss_scale: a float or a float32 scalar that the backward pass is scaled by; loss and grads are not.
     loss: float32, nats a token: the sum over valid tokens of the whole global batch over their count, on any layout.
     """
     manual_axes = set(AXES) if model.explicit else set(AXES) - set(TENSOR_AXES)
@@ -61,7 +61,7 @@ def build_loss_and_grads(
         params = jax.tree.map(lambda x, layout: gather_param(x, layout, accumulate_axes), params, layouts)
         return {**params, "layers": recompute.group(params["layers"])}
 
-    def local(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+    def local(params: Params, batch: Batch, loss_scale: jax.Array) -> tuple[jax.Array, Params]:
         compute = gather(jax.tree.map(lambda x: x.astype(compute_dtype), params))
         tokens = sum_over(batch["loss_mask"].sum(), REPLICA_AXES)
         weights = batch["loss_mask"] * (loss_scale / jnp.maximum(tokens, 1))
@@ -71,18 +71,20 @@ def build_loss_and_grads(
         loss = sum_over(loss, varying_axes(loss))
         _, reduce = jax.vjp(gather, params)
         (grads,) = reduce(grads)
-        return loss / loss_scale, jax.tree.map(lambda x: x / loss_scale, grads) if loss_scale != 1 else grads
+        return loss / loss_scale, jax.tree.map(lambda x: x / loss_scale, grads)
 
     if all(mesh.shape[axis] == 1 for axis in manual_axes):
         # Nothing is left to do by hand, and XLA's partitioner refuses manual sums over axes of size 1 beside automatic
         # ones.
-        def automatic(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+        def automatic(params: Params, batch: Batch, loss_scale: Any = 1.0) -> tuple[jax.Array, Params]:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return local(params, batch)
+                return local(params, batch, loss_scale)
 
         return automatic
     specs = jax.tree.map(lambda layout: _only(layout.rest_spec, manual_axes), layouts)
-    return jax.shard_map(local, mesh=mesh, in_specs=(specs, BATCH_SPEC), out_specs=(P(), specs), axis_names=manual_axes)
+    in_specs = (specs, BATCH_SPEC, P())
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(P(), specs), axis_names=manual_axes)
+    return lambda params, batch, loss_scale=1.0: mapped(params, batch, jnp.asarray(loss_scale, jnp.float32))
 
 
 def _stage_functions(model: FunctionalModel, mesh: Mesh, recompute: Recompute) -> StageFunctions:

@@ -14,13 +14,14 @@ from jax.sharding import PartitionSpec as P
 from jaxpar.batch import GlobalBatch
 from jaxpar.config import Architecture, Config, ConfigError
 from jaxpar.loss_and_grads import build_loss_and_grads
+from jaxpar.loss_scale import DynamicLossScale
 from jaxpar.mesh import build_mesh, cross_host_warning
 from jaxpar.models import Decoder, FunctionalModel, Model
 from jaxpar.optimizer import build_optimizer, learning_rate_schedule
 from jaxpar.pipeline.schedule import ScheduleError, build_schedule
 from jaxpar.recompute import Recompute
 from jaxpar.sharding import layout_tree
-from jaxpar.train_step import State, build_train_step, init_state, state_shardings
+from jaxpar.train_step import LossScale, State, build_train_step, init_state, state_shardings
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
 
@@ -40,7 +41,9 @@ class Program:
         a global batch.
       state_shapes, state_shardings: of the whole training state.
       train_step: jitted (state, batch) → (state, metrics), see `jaxpar.train_step`; the state is donated.
-      loss_and_grads: jitted (params, batch) → (loss, grads).
+      loss_and_grads: jitted (params, batch, loss_scale=1.0) → (loss, grads).
+      evaluate: jitted (params, batch) → `loss`, the sum over valid tokens in nats, and `tokens`, their count.
+      loss_scale: a number, or how it changes.
       init: jitted (params or None) → state before the first step.
       num_params: how many numbers are trained, padding of the vocabulary included.
 
@@ -86,7 +89,10 @@ class Program:
         self.warnings = [w for w in [cross_host_warning(sizes, len(devices) // config.cluster.num_nodes)] if w]
         self.batch = GlobalBatch(config.actor.global_batch_size, config.runner.seq_length, self.mesh)
         optimizer = build_optimizer(config, self.layouts)
-        self.state_shapes, self.state_shardings = state_shardings(self.model, optimizer, self.layouts, self.mesh)
+        self.loss_scale = loss_scale = _loss_scale(config)
+        self.state_shapes, self.state_shardings = state_shardings(
+            self.model, optimizer, self.layouts, self.mesh, loss_scale
+        )
         loss_and_grads = build_loss_and_grads(
             self.model,
             self.mesh,
@@ -94,18 +100,23 @@ class Program:
             self.schedule,
             compute_dtype=DTYPES[config.actor.model.precision],
             recompute=_recompute(config),
-            loss_scale=config.actor.optim.loss_scale or 1.0 if config.actor.model.precision == "fp16" else 1.0,
         )
         self.loss_and_grads = jax.jit(loss_and_grads)
+
+        def evaluate(params: Any, batch: Any) -> dict[str, jax.Array]:
+            tokens = batch["loss_mask"].sum()
+            return {"loss": loss_and_grads(params, batch)[0] * tokens, "tokens": tokens}
+
+        self.evaluate = jax.jit(evaluate)
         self.train_step = jax.jit(
-            build_train_step(loss_and_grads, optimizer, learning_rate_schedule(config)),
+            build_train_step(loss_and_grads, optimizer, learning_rate_schedule(config), loss_scale),
             in_shardings=(self.state_shardings, self.batch.sharding),
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, P())),
             donate_argnums=0,
         )
 
         def init(params: Any) -> State:
-            return init_state(self.model, optimizer, config.actor.seed, params)
+            return init_state(self.model, optimizer, config.actor.seed, params, loss_scale)
 
         self.init = jax.jit(init, out_shardings=self.state_shardings, donate_argnums=0)
 
@@ -122,6 +133,15 @@ def _check_stack(model: FunctionalModel, num_stages: int) -> None:
     raise ConfigError(
         f"{key} does not divide the model's num_layers {model.num_layers} "
         f"({model.num_layers} / {num_stages} = {model.num_layers / num_stages:.2f}): choose a size that does"
+    )
+
+
+def _loss_scale(config: Config) -> LossScale:
+    optim = config.actor.optim
+    if config.actor.model.precision != "fp16":
+        return 1.0
+    return optim.loss_scale or DynamicLossScale(
+        optim.initial_loss_scale, optim.min_loss_scale, optim.loss_scale_window, optim.hysteresis
     )
 
 

@@ -80,10 +80,6 @@ class Config(Section):
         notes = [_ignored_note(self._ignored)] if self._ignored else []
         if sched.lr_decay_style != "constant" and sched.lr_decay_iters is None and self.runner.max_steps > 0:
             notes.append(f"actor.lr_sched.lr_decay_iters is not given: it is runner.max_steps, {self.runner.max_steps}")
-        if self.data.val_data_paths and self.runner.val_check_interval > 0:
-            notes.append(
-                "data.val_data_paths and runner.val_check_interval: there is no evaluation during training yet"
-            )
         if model.recompute_granularity == "selective":
             notes.append(
                 "actor.model.recompute_granularity: selective changes nothing: attention never keeps its scores"

@@ -81,7 +81,8 @@ def test_quickstart_has_the_same_losses_on_1_and_on_16_devices(tmp_path):
 def test_metrics_have_one_object_a_step(tmp_path):
     fit(tmp_path, "runner.max_steps=3", *SMALL, *layout("dp4"))
     rows = metrics(tmp_path)
-    keys = ["step", "loss", "grad_norm", "learning_rate", "tokens", "step_seconds", "tokens_per_second", "mfu"]
+    keys = ["step", "loss", "grad_norm", "learning_rate", "tokens"]
+    keys += ["skipped", "step_seconds", "tokens_per_second", "mfu"]
     assert [list(row) for row in rows] == [keys] * 3
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["mfu"] is None and row["tokens"] <= 16 * 32 and row["step_seconds"] > 0 for row in rows)
@@ -119,7 +120,10 @@ def test_resume_from_a_path_and_its_mistakes(tmp_path):
         (["runner.resume_dir=null"], "already holds checkpoints up to step 4"),
         ([f"runner.resume_dir={tmp_path / 'nowhere'}"], "no checkpoint"),
         (["runner.resume_dir=auto", "actor.global_batch_size=8"], "global_batch_size: 8, but"),
-        (["runner.resume_dir=auto", "actor.model.hidden_size=64"], "(384, 32), the model of this config (384, 64)"),
+        (
+            ["runner.resume_dir=auto", "actor.model.hidden_size=64"],
+            "float32[384,32], the model of this config float32[384,64]",
+        ),
     ]:
         with pytest.raises(jaxpar.ConfigError) as caught:
             fit(tmp_path, "runner.max_steps=6", *small, *overrides)
