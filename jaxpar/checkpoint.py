@@ -26,6 +26,7 @@ from jaxpar.manifest import (
     named_leaves,
     newest,
     read_manifest,
+    resolve,
     step_of,
     why_torn,
     write_checksums,
@@ -112,28 +113,16 @@ class Checkpoints:
         last, notes = newest(self.folder)
         if wanted == "auto":
             return str(last) if last else None, notes
-        found, notes = (None, []) if wanted is None else self._find_in(Path(wanted).expanduser().absolute())
+        found = None if wanted is None else resolve(Path(wanted))
+        if found and (reason := why_torn(found)):
+            raise CheckpointError(f"runner.resume_dir: {found} is torn: {reason}: choose another checkpoint")
         if last and step_of(last) > (step_of(found) if found else 0):
             raise ConfigError(
                 f"runner.resume_dir: {wanted or 'null'}, but {self.folder} already holds checkpoints up to step "
                 f"{step_of(last)}: set resume_dir: auto to go on from there, or another runner.experiment_name, or "
                 f"move them away"
             )
-        return str(found) if found else None, notes
-
-    def _find_in(self, path: Path) -> tuple[Path, list[str]]:
-        if re.fullmatch(rf"{PREFIX}_\d+", path.name) and path.is_dir():
-            if reason := why_torn(path):
-                raise CheckpointError(f"runner.resume_dir: {path} is torn: {reason}: choose another checkpoint")
-            return path, []
-        for folder in (path, path / "checkpoints"):
-            found, notes = newest(folder)
-            if found:
-                return found, notes
-        raise ConfigError(
-            f"runner.resume_dir: no checkpoint ({PREFIX}_N) in {path}: give a checkpoint's folder, the folder of "
-            f"an experiment, auto, or null to start anew"
-        )
+        return str(found) if found else None, []
 
     def restore(self, path: Path, shapes: Any, shardings: Any) -> tuple[Any, dict[str, int]]:
         """State and data position from a checkpoint of any layout; each device reads its own slices.
@@ -214,10 +203,12 @@ class Checkpoints:
             yield
         except ConfigError:
             raise
-        except Exception as error:
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
             left, _ = newest(self.folder)
             kept = f"the newest complete one is {left}" if left else "there is no complete one"
-            reason = re.sub(r"\s+", " ", str(error))[:400]
+            reason = re.sub(r"\s+", " ", str(error))
+            if len(reason) > 400:  # TensorStore's end with the file and the system's own words
+                reason = f"{reason[:60]} … {reason[-300:]}"
             raise CheckpointError(f"cannot {verb} a checkpoint in {path or self.folder}: {reason}: {kept}") from error
 
 

@@ -1,6 +1,7 @@
 """`jaxpar train | mesh | schedule`: reads the command line, prints, and turns errors into one line and an exit code."""
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ app = typer.Typer(
     help="Five-axis parallel training of large Transformers with JAX.",
 )
 
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints.")
+app.add_typer(checkpoint_app, name="checkpoint")
+
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file's.")
@@ -34,14 +38,24 @@ def train(
     overrides: Overrides = None,
     verbose: Annotated[bool, typer.Option(help="Show the XLA and NCCL settings, each with its reason.")] = False,
 ) -> None:
-    """Train a model. Ctrl-C saves; the same command goes on where it was if runner.resume_dir is auto."""
+    """Train a model. Ctrl-C saves; the same command goes on where it was if runner.resume_dir is auto.
+
+    Exit codes: 2 a mistake in the config, or a checkpoint that cannot be written or read; 3 the run has gone wrong
+    (losses or gradients not finite, replicas that differ); 75 a process died or hangs: start again; 128 + the signal's
+    number: stopped by it, saved.
+    """
     config = load_config(config_path, overrides or ())
     from jaxpar import xla
 
     settings = xla.apply(config.cluster.xla_flags)
     if verbose:
         print("\n".join(settings))
-    from jaxpar.trainer import Interrupted, Trainer  # after the config is known to be good: jax takes seconds to load
+    from jaxpar.trainer import (
+        Interrupted,
+        NonFiniteError,
+        ReplicaError,
+        Trainer,
+    )  # after the config is known to be good: jax takes seconds to load
 
     trainer = Trainer(config)
     _print_head(trainer, config)
@@ -51,6 +65,9 @@ def train(
         again = "run the same command to go on" if config.runner.resume_dir else "set runner.resume_dir=auto to go on"
         _error(f"{stop}: {again}")
         raise typer.Exit(128 + stop.signal) from None
+    except (NonFiniteError, ReplicaError) as error:
+        _error(str(error))
+        raise typer.Exit(3) from None
 
 
 @app.command(epilog="Example: jaxpar mesh configs/quickstart.yaml actor.model.context_parallel_size=4")
@@ -158,10 +175,33 @@ def schedule(
         console.print(text, highlight=False)
 
 
+@checkpoint_app.command(epilog="Example: jaxpar checkpoint inspect results/quickstart/checkpoints/global_step_200")
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a folder of them: its newest.")],
+    verify: Annotated[bool, typer.Option(help="Read all files and compare their checksums.")] = False,
+) -> None:
+    """Show what a checkpoint holds: step, mesh, parameters, sizes, and whether it is complete."""
+    from jaxpar import display
+    from jaxpar.manifest import damages, read_manifest, resolve, why_torn
+
+    console, found = _console(), resolve(path)
+    if reason := why_torn(found):
+        raise ConfigError(f"{found} is torn: {reason}: choose another checkpoint")
+    for line in display.checkpoint_lines(found, read_manifest(found)):
+        console.print(line, highlight=False)
+    console.print(display.checkpoint_table(read_manifest(found)))
+    if verify:
+        if problems := list(damages(found, 0, 1)):
+            raise ConfigError(problems)
+        console.print("all checksums are right")
+
+
 def main() -> None:
     """Entry point: a user's mistake is an error on standard error and exit code 2, never a traceback."""
     # jaxlib's own notices (topology, unused flags) would tear the progress bar.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Orbax logs with a traceback what it then raises, and what it raises is told once, in words.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     from jaxpar.pipeline.schedule import ScheduleError
 
     try:
@@ -172,6 +212,9 @@ def main() -> None:
         sys.exit(2)
     except ScheduleError as error:
         _error(str(error))
+        sys.exit(2)
+    except OSError as error:
+        _error(f"{error.filename or 'a file'}: {error.strerror or error}: check space, permissions and the path")
         sys.exit(2)
 
 

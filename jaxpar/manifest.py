@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxpar.config import Config
+from jaxpar.config import Config, ConfigError
 
 PREFIX = "global_step"
 MANIFEST, CHECKSUMS = "manifest.json", "checksums.json"
@@ -100,6 +100,23 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         torn[path] = reason
     newer = {path: reason for path, reason in torn.items() if not found or step_of(path) > step_of(found)}
     return found, [f"{path} is torn and passed over: {reason}" for path, reason in newer.items()]
+
+
+def resolve(path: Path) -> Path:
+    """A checkpoint's folder, or the newest complete one in a folder of them or of an experiment.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    path = path.expanduser().absolute()
+    if re.fullmatch(rf"{PREFIX}_\d+", path.name) and path.is_dir():
+        return path
+    found = newest(path)[0] or newest(path / "checkpoints")[0]
+    if found is None:
+        raise ConfigError(
+            f"no checkpoint ({PREFIX}_N) in {path}: give a checkpoint's folder, or the folder of an experiment"
+        )
+    return found
 
 
 def checkpoints_in(folder: Path, pattern: str = rf"{PREFIX}_\d+") -> list[Path]:

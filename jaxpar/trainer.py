@@ -19,11 +19,13 @@ from jaxpar.models import Model
 from jaxpar.models.hugging_face import has_weights, load_params
 from jaxpar.program import Program
 from jaxpar.progress import Reporter, reporter
-from jaxpar.replicas import check_replicas
+from jaxpar.replicas import ReplicaError, check_replicas
 from jaxpar.signals import Interrupted, Signals
-from jaxpar.step_log import StepLog
+from jaxpar.step_log import NonFiniteError, StepLog
 from jaxpar.train_step import State, scale_of
 from jaxpar.watchdog import Watchdog
+
+__all__ = ["Interrupted", "NonFiniteError", "ReplicaError", "Trainer"]
 
 
 class Trainer:
@@ -121,7 +123,10 @@ class Trainer:
         with Signals() as signals:
             report.start(step, last)
             try:
-                while step < last and not signals.received:
+                while step < last:
+                    watchdog.enter(step + 1, "asking all for signals")
+                    if signals.received:
+                        break
                     watchdog.enter(step + 1, "reading the batch")
                     batch = next(loader)
                     watchdog.enter(step + 1, "training")

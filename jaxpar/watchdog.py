@@ -1,8 +1,10 @@
 """Ends all processes of a run when one of them died or makes no progress, and says which, where and since when."""
 
+import ctypes
 import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -35,12 +37,17 @@ class Watchdog:
         self._heard: dict[int, tuple[dict[str, Any], float]] = {}
         self._last_answer = time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # jax's own client aborts from C++ as soon as the coordinator is gone, and says neither rank nor step. Python's
+        # signal handlers never run then: this one is called in place.
+        self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
 
     def enter(self, step: int, phase: str) -> None:
         """This process now does `phase` of `step`, such as "reading the batch". Called at least once a step."""
         self._entered, self._step, self._phase, self._since = self._entered + 1, step, phase, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
+        if jax.process_index() > 0:
+            ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
         self._thread.start()
         return self
 
@@ -54,6 +61,13 @@ class Watchdog:
             self._beat(ended=f"{type(error).__name__}: {error}" if error else "")
             if error and jax.process_index() == 0:  # which judges no longer
                 self._client.key_value_set(_VERDICT, f"process 0 stopped: {error}", allow_overwrite=True)
+
+    def _aborted(self, signal_number: int) -> None:
+        host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            self._end(f"process 0 died: its coordinator at {host}:{port} is gone ({error.strerror or error})")
 
     def _watch(self) -> None:
         while not self._stop.wait(_PERIOD):
