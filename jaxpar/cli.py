@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -47,7 +47,7 @@ def train(
     config = load_config(config_path, overrides or ())
     from jaxpar import xla
 
-    settings = xla.apply(config.cluster.xla_flags)
+    settings = xla.apply(config.cluster.xla_flags, config.cluster.deterministic)
     if verbose:
         print("\n".join(settings))
     from jaxpar.trainer import (
@@ -76,7 +76,7 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
     config = load_config(config_path, overrides or ())
     from jaxpar import xla
 
-    xla.apply(config.cluster.xla_flags)
+    xla.apply(config.cluster.xla_flags, config.cluster.deterministic)
     from jax.sharding import AbstractMesh
 
     from jaxpar import display, runtime
@@ -132,7 +132,11 @@ def compile_(
     if tpu is None and gpu not in GPUS:
         raise ConfigError(f"--gpu: {gpu!r} is none of: {', '.join(GPUS)}")
     # There is no GPU to try kernels on.
-    flags = xla.apply({"xla_gpu_autotune_level": 0, **config.cluster.xla_flags}) if tpu is None else []
+    flags = (
+        xla.apply({"xla_gpu_autotune_level": 0, **config.cluster.xla_flags}, config.cluster.deterministic)
+        if tpu is None
+        else []
+    )
     os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxpar import display
     from jaxpar.compile import compile_step, gpu_devices, tpu_devices
@@ -202,6 +206,7 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Orbax logs with a traceback what it then raises, and what it raises is told once, in words.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     from jaxpar.pipeline.schedule import ScheduleError
 
     try:
@@ -216,6 +221,12 @@ def main() -> None:
     except OSError as error:
         _error(f"{error.filename or 'a file'}: {error.strerror or error}: check space, permissions and the path")
         sys.exit(2)
+
+
+def _unraisable(what: Any) -> None:
+    # TensorStore's futures say so, once each, after a write that failed.
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
 
 
 def _print_head(trainer: "Trainer", config: Config) -> None:

@@ -180,7 +180,7 @@ class Trainer:
     def _open_data(self) -> BatchLoader:
         config = self.config
         return build_loader(
-            self._open_dataset(config.data.train_data_paths),
+            self._open_dataset("train_data_paths"),
             global_batch_size=config.actor.global_batch_size,
             rows=self.program.batch.rows,
             seed=config.data.seed,
@@ -193,9 +193,9 @@ class Trainer:
         runner, paths = self.config.runner, self.config.data.val_data_paths
         if not paths or runner.val_check_interval <= 0:
             return None
-        return Evaluation(self.program, self._open_dataset(paths), runner.limit_val_batches)
+        return Evaluation(self.program, self._open_dataset("val_data_paths"), runner.limit_val_batches)
 
-    def _open_dataset(self, paths: list[str]) -> PackedSource:
+    def _open_dataset(self, key: str) -> PackedSource:
         config = self.config
         tokenizer = load_tokenizer(config.actor.tokenizer.tokenizer_model)
         architecture = self.program.architecture
@@ -205,7 +205,8 @@ class Trainer:
                 f"vocab_size is {architecture.vocab_size}: choose the model's own tokenizer, or raise vocab_size"
             )
         return open_dataset(
-            paths,
+            getattr(config.data, key),
+            setting=f"data.{key}",
             tokenizer=tokenizer,
             text_key=config.data.text_key,
             seq_length=config.runner.seq_length,

@@ -38,13 +38,20 @@ ENVIRONMENT: dict[str, tuple[str, str]] = {
     ),
     "NCCL_DEBUG": ("WARN", "says which rank and network fails, and nothing else [nccl]"),
 }
+# Beside these for `cluster.deterministic`. What they cost has not been measured.
+DETERMINISTIC_FLAG = (
+    "xla_gpu_deterministic_ops",
+    ("true", "cluster.deterministic: kernels without atomics, and no autotuning, whose choice differs [xla]"),
+)
+DETERMINISTIC_ENVIRONMENT = ("NCCL_ALGO", ("Ring", "cluster.deterministic: one order of sums in every run [nccl]"))
 
 
-def apply(overrides: Mapping[str, str | bool | int]) -> list[str]:
+def apply(overrides: Mapping[str, str | bool | int], deterministic: bool = False) -> list[str]:
     """Set the table's values in the environment, unless the user has set them there.
 
     Args:
       overrides: `cluster.xla_flags` of the config: flag → value, which win over the table.
+      deterministic: adds what makes a GPU's sums the same in every run.
 
     Returns:
       A line for each setting with its reason, for `--verbose`.
@@ -55,7 +62,9 @@ def apply(overrides: Mapping[str, str | bool | int]) -> list[str]:
     if not any(Path(device).exists() for device in GPU_DEVICES) and _has_cuda_plugin():
         # The plugin is there for `jaxpar compile`; looking for a GPU, it would print a traceback.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    values = {flag: value for flag, (value, _) in XLA_FLAGS.items()}
+    flags = XLA_FLAGS | dict([DETERMINISTIC_FLAG] if deterministic else [])
+    environment = ENVIRONMENT | dict([DETERMINISTIC_ENVIRONMENT] if deterministic else [])
+    values = {flag: value for flag, (value, _) in flags.items()}
     values |= {flag.removeprefix("--"): _text(value) for flag, value in overrides.items()}
     if unknown := [flag for flag in values if not _is_known(flag)]:
         where = "cluster.xla_flags" if set(unknown) <= {f.removeprefix("--") for f in overrides} else "XLA_FLAGS"
@@ -63,13 +72,12 @@ def apply(overrides: Mapping[str, str | bool | int]) -> list[str]:
     mine = os.environ.get("XLA_FLAGS", "").split()
     given = {flag.removeprefix("--").partition("=")[0] for flag in mine}
     os.environ["XLA_FLAGS"] = " ".join([f"--{f}={v}" for f, v in values.items() if f not in given] + mine)
-    for name, (value, _) in ENVIRONMENT.items():
+    for name, (value, _) in environment.items():
         os.environ.setdefault(name, value)
     lines = [
-        f"{flag}={value}  {XLA_FLAGS[flag][1] if flag in XLA_FLAGS else 'cluster.xla_flags'}"
-        for flag, value in values.items()
+        f"{flag}={value}  {flags[flag][1] if flag in flags else 'cluster.xla_flags'}" for flag, value in values.items()
     ]
-    return lines + [f"{name}={os.environ[name]}  {reason}" for name, (_, reason) in ENVIRONMENT.items()]
+    return lines + [f"{name}={os.environ[name]}  {reason}" for name, (_, reason) in environment.items()]
 
 
 def _has_cuda_plugin() -> bool:
