@@ -149,6 +149,9 @@ class Trainer:
                 watchdog.enter(step, "saving")
                 checkpoints.save(step, self.state, loader.get_state()["batch"])
                 checkpoints.wait()
+            except (NonFiniteError, ReplicaError):
+                checkpoints.wait()  # for what was begun before
+                raise
             finally:
                 report.stop()
                 loader.close()

@@ -1,5 +1,6 @@
 """What a run survives, and how it ends where it cannot: real processes, real signals, a really full disk."""
 
+import itertools
 import json
 import os
 import random
@@ -151,7 +152,7 @@ def test_a_process_that_waits_for_its_data_ends_both(tmp_path, cached):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
-    """The learning rate sends the parameters so far that the loss is NaN from then on."""
+    """The learning rate sends the parameters so far that the gradients are NaN from then on."""
     wild = ["actor.optim.lr=1e30", "actor.lr_sched.min_lr=0", "runner.max_skipped_steps=3", "runner.save_interval=1"]
     with pytest.raises(NonFiniteError, match=r"the last 3 steps \(\d+ to \d+\)"):
         fit(tmp_path, "runner.max_steps=20", *RUN, *wild)
@@ -168,7 +169,8 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
     before = jax.tree.map(np.asarray, trainer.state)
     dumped = dict(np.load(tmp_path / f"quickstart/skipped_batches/step_{skipped[0]}.process_0.npz"))
     np.testing.assert_array_equal(dumped.pop("rows"), range(16))
-    assert not np.isfinite(trainer.loss_and_grads(dumped)[0])
+    loss, grads = trainer.loss_and_grads(dumped)
+    assert not all(np.isfinite(x).all() for x in jax.tree.leaves((loss, grads)))
     trained = trainer.train_step(dumped)
     assert trained["skipped"] == 1
     assert trainer.state["step"] == before["step"] + 1
@@ -189,7 +191,7 @@ def test_dynamic_loss_scale_falls_until_fp16_holds_and_is_resumed(tmp_path):
     first = skipped.index(False)
     # Two overflows are forgiven once, then each halves it.
     assert scales[: first + 1] == [2**32] * 2 + [2.0**n for n in range(31, 31 - first + 1, -1)]
-    assert max(scales[first:]) > scales[first]  # it doubles again
+    assert any(after == 2 * before for before, after in itertools.pairwise(scales))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     fit(tmp_path / "halves", f"runner.max_steps={first + 2}", *run)
     fit(tmp_path / "halves", "runner.max_steps=40", *run)
@@ -222,9 +224,8 @@ def test_replicas_that_differ_are_named():
     odd = mesh.devices.flatten()[-1]
     shards = [on(device, index, device == odd) for device, index in places]
     bad = jax.make_array_from_single_device_arrays((8,), sharding, shards)
-    with pytest.raises(ReplicaError, match=r"1 of 2 parameters differ .*: b on .*CPU") as caught:
+    with pytest.raises(ReplicaError, match=rf"1 of 2 parameters differ .*: b on {odd}\. "):
         check_replicas({"a": good, "b": bad})
-    assert str(odd) in str(caught.value)
 
 
 def read_until(process: subprocess.Popen, pattern: str) -> list[str]:
