@@ -38,6 +38,7 @@ _PROCESS = "ocdbt.process_"  # Orbax's folder of what one process wrote
 _TORN = "torn_"  # before the name of a folder that was found incomplete
 # A reader takes chunks whole, even those that it needs a part of.
 _CHUNK_BYTES = 2**26
+_WRITE_TIMEOUT = 3600  # seconds; Orbax's own 600 are short for a large model on a slow file system
 _RESTORE_AT_ONCE = 0.25  # GB on their way from disk to devices, which bounds the host memory beside the state's own
 
 
@@ -277,4 +278,5 @@ def _options(keep: PreservationPolicy | None = None) -> ocp.CheckpointManagerOpt
         step_prefix=PREFIX,
         preservation_policy=keep,
         cleanup_tmp_directories=keep is not None,
+        async_options=ocp.AsyncOptions(timeout_secs=_WRITE_TIMEOUT),
     )

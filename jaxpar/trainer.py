@@ -122,6 +122,7 @@ class Trainer:
         log = StepLog(self.config, self.program, report, metrics)
         with Signals() as signals:
             report.start(step, last)
+            val_loss: float | None = None
             try:
                 while step < last:
                     watchdog.enter(step + 1, "asking all for signals")
@@ -147,7 +148,7 @@ class Trainer:
                         checkpoints.save(step, self.state, loader.get_state()["batch"], val_loss)
                 log.flush()
                 watchdog.enter(step, "saving")
-                checkpoints.save(step, self.state, loader.get_state()["batch"])
+                checkpoints.save(step, self.state, loader.get_state()["batch"], val_loss)
                 checkpoints.wait()
             except (NonFiniteError, ReplicaError):
                 checkpoints.wait()  # for what was begun before
