@@ -18,17 +18,10 @@ from jaxpar.checkpoint import Checkpoints
 from jaxpar.cli import app
 from jaxpar.manifest import read_manifest
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
 RESUMED = ["dp4", "pp4-tp2", "all", "cp4", "sp4"]
 MATRIX = ["one", *RESUMED]
 COMMON = ["runner.resume_dir=auto", *SMALL]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs_are_reused(tmp_path_factory):
-    """The same programs are built again and again in here."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from jaxpar.loss_scale import DynamicLossScale
 from jaxpar.replicas import ReplicaError, check_replicas
 from jaxpar.step_log import NonFiniteError
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
 KILLS = 50
 RUN = ["runner.resume_dir=auto", *SMALL, *layout("dp4")]
 
@@ -181,6 +182,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
             np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_dynamic_loss_scale_falls_until_fp16_holds_and_is_resumed(tmp_path):
     run = [*RUN, "actor.model.precision=fp16", "actor.optim.loss_scale_window=3", "runner.max_skipped_steps=1"]
     fit(tmp_path / "whole", "runner.max_steps=40", *run)
