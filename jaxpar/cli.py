@@ -100,9 +100,11 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
         _notes(console, ["no parameters are shown: actor.model describes no model (model_path or hidden_size, …)"])
         return
     model = FunctionalModel(Decoder(architecture))
-    zero = config.actor.optim.use_distributed_optimizer
+    chunks = config.actor.model.virtual_pipeline_model_parallel_size or 1
     abstract = AbstractMesh(tuple(sizes.as_dict().values()), tuple(sizes.as_dict()))
-    layouts = layout_tree(model.shapes, model.dims, abstract, explicit=True, zero=zero)
+    layouts = layout_tree(
+        model.shapes, model.dims, abstract, explicit=True, zero_stage=config.zero_stage, num_chunks=chunks
+    )
     console.print(display.parameter_table(layouts, abstract.shape))
 
 

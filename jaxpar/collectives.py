@@ -51,6 +51,11 @@ def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
+def zeros(like: Any, *leading: int, dtype: Any = None) -> jax.Array:
+    """Zeros [*leading, *like.shape] that differ between devices where `like` (an array or its shape) does."""
+    return vary(jnp.zeros((*leading, *like.shape), dtype or like.dtype), varying_axes(like))
+
+
 def gather_sequence(x: Float[Array, "batch seq embed"]) -> Float[Array, "batch full_seq embed"]:
     """Before column-parallel products: all-gather the sequence over sp (backward: reduce-scatter); over tp nothing
     (backward: all-reduce)."""

@@ -1,24 +1,30 @@
-"""One function from parameters at rest and a global batch to loss and gradients, on any mesh.
+"""Functions from parameters at rest and a global batch to loss and gradients, or to token losses, on any mesh.
 
     parameters at rest → gather (all-gather over dp, cp, in the compute dtype, once)
     shard_map: pipeline schedule over microbatches, float32 sums of gradients
     gradients → the transpose of the gather (reduce-scatter over dp, cp, in float32, once)
 
-For an explicit model all five axes are manual; for an automatic one tp and sp are left to XLA.
+With ZeRO stage 2 the reduction happens layer by layer, as gradients come; with stage 3 the gather does too, forward and
+backward. For an explicit model all five axes are manual; for an automatic one tp and sp are left to XLA.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxpar.attention import zigzag_order
 from jaxpar.collectives import (
     broadcast_from_last_stage,
     cross_entropy,
+    manual,
     rank_and_size,
     sum_over,
     varying_axes,
@@ -26,90 +32,232 @@ from jaxpar.collectives import (
 )
 from jaxpar.mesh import AXES, REPLICA_AXES, TENSOR_AXES
 from jaxpar.models.protocol import FunctionalModel, Params, TokenInfo
-from jaxpar.pipeline.engine import StageFunctions
-from jaxpar.pipeline.engine import loss_and_grads as run_pipeline
-from jaxpar.pipeline.schedule import Schedule
+from jaxpar.pipeline import engine
+from jaxpar.pipeline.schedule import Schedule, forward_only
+from jaxpar.placement import LayerPlacement
 from jaxpar.recompute import Recompute
-from jaxpar.sharding import BATCH_SPEC, gather_param
+from jaxpar.sharding import BATCH_SPEC, ParamLayout, gather_param, mark_varying, place_layers, reduce_grad
 
 Batch = Mapping[str, jax.Array]
+MAX_LOGITS_BYTES = 2**29  # float32 logits that a device holds at a time
 
 
-def build_loss_and_grads(
-    model: FunctionalModel,
-    mesh: Mesh,
-    layouts: Any,
-    schedule: Schedule,
-    *,
-    compute_dtype: Any = jnp.float32,
-    recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
-) -> Callable[..., tuple[jax.Array, Params]]:
-    """Returns (params, batch, loss_scale=1.0) → (loss, grads), to be called inside `jax.jit`.
+@dataclass(frozen=True)
+class StepSetup:
+    """What the functions of this file are built from, and the way of parameters and gradients between rest and engine.
+
+    Attributes:
+      layouts: tree of `ParamLayout`, made for the same ZeRO stage and number of chunks.
+      zero_stage: 0 to 3.
+      reduce_dtype: of gradients on their way over dp and cp; sums over microbatches are float32.
+    """
+
+    model: FunctionalModel
+    mesh: Mesh
+    layouts: Any
+    schedule: Schedule
+    compute_dtype: Any = jnp.float32
+    recompute: Recompute = Recompute()  # noqa: RUF009 (frozen)
+    zero_stage: int = 1
+    reduce_dtype: Any = jnp.float32
+
+    @property
+    def manual_axes(self) -> set[str]:
+        return set(AXES) if self.model.explicit else set(AXES) - set(TENSOR_AXES)
+
+    def enter(self, params: Params, *, gathered: bool) -> Params:
+        """Parameters at rest → as the engine holds them, the shards over dp and cp `gathered` or not. Linear."""
+        # Sums over tp are left where the model's own collectives put them; all others wait for the end of the step.
+        # The head of an automatic model works on another share of the tokens on each stage, see _token_losses.
+        accumulate_axes = ("dp", "cp", "sp") if self.model.explicit else ("dp", "cp", "pp")
+
+        def one(param: jax.Array, layout: ParamLayout) -> jax.Array:
+            param = place_layers(param, layout)
+            return mark_varying(gather_param(param, layout) if gathered else param, layout, accumulate_axes)
+
+        return jax.tree.map(one, params, self.layouts)
+
+    def leave(self, params: Params, grads: Params) -> Params:
+        """Sums of the engine's gradients → like `params` at rest, summed over all devices, float32: the transpose of
+        `enter`, so that the two cannot disagree."""
+        cast = lambda tree: jax.tree.map(lambda x: x.astype(self.reduce_dtype), tree)  # noqa: E731
+        _, transpose = jax.vjp(lambda params: self.enter(params, gathered=self.zero_stage < 2), cast(params))
+        return jax.tree.map(lambda x: x.astype(jnp.float32), transpose(cast(grads))[0])
+
+    def gather(self, part: str, params: Any) -> Any:
+        """Parameters as the engine holds them → as the model computes with them. Linear."""
+        return jax.tree.map(gather_param, params, self.layouts[part]) if self.zero_stage == 3 else params
+
+    def reduce(self, part: str, grads: dict[int, jax.Array]) -> dict[int, jax.Array]:
+        """Gradients, by index of the leaf → as they are summed up over microbatches, float32."""
+        if self.zero_stage > 1:
+            layouts = jax.tree.leaves(self.layouts[part])
+            grads = {i: reduce_grad(grad.astype(self.reduce_dtype), layouts[i]) for i, grad in grads.items()}
+        return {i: grad.astype(jnp.float32) for i, grad in grads.items()}
+
+    def held(self, params: Params) -> Params:
+        """Parameters at rest → in the compute dtype, as the engine holds them."""
+        compute = jax.tree.map(lambda x: x.astype(self.compute_dtype), params)
+        return self.enter(compute, gathered=self.zero_stage < 3)
+
+    def microbatches(self, batch: Batch) -> Batch:
+        return jax.tree.map(lambda x: x.reshape(self.schedule.num_microbatches, -1, *x.shape[1:]), batch)
+
+    def functions(self, params: Params, batch: Batch) -> engine.StageFunctions:
+        """The model as the engine wants it. `params` as held, `batch` in microbatches."""
+        model, split_sequence = self.model, not self.model.explicit and self.mesh.shape["sp"] > 1
+
+        def constrain(x: jax.Array) -> jax.Array:
+            return lax.with_sharding_constraint(x, P(None, "sp")) if split_sequence else x
+
+        def block(layer: Params, x: jax.Array, batch: Batch) -> jax.Array:
+            return constrain(model.block(layer, x, _info(batch)))
+
+        def embed(embed: Params, batch: Batch) -> jax.Array:
+            return constrain(model.embed({"embed": embed}, batch["tokens"], _info(batch)))
+
+        def token_losses(params: Params, x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            return _token_losses(model, params, x, batch)
+
+        parts = self._num_loss_parts(embed, params, batch)
+
+        def cut(x: jax.Array, batch: Batch) -> tuple[jax.Array, Batch]:
+            return _cut(x, parts, 1), jax.tree.map(lambda a: _cut(a, parts, a.shape[1] // x.shape[1]), batch)
+
+        placement = LayerPlacement(model.num_layers, self.schedule.num_stages, self.schedule.num_chunks)
+        num_real = jnp.asarray(placement.counts)[rank_and_size("pp")[0]] if placement.is_padded else None
+        return engine.StageFunctions(embed, block, token_losses, cut, self.gather, self.reduce, num_real)
+
+    def _num_loss_parts(self, embed: Callable[[Params, Batch], jax.Array], params: Params, batch: Batch) -> int:
+        """The least number of parts of a microbatch's tokens whose logits are small enough."""
+
+        def logits() -> tuple[jax.Array, jax.Array]:
+            outer = {part: self.gather(part, params[part]) for part in ("embed", "head")}
+            x = embed(outer["embed"], jax.tree.map(lambda a: a[0], batch))
+            return x, self.model.head(outer, x)
+
+        x, logits = jax.eval_shape(logits)
+        # Of an automatic model XLA splits the logits over the tensor group, and each stage takes a share of the tokens.
+        axes = () if self.model.explicit else ("pp", *TENSOR_AXES)
+        size = math.prod(logits.shape) * 4 // math.prod(self.mesh.shape[axis] for axis in axes)
+        tokens = x.shape[1]
+        return next((n for n in range(1, tokens) if tokens % n == 0 and size <= n * MAX_LOGITS_BYTES), tokens)
+
+    def on_mesh(self, local: Callable, out_specs: Any) -> Callable:
+        """`local` (params, batch, …scalars) on every device, each with its part."""
+        if all(self.mesh.shape[axis] == 1 for axis in self.manual_axes):
+            # Nothing is left to do by hand, and XLA's partitioner refuses manual sums over axes of size 1 beside
+            # automatic ones.
+            def automatic(*args: Any) -> Any:
+                with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                    return local(*args)
+
+            return automatic
+
+        def manual(params: Params, batch: Batch, *scalars: jax.Array) -> Any:
+            in_specs = (self.rest_specs, BATCH_SPEC, *[P()] * len(scalars))
+            axes = self.manual_axes
+            on_all = jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes)
+            return on_all(params, batch, *scalars)
+
+        return manual
+
+    @property
+    def rest_specs(self) -> Any:
+        return jax.tree.map(lambda layout: _only(layout.rest_spec, self.manual_axes), self.layouts)
+
+
+def build_loss_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.Array, Params]]:
+    """Returns (params, batch, loss_scale=None) → (loss, grads), to be called inside `jax.jit`.
 
     params: float32, each split by its layout's rest_spec; grads likewise.
     batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `loss_mask` float32, each [global_batch, seq],
       split by `jaxpar.sharding.BATCH_SPEC`.
-    loss_scale: a float or a float32 scalar that the backward pass is scaled by; loss and grads are not.
+    loss_scale: float32 scalar by which the loss is multiplied on its way through the backward pass.
     loss: float32, nats a token: the sum over valid tokens of the whole global batch over their count, on any layout.
     """
-    manual_axes = set(AXES) if model.explicit else set(AXES) - set(TENSOR_AXES)
-    # Sums over tp are left where the model's own collectives put them; all others wait for the end of the step.
-    # The head of an automatic model works on another share of the tokens on each stage, see _loss.
-    accumulate_axes = ("dp", "cp", "sp") if model.explicit else ("dp", "cp", "pp")
 
-    def gather(params: Params) -> Params:
-        params = jax.tree.map(lambda x, layout: gather_param(x, layout, accumulate_axes), params, layouts)
-        return {**params, "layers": recompute.group(params["layers"])}
-
-    def local(params: Params, batch: Batch, loss_scale: jax.Array) -> tuple[jax.Array, Params]:
-        compute = gather(jax.tree.map(lambda x: x.astype(compute_dtype), params))
+    def local(params: Params, batch: Batch, *loss_scale: jax.Array) -> tuple[jax.Array, Params]:
+        scale = loss_scale[0] if loss_scale else jnp.float32(1)
         tokens = sum_over(batch["loss_mask"].sum(), REPLICA_AXES)
-        weights = batch["loss_mask"] * (loss_scale / jnp.maximum(tokens, 1))
-        rows = {**batch, "weights": weights}
-        microbatches = jax.tree.map(lambda x: x.reshape(schedule.num_microbatches, -1, *x.shape[1:]), rows)
-        loss, grads = run_pipeline(schedule, _stage_functions(model, mesh, recompute), compute, microbatches)
-        loss = sum_over(loss, varying_axes(loss))
-        _, reduce = jax.vjp(gather, params)
-        (grads,) = reduce(grads)
-        return loss / loss_scale, jax.tree.map(lambda x: x / loss_scale, grads)
+        rows = setup.microbatches({**batch, "weights": batch["loss_mask"] * (scale / jnp.maximum(tokens, 1))})
+        held = setup.held(params)
+        functions = setup.functions(held, rows)
+        loss, grads = engine.loss_and_grads(setup.schedule, functions, held, rows, setup.recompute)
+        grads = setup.leave(params, grads)
+        if loss_scale:
+            grads = jax.tree.map(lambda x: x / scale, grads)
+        return sum_over(loss, varying_axes(loss)) / scale, grads
 
-    if all(mesh.shape[axis] == 1 for axis in manual_axes):
-        # Nothing is left to do by hand, and XLA's partitioner refuses manual sums over axes of size 1 beside automatic
-        # ones.
-        def automatic(params: Params, batch: Batch, loss_scale: Any = 1.0) -> tuple[jax.Array, Params]:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return local(params, batch, loss_scale)
+    def loss_and_grads(params: Params, batch: Batch, loss_scale: Any = None) -> tuple[jax.Array, Params]:
+        return on_mesh(params, batch, *([] if loss_scale is None else [loss_scale]))
 
-        return automatic
-    specs = jax.tree.map(lambda layout: _only(layout.rest_spec, manual_axes), layouts)
-    in_specs = (specs, BATCH_SPEC, P())
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(P(), specs), axis_names=manual_axes)
-    return lambda params, batch, loss_scale=1.0: mapped(params, batch, jnp.asarray(loss_scale, jnp.float32))
+    on_mesh = setup.on_mesh(local, (P(), setup.rest_specs))
+    return loss_and_grads
 
 
-def _stage_functions(model: FunctionalModel, mesh: Mesh, recompute: Recompute) -> StageFunctions:
-    split_sequence = not model.explicit and mesh.shape["sp"] > 1
+def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+    """Returns (params, batch) → {"loss", "tokens", "token_losses"}, without gradients, to be called inside `jax.jit`.
 
-    def constrain(x: jax.Array) -> jax.Array:
-        return lax.with_sharding_constraint(x, P(None, "sp")) if split_sequence else x
+    loss: float32, nats, the sum over valid tokens of the global batch; tokens: float32, their count.
+    token_losses: float32 [global_batch, seq], -log p(target) of each token, in nats, tokens in natural order.
+    """
+    evaluating = replace(
+        setup, schedule=forward_only(setup.schedule.num_stages, setup.schedule.num_microbatches, setup.schedule.num_chunks)
+    )
 
-    def block(layer: Params, x: jax.Array, batch: Batch) -> jax.Array:
-        return constrain(model.block(layer, x, _info(batch)))
+    def local(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        rows = evaluating.microbatches({**batch, "weights": batch["loss_mask"]})
+        held = evaluating.held(params)
+        losses, weights = engine.evaluate(evaluating.schedule, evaluating.functions(held, rows), held, rows)
+        loss = (losses * weights).sum()
+        if not evaluating.model.explicit:
+            losses = _from_all_stages(losses)
+        return {
+            "loss": sum_over(loss, varying_axes(loss)),
+            "tokens": sum_over(batch["loss_mask"].sum(), REPLICA_AXES),
+            "token_losses": _join(losses, math.prod(lax.axis_size(axis) for axis in manual("sp")), batch["tokens"].shape),
+        }
 
-    def embed(params: Params, batch: Batch) -> jax.Array:
-        return constrain(model.embed(params, batch["tokens"], _info(batch)))
+    on_mesh = evaluating.on_mesh(local, {"loss": P(), "tokens": P(), "token_losses": BATCH_SPEC})
 
-    def layers(layers: Params, x: jax.Array, batch: Batch) -> jax.Array:
-        return recompute.scan(lambda layer, x: block(layer, x, batch), layers, x)
+    def evaluate(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        result = on_mesh(params, batch)
+        order = zigzag_order(batch["tokens"].shape[1], setup.mesh.shape["cp"])
+        return {**result, "token_losses": result["token_losses"][:, np.argsort(order)]}
 
-    def loss(params: Params, x: jax.Array, batch: Batch) -> jax.Array:
-        return _loss(model, params, x, batch)
-
-    return StageFunctions(embed, layers, loss)
+    return evaluate
 
 
-def _loss(model: FunctionalModel, params: Params, x: jax.Array, batch: Batch) -> jax.Array:
-    """Weighted sum of the tokens' losses, with the head's work spread over all stages.
+def _cut(x: jax.Array, parts: int, ways: int) -> jax.Array:
+    """[batch, seq, ...] → [parts, batch, seq / parts, ...]: a part has an equal piece of each of the `ways` in which sp
+    splits the sequence."""
+    batch, seq, *rest = x.shape
+    pieces = x.reshape(batch, ways, parts, seq // ways // parts, *rest)
+    return jnp.moveaxis(pieces, 2, 0).reshape(parts, batch, seq // parts, *rest)
+
+
+def _join(x: jax.Array, ways: int, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `_cut`: [microbatches, parts, batch, tokens] → [rows, seq]; what was padded falls off."""
+    microbatches, parts, batch, _ = x.shape
+    pieces = x.reshape(microbatches, parts, batch, ways, -1)[..., : shape[1] // ways // parts]
+    return jnp.moveaxis(pieces, 1, 3).reshape(shape)
+
+
+def _from_all_stages(shares: jax.Array) -> jax.Array:
+    """Each stage's share of the tokens → all of them, on every stage."""
+    stage, stages = rank_and_size("pp")
+    if stages == 1:
+        return shares
+    share = shares.shape[-1]
+    mine = jnp.arange(share * stages) // share == stage
+    return sum_over(jnp.where(mine, jnp.tile(shares, stages), 0), ("pp",))
+
+
+def _token_losses(
+    model: FunctionalModel, params: Params, x: jax.Array, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """(loss, weight) of each token, with the head's work spread over all stages.
 
     An explicit model splits its vocabulary over the stages. An automatic one cannot (pp is manual), so its tokens are
     split instead: each stage computes the head for a share of the sequence.
@@ -117,16 +265,16 @@ def _loss(model: FunctionalModel, params: Params, x: jax.Array, batch: Batch) ->
     targets, weights = batch["targets"], batch["weights"]
     if model.explicit:
         logits = model.head(params, broadcast_from_last_stage(x))
-        return (cross_entropy(logits, targets, vocabulary_axes()) * weights).sum()
+        return cross_entropy(logits, targets, vocabulary_axes()), weights
     stage, stages = rank_and_size("pp")
     x = jnp.where(stage == stages - 1, x, 0)
-    if stages > 1 and x.shape[1] % stages == 0:
-        share = x.shape[1] // stages
-        x = lax.psum_scatter(x, "pp", scatter_dimension=1, tiled=True)
-        targets, weights = (lax.dynamic_slice_in_dim(a, stage * share, share, 1) for a in (targets, weights))
-    else:
-        weights = jnp.where(stage == stages - 1, weights, 0)
-    return (cross_entropy(model.head(params, x), targets) * weights).sum()
+    if stages > 1:
+        # A sequence that does not divide is padded.
+        share = -(-x.shape[1] // stages)
+        pad = lambda a: jnp.pad(a, [(0, 0), (0, share * stages - a.shape[1]), *[(0, 0)] * (a.ndim - 2)])  # noqa: E731
+        x = lax.psum_scatter(pad(x), "pp", scatter_dimension=1, tiled=True)
+        targets, weights = (lax.dynamic_slice_in_dim(pad(a), stage * share, share, 1) for a in (targets, weights))
+    return cross_entropy(model.head(params, x), targets), weights
 
 
 def _info(batch: Batch) -> TokenInfo:

@@ -11,9 +11,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpar.attention import AttentionSettings
 from jaxpar.batch import GlobalBatch
-from jaxpar.config import Architecture, Config, ConfigError
-from jaxpar.loss_and_grads import build_loss_and_grads
+from jaxpar.config import Architecture, Config, ConfigError, checks
+from jaxpar.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grads
 from jaxpar.loss_scale import DynamicLossScale
 from jaxpar.mesh import build_mesh, cross_host_warning
 from jaxpar.models import Decoder, FunctionalModel, Model
@@ -41,9 +42,9 @@ class Program:
         a global batch.
       state_shapes, state_shardings: of the whole training state.
       train_step: jitted (state, batch) → (state, metrics), see `jaxpar.train_step`; the state is donated.
-      loss_and_grads: jitted (params, batch, loss_scale=1.0) → (loss, grads).
-      evaluate: jitted (params, batch) → `loss`, the sum over valid tokens in nats, and `tokens`, their count.
-      loss_scale: a number, or how it changes.
+      loss_and_grads: jitted (params, batch, loss_scale=None) → (loss, grads).
+      loss_scale: a number, how it changes, or None.
+      evaluate: jitted (params, batch) → losses without gradients, see `jaxpar.loss_and_grads.build_evaluate`.
       init: jitted (params or None) → state before the first step.
       num_params: how many numbers are trained, padding of the vocabulary included.
 
@@ -70,19 +71,22 @@ class Program:
             sizes = config.mesh_sizes(len(devices))
             config.check_train(sizes, None)
         self.mesh = build_mesh(sizes, devices)
-        self.model = FunctionalModel(model)
-        _check_stack(self.model, sizes.pp)
+        self.model = FunctionalModel(model, _attention_settings(config))
+        if problems := list(checks.schedule_problems(config.actor.model, self.model.num_layers)):
+            raise ConfigError(problems)
+        chunks = config.actor.model.virtual_pipeline_model_parallel_size or 1
         self.layouts = layout_tree(
             self.model.shapes,
             self.model.dims,
             self.mesh,
             explicit=self.model.explicit,
-            zero=config.actor.optim.use_distributed_optimizer,
+            zero_stage=config.zero_stage,
+            num_chunks=chunks,
         )
         self.num_params = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.model.shapes))
         try:
             self.schedule = build_schedule(
-                config.actor.model.pipeline_schedule, sizes.pp, config.num_microbatches(sizes)
+                config.actor.model.pipeline_schedule, sizes.pp, config.num_microbatches(sizes), chunks
             )
         except ScheduleError as error:
             raise ConfigError(str(error)) from None
@@ -93,21 +97,19 @@ class Program:
         self.state_shapes, self.state_shardings = state_shardings(
             self.model, optimizer, self.layouts, self.mesh, loss_scale
         )
-        loss_and_grads = build_loss_and_grads(
+        setup = StepSetup(
             self.model,
             self.mesh,
             self.layouts,
             self.schedule,
             compute_dtype=DTYPES[config.actor.model.precision],
             recompute=_recompute(config),
+            zero_stage=config.zero_stage,
+            reduce_dtype=DTYPES[config.actor.optim.grad_reduce_dtype],
         )
+        loss_and_grads = build_loss_and_grads(setup)
+        self.evaluate = jax.jit(build_evaluate(setup))
         self.loss_and_grads = jax.jit(loss_and_grads)
-
-        def evaluate(params: Any, batch: Any) -> dict[str, jax.Array]:
-            tokens = batch["loss_mask"].sum()
-            return {"loss": loss_and_grads(params, batch)[0] * tokens, "tokens": tokens}
-
-        self.evaluate = jax.jit(evaluate)
         self.train_step = jax.jit(
             build_train_step(loss_and_grads, optimizer, learning_rate_schedule(config), loss_scale),
             in_shardings=(self.state_shardings, self.batch.sharding),
@@ -121,25 +123,16 @@ class Program:
         self.init = jax.jit(init, out_shardings=self.state_shardings, donate_argnums=0)
 
 
-def _check_stack(model: FunctionalModel, num_stages: int) -> None:
-    if num_stages == 1 or (model.num_layers and model.num_layers % num_stages == 0):
-        return
-    key = f"actor.model.pipeline_model_parallel_size: {num_stages}"
-    if model.num_layers == 0:
-        raise ConfigError(
-            f"{key}, but the model is no stack of like blocks, which is what stages are cut from: set it to 1, or give "
-            f"a jaxpar.Model with embed, block and head"
-        )
-    raise ConfigError(
-        f"{key} does not divide the model's num_layers {model.num_layers} "
-        f"({model.num_layers} / {num_stages} = {model.num_layers / num_stages:.2f}): choose a size that does"
-    )
+def _attention_settings(config: Config) -> AttentionSettings:
+    model = config.actor.model
+    a2a_size, _ = model.hierarchical_context_parallel_sizes or (1, 1)
+    return AttentionSettings(model.cp_comm_type, a2a_size)
 
 
 def _loss_scale(config: Config) -> LossScale:
     optim = config.actor.optim
     if config.actor.model.precision != "fp16":
-        return 1.0
+        return None
     return optim.loss_scale or DynamicLossScale(
         optim.initial_loss_scale, optim.min_loss_scale, optim.loss_scale_window, optim.hysteresis
     )
@@ -147,8 +140,9 @@ def _loss_scale(config: Config) -> LossScale:
 
 def _recompute(config: Config) -> Recompute:
     model = config.actor.model
+    if model.recompute_granularity == "selective":
+        return Recompute("selective")
     if model.recompute_granularity == "full":
         assert model.recompute_method and model.recompute_num_layers  # config.prepare_train saw to it
         return Recompute(model.recompute_method, model.recompute_num_layers)
-    # "selective" asks for what attention does anyway: scores are never kept (Korthikanti et al., 2022, section 5).
     return Recompute()

@@ -1,8 +1,11 @@
 """Logical dimension → mesh axes: the one table, and what follows from it for each parameter.
 
 A parameter names its dimensions (`("embed", "heads", "head_dim")`), the table says which mesh axes split each. A
-parameter at rest (float32 master, optimizer moments) is further split over dp and cp where a dimension divides:
-ZeRO stage 1 (Rajbhandari et al., 2020, arXiv:1910.02054).
+parameter at rest (float32 master, optimizer moments) is further split over dp and cp where a dimension divides: ZeRO
+(Rajbhandari et al., 2020, arXiv:1910.02054).
+
+Layers at rest are one array [num_layers, ...] in their order on any mesh. Where stages hold them in another order
+(chunks) or in unequal numbers, pp splits another dimension at rest, and the layers move once a step.
 """
 
 import difflib
@@ -12,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
@@ -19,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxpar.collectives import vary
 from jaxpar.config import ConfigError
 from jaxpar.mesh import REPLICA_AXES, TENSOR_AXES
+from jaxpar.placement import NONE, LayerPlacement
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("dp",),
@@ -49,6 +55,7 @@ class ParamLayout:
       compute_spec: split during the forward and backward pass.
       rest_spec: split between steps; compute_spec plus dp and cp.
       gather: (axes, dimension) that lead from rest to compute, or None where both are the same.
+      stages: (placement, dimension that pp splits at rest or None) where layers move before a step.
       repeated: (dimension, axes) where there are fewer kv heads than tensor ranks: the parameter is kept whole and
         each rank takes the one head it needs.
     """
@@ -59,6 +66,7 @@ class ParamLayout:
     compute_spec: P
     rest_spec: P
     gather: tuple[tuple[str, ...], int] | None
+    stages: tuple[LayerPlacement, int | None] | None
     repeated: tuple[int, tuple[str, ...]] | None
 
     def bytes_per_device(self, mesh_shape: Mapping[str, int], itemsize: int = 4) -> int:
@@ -74,7 +82,8 @@ def param_layout(
     mesh_shape: Mapping[str, int],
     *,
     explicit: bool,
-    zero: bool,
+    zero_stage: int,
+    num_chunks: int = 1,
 ) -> ParamLayout:
     """Apply the table to one parameter.
 
@@ -82,7 +91,9 @@ def param_layout(
       dims: a name from the table, or None, for each dimension of `shape`.
       mesh_shape: size of each mesh axis.
       explicit: the model calls the tensor collectives itself (see `jaxpar.collectives`).
-      zero: split over dp and cp at rest.
+      zero_stage: from 1 on the parameter is split over dp and cp at rest; from 2 on never along the layers, because
+        these are gathered or reduced one at a time.
+      num_chunks: virtual pipeline stages a stage.
 
     Raises:
       ConfigError: a name is missing or unknown, or a dimension does not divide by the axes that split it.
@@ -91,11 +102,14 @@ def param_layout(
     _check_names(name, shape, dims, rules)
     assert dims is not None
     spec: list[tuple[str, ...]] = []
-    repeated = None
+    repeated = placement = None
     for dimension, (word, size) in enumerate(zip(dims, shape, strict=True)):
         axes = rules[word] if word else ()
         ways = math.prod(mesh_shape[axis] for axis in axes)
-        if size % ways == 0:
+        if word == "layers":
+            placement = LayerPlacement(size, mesh_shape["pp"], num_chunks)
+            spec.append(axes if placement.is_contiguous else ())
+        elif size % ways == 0:
             spec.append(axes)
         elif word == "kv_heads" and ways % size == 0:
             spec.append(())
@@ -106,24 +120,50 @@ def param_layout(
                 f"parameter {name} {list(shape)}: dimension {word!r} of {size} does not divide by {split} = {ways}: "
                 f"change the model's size or actor.model's parallel sizes"
             )
-    gather = _zero_dimension(shape, spec, mesh_shape) if zero else None
+    local = [size // math.prod(mesh_shape[axis] for axis in axes) for size, axes in zip(shape, spec, strict=True)]
+    if repeated:
+        local[repeated[0]] = 0
+    gather = None
+    moves = placement is not None and not placement.is_contiguous
+    if zero_stage:
+        inside = dict(enumerate(local))
+        if placement and (moves or zero_stage > 1):
+            inside.pop(dims.index("layers"))
+        gather = _zero_dimension(inside, mesh_shape)
     rest = [axes + gather[0] if gather and i == gather[1] else axes for i, axes in enumerate(spec)]
-    return ParamLayout(name, tuple(shape), tuple(dims), P(*spec), P(*rest), gather, repeated)
+    stages = None
+    if placement and moves:
+        held = [size // math.prod(mesh_shape[axis] for axis in axes) for size, axes in zip(shape, rest, strict=True)]
+        dimension = _stage_dimension(held, gather[1] if gather else None, mesh_shape["pp"])
+        stages = (placement, dimension)
+        if dimension is not None:
+            rest[dimension] += ("pp",)
+        spec[0] = ("pp",)
+    return ParamLayout(name, tuple(shape), tuple(dims), P(*spec), P(*rest), gather, stages, repeated)
 
 
-def gather_param(param: jax.Array, layout: ParamLayout, accumulate_axes: tuple[str, ...]) -> jax.Array:
-    """Inside `shard_map`: this device's shard at rest → what the layer computes with.
+def place_layers(param: jax.Array, layout: ParamLayout) -> jax.Array:
+    """Inside `shard_map`: layers at rest → this stage's, [chunks · slots, ...]; other parameters as they are.
 
-    The function is linear, and its transpose is the gradient reduction of the whole step: all-gather becomes
-    reduce-scatter, and marking a value as varying over an axis becomes a sum over that axis. So one function says both,
-    and they cannot disagree.
-
-    Args:
-      accumulate_axes: gradients are summed over these once a step instead of wherever the parameter is used.
+    Linear, like `gather_param`; the transpose brings gradients home.
     """
-    if layout.gather:
-        axes, dimension = layout.gather
-        param = lax.all_gather(param, axes, axis=dimension, tiled=True)
+    if layout.stages is None:
+        return param
+    placement, dimension = layout.stages
+    slots = placement.slots.reshape(-1)
+    padded = jnp.take(param, np.maximum(slots, 0), axis=0)
+    real = (slots != NONE).reshape(-1, *[1] * (param.ndim - 1))
+    padded = padded if real.all() else jnp.where(real, padded, 0)
+    if dimension is None:
+        mine = len(slots) // placement.num_stages
+        return lax.dynamic_slice_in_dim(vary(padded, ("pp",)), lax.axis_index("pp") * mine, mine)
+    return lax.all_to_all(padded, "pp", 0, dimension, tiled=True)
+
+
+def mark_varying(param: jax.Array, layout: ParamLayout, accumulate_axes: tuple[str, ...]) -> jax.Array:
+    """Inside `shard_map`: take the kv head that this rank needs, and mark the parameter as varying over
+    `accumulate_axes`: its gradient is summed over these once a step (the transpose of this function) and not wherever
+    the parameter is used."""
     param = vary(param, accumulate_axes)
     if layout.repeated:
         dimension, axes = layout.repeated
@@ -133,7 +173,29 @@ def gather_param(param: jax.Array, layout: ParamLayout, accumulate_axes: tuple[s
     return param
 
 
-def layout_tree(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh, *, explicit: bool, zero: bool) -> Any:
+def gather_param(param: jax.Array, layout: ParamLayout) -> jax.Array:
+    """Inside `shard_map`: this device's shard over dp and cp → the whole.
+
+    The function is linear, and its transpose is the gradient reduction: all-gather becomes reduce-scatter. So one
+    function says both, and they cannot disagree.
+    """
+    if not layout.gather:
+        return param
+    axes, dimension = layout.gather
+    return lax.all_gather(param, axes, axis=dimension, tiled=True)
+
+
+def reduce_grad(grad: jax.Array, layout: ParamLayout) -> jax.Array:
+    """The transpose of `gather_param`: this device's gradient of the whole → its shard of the sum over dp and cp."""
+    if not layout.gather:
+        return grad
+    axes, dimension = layout.gather
+    return lax.psum_scatter(grad, axes, scatter_dimension=dimension, tiled=True)
+
+
+def layout_tree(
+    shapes: Any, dims: Any, mesh: Mesh | AbstractMesh, *, explicit: bool, zero_stage: int, num_chunks: int = 1
+) -> Any:
     """`param_layout` for a tree of ShapeDtypeStructs and the matching tree of dimension names (tuples or None).
 
     Raises:
@@ -144,7 +206,9 @@ def layout_tree(shapes: Any, dims: Any, mesh: Mesh | AbstractMesh, *, explicit: 
     def one(path: Any, shape: Any, names: Any) -> ParamLayout | None:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         try:
-            return param_layout(name, shape.shape, names, mesh.shape, explicit=explicit, zero=zero)
+            return param_layout(
+                name, shape.shape, names, mesh.shape, explicit=explicit, zero_stage=zero_stage, num_chunks=num_chunks
+            )
         except ConfigError as error:
             problems.extend(error.problems)
             return None
@@ -175,16 +239,22 @@ def _check_names(name: str, shape: tuple[int, ...], dims: tuple[str | None, ...]
             raise ConfigError(f"parameter {name} {list(shape)}: unknown dimension name {word!r}: {hint}")
 
 
-def _zero_dimension(shape: tuple[int, ...], spec: list[tuple[str, ...]], mesh_shape: Mapping[str, int]):
-    """The dimension to split over dp and cp at rest: the one with the largest local size that divides.
+def _zero_dimension(sizes: Mapping[int, int], mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], int] | None:
+    """(axes, dimension) to split over dp and cp at rest: the first dimension that divides, because shards of it are
+    contiguous and need no copy before they are sent.
 
     Where none divides by dp·cp, the larger of the two axes alone is tried, then the other.
     """
-    local = [size // math.prod(mesh_shape[axis] for axis in axes) for size, axes in zip(shape, spec, strict=True)]
     single = sorted(REPLICA_AXES, key=lambda axis: -mesh_shape[axis])
     for axes in (REPLICA_AXES, *((axis,) for axis in single)):
         ways = math.prod(mesh_shape[axis] for axis in axes)
-        fits = [(size, -i) for i, size in enumerate(local) if size % ways == 0]
+        fits = [dimension for dimension, size in sizes.items() if size and size % ways == 0]
         if ways > 1 and fits:
-            return axes, -max(fits)[1]
+            return axes, fits[0]
     return None
+
+
+def _stage_dimension(sizes: list[int], gathered: int | None, num_stages: int) -> int | None:
+    """The dimension, not that of the layers, that pp splits at rest where it cannot split the layers."""
+    others = sorted(range(1, len(sizes)), key=lambda dimension: (dimension != gathered, dimension))
+    return next((dimension for dimension in others if sizes[dimension] % num_stages == 0), None)

@@ -14,7 +14,7 @@ from jaxpar.models.protocol import FunctionalModel
 
 # "step" int32, "params" and "opt_state" float32, "rng" uint32 key data, "loss_scale" if that is dynamic
 State = dict[str, Any]
-LossScale = float | DynamicLossScale
+LossScale = float | DynamicLossScale | None
 Metrics = dict[str, jax.Array]
 
 
@@ -23,7 +23,7 @@ def state_shardings(
     optimizer: optax.GradientTransformation,
     layouts: Any,
     mesh: Mesh,
-    loss_scale: LossScale = 1.0,
+    loss_scale: LossScale = None,
 ) -> tuple[State, State]:
     """Shapes and shardings of the whole state: moments lie like their parameters, scalars on every device."""
     everywhere = NamedSharding(mesh, P())
@@ -45,7 +45,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     params: Any = None,
-    loss_scale: LossScale = 1.0,
+    loss_scale: LossScale = None,
 ) -> State:
     """State before the first step. New parameters (`params` None) depend on the seed alone, not on the mesh."""
     params = model.init(seed) if params is None else params
@@ -62,7 +62,7 @@ def build_train_step(
     loss_and_grads: Callable[..., tuple[jax.Array, Any]],
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
-    loss_scale: LossScale = 1.0,
+    loss_scale: LossScale = None,
 ) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, Metrics]]:
     """Returns (state, batch) → (state, metrics), for `jax.jit`.
 
@@ -99,9 +99,11 @@ def build_train_step(
     return train_step
 
 
-def scale_of(state: State, loss_scale: LossScale) -> jax.Array | float:
-    """The present scale, dynamic or not."""
-    return state["loss_scale"]["scale"] if isinstance(loss_scale, DynamicLossScale) else loss_scale
+def scale_of(state: State, loss_scale: LossScale) -> jax.Array | None:
+    """The present scale, dynamic or not; None without one."""
+    if isinstance(loss_scale, DynamicLossScale):
+        return state["loss_scale"]["scale"]
+    return None if loss_scale is None else jnp.float32(loss_scale)
 
 
 def _num_updates(opt_state: Any) -> jax.Array:

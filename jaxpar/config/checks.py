@@ -40,6 +40,7 @@ def _must_be_multiple(key: str, value: int, factors: Sequence[tuple[str, int]]) 
 
 def mesh_problems(model: Model, num_devices: int) -> Iterator[str]:
     tensor, pp, cp = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
+    yield from _cp_problems(model)
     if model.sequence_parallel and tensor == 1:
         yield (
             "actor.model.sequence_parallel: True needs actor.model.tensor_model_parallel_size > 1, which is 1: "
@@ -56,6 +57,34 @@ def mesh_problems(model: Model, num_devices: int) -> Iterator[str]:
         )
 
 
+def _cp_problems(model: Model) -> Iterator[str]:
+    key, sizes = "actor.model.hierarchical_context_parallel_sizes", model.hierarchical_context_parallel_sizes
+    cp = model.context_parallel_size
+    if model.cp_comm_type != "a2a+p2p":
+        if sizes is not None:
+            yield f"{key}: {sizes} is of cp_comm_type a2a+p2p, not of {model.cp_comm_type}: remove it"
+    elif sizes is None or len(sizes) != 2:
+        yield (
+            f"{key}: {'not given' if sizes is None else sizes}, but cp_comm_type a2a+p2p needs two sizes: the cp ranks of "
+            f"an all-to-all and those of a ring, with product context_parallel_size {cp}"
+        )
+    elif math.prod(sizes) != cp:
+        fits = [[d, cp // d] for d in divisors(cp)]
+        yield (f"{key}: {sizes[0]} * {sizes[1]} = {math.prod(sizes)} is not context_parallel_size {cp}: {one_of(fits)}")
+
+
+def all_to_all_problem(heads: int, kv_heads: int, ranks: int) -> str | None:
+    """What is wrong with sharing out the heads that a device holds over `ranks` cp ranks."""
+    if heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0):
+        return None
+    name, count = ("heads", heads) if heads % ranks else ("kv heads", kv_heads)
+    return (
+        f"actor.model.cp_comm_type: the all-to-all over {ranks} cp ranks cannot share out the {count} {name} that a device "
+        f"of the tensor group holds ({count} / {ranks} = {round(count / ranks, 2)}): set p2p or all_gather, or a2a+p2p "
+        "with smaller all-to-alls in hierarchical_context_parallel_sizes"
+    )
+
+
 def train_problems(runner: Runner, actor: Actor, dp: int | None, architecture: Architecture | None) -> Iterator[str]:
     """`dp` None: not known, as the mesh itself has problems. `architecture` None: a user's own model."""
     yield from _limit_problems(runner, actor)
@@ -64,7 +93,8 @@ def train_problems(runner: Runner, actor: Actor, dp: int | None, architecture: A
     yield from _optimizer_problems(runner, actor)
     if architecture is not None:
         yield from _architecture_problems(actor.model, architecture)
-    yield from _recompute_problems(actor.model, architecture)
+    yield from schedule_problems(actor.model, architecture.num_hidden_layers if architecture else None)
+    yield from _recompute_problems(actor.model)
 
 
 def _limit_problems(runner: Runner, actor: Actor) -> Iterator[str]:
@@ -76,13 +106,33 @@ def _limit_problems(runner: Runner, actor: Actor) -> Iterator[str]:
         if value not in allowed:
             wanted = " or ".join(str(v) for v in allowed if v is not None)
             yield f"{key}: {value}, but {reason}: set it to {wanted}"
-    model = actor.model
-    chunks, pp = model.virtual_pipeline_model_parallel_size, model.pipeline_model_parallel_size
-    if chunks is not None and chunks > 1:
-        needs = "pipeline_model_parallel_size > 1, which is 1, and " if pp == 1 else ""
+
+
+def schedule_problems(model: Model, num_layers: int | None) -> Iterator[str]:
+    """`num_layers` None: not known. 0: the model is no stack of layers."""
+    pp, chunks = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
+    stages_key, chunks_key = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+    if chunks is not None and chunks > 1 and pp == 1:
         yield (
-            f"actor.model.virtual_pipeline_model_parallel_size: {chunks} needs {needs}an interleaved schedule, "
-            "which is not there yet: set it to null"
+            f"actor.model.{chunks_key}: {chunks} needs actor.model.{stages_key} > 1, which is 1: there is no pipeline "
+            "to interleave; set it to null"
+        )
+    if model.pipeline_schedule == "interleaved_1f1b" and pp > 1 and (chunks or 1) == 1:
+        yield (
+            f"actor.model.pipeline_schedule: interleaved_1f1b needs actor.model.{chunks_key} > 1: set it to the chunks "
+            "of layers that each stage holds, such as 2, or the schedule to 1f1b"
+        )
+    parts = pp * (chunks or 1)
+    if pp > 1 and num_layers == 0:
+        yield (
+            f"actor.model.{stages_key}: {pp}, but the model is no stack of like blocks, which is what stages are cut "
+            "from: set it to 1, or give a jaxpar.Model with embed, block and head"
+        )
+    elif num_layers and num_layers < parts:
+        product = f"{stages_key} * {chunks_key} = {pp} * {chunks or 1} = {parts}"
+        yield (
+            f"actor.model.{stages_key}: the model has {num_layers} layers for {product} parts of the pipeline: lower a "
+            f"size so that each part has a layer"
         )
 
 
@@ -121,6 +171,10 @@ def _optimizer_problems(runner: Runner, actor: Actor) -> Iterator[str]:
         yield (
             f"runner.max_steps: {runner.max_steps} and runner.max_epochs: {runner.max_epochs} both say no limit: "
             "set one of them above 0"
+        )
+    if optim.zero_stage and not optim.use_distributed_optimizer:
+        yield (
+            f"actor.optim.zero_stage: {optim.zero_stage}, but actor.optim.use_distributed_optimizer is False: remove one"
         )
     if not optim.lr:
         yield "actor.optim.lr: not given: set the peak learning rate, for example 3.0e-4"
@@ -175,7 +229,10 @@ def _architecture_problems(model: Model, a: Architecture) -> Iterator[str]:
         a.intermediate_size,
         divisors(math.gcd(a.intermediate_size, a.num_attention_heads)),
     )
-    yield from must_divide("actor.model.pipeline_model_parallel_size", pp, "num_hidden_layers", a.num_hidden_layers)
+    sizes = model.hierarchical_context_parallel_sizes
+    ranks = {"a2a": model.context_parallel_size, "a2a+p2p": sizes[0] if sizes else 1}.get(model.cp_comm_type, 1)
+    if problem := all_to_all_problem(a.num_attention_heads // tensor, max(1, kv_heads // tensor), ranks):
+        yield problem
     if a.padded_vocab_size % (pp * tensor):
         divisor = math.lcm(model.make_vocab_size_divisible_by, pp * tensor)
         yield (
@@ -192,7 +249,7 @@ def _architecture_problems(model: Model, a: Architecture) -> Iterator[str]:
             yield f"actor.model.{key}: {asked}, but the {a.model_type} model described has {has}: remove the key"
 
 
-def _recompute_problems(model: Model, architecture: Architecture | None) -> Iterator[str]:
+def _recompute_problems(model: Model) -> Iterator[str]:
     if model.recompute_granularity == "selective" and model.recompute_method is not None:
         yield (
             f"actor.model.recompute_method: {model.recompute_method} is of recompute_granularity full, not of "
@@ -205,10 +262,5 @@ def _recompute_problems(model: Model, architecture: Architecture | None) -> Iter
             "actor.model.recompute_method: recompute_granularity full needs one: set uniform (every layer, in "
             "groups of recompute_num_layers) or block (the first recompute_num_layers of each stage)"
         )
-    number, pp = model.recompute_num_layers, model.pipeline_model_parallel_size
-    if number is None:
+    if model.recompute_num_layers is None:
         yield "actor.model.recompute_num_layers: recompute_granularity full needs it: set a number of layers, such as 1"
-    elif model.recompute_method == "uniform" and architecture and architecture.num_hidden_layers % pp == 0:
-        yield from must_divide(
-            "actor.model.recompute_num_layers", number, "the layers of a stage", architecture.num_hidden_layers // pp
-        )

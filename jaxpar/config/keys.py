@@ -125,6 +125,9 @@ class Model(Section):
     tensor_model_parallel_size: Count = 1
     pipeline_model_parallel_size: Count = 1
     context_parallel_size: Count = 1
+    cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"  # what cp ranks send each other for attention
+    hierarchical_context_parallel_sizes: list[Count] | None = None  # of a2a+p2p: ranks of an all-to-all, of a ring
+    attention_backend: Literal["auto", "xla", "pallas"] = "auto"  # the name is Megatron's; xla: plain JAX; pallas: ours
     sequence_parallel: bool = False
     virtual_pipeline_model_parallel_size: Count | None = None
     pipeline_schedule: Text = "1f1b"  # ours
@@ -175,7 +178,9 @@ class Optim(Section):
     adam_eps: Positive = 1e-8
     weight_decay: Number = 0.01
     clip_grad: Number | None = 1.0  # global norm; 0 or null: off
-    use_distributed_optimizer: bool = True  # ZeRO-1: optimizer state split over dp and cp
+    use_distributed_optimizer: bool = True  # ZeRO: state split over dp and cp
+    zero_stage: Literal[0, 1, 2, 3] | None = None  # ours; null: 1, or 0 without use_distributed_optimizer
+    grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # ours: of gradients on their way over dp and cp
     # For fp16 alone. A number is a static scale; null is a dynamic one, by the four settings below.
     loss_scale: Positive | None = None
     initial_loss_scale: Positive = 2.0**32

@@ -80,10 +80,6 @@ class Config(Section):
         notes = [_ignored_note(self._ignored)] if self._ignored else []
         if sched.lr_decay_style != "constant" and sched.lr_decay_iters is None and self.runner.max_steps > 0:
             notes.append(f"actor.lr_sched.lr_decay_iters is not given: it is runner.max_steps, {self.runner.max_steps}")
-        if model.recompute_granularity == "selective":
-            notes.append(
-                "actor.model.recompute_granularity: selective changes nothing: attention never keeps its scores"
-            )
         try:
             architecture, more = read_architecture(self.actor)
         except ConfigError:  # check_train and architecture() report it
@@ -109,6 +105,12 @@ class Config(Section):
                 f"{architecture.max_position_embeddings}"
             )
         return notes
+
+    @property
+    def zero_stage(self) -> int:
+        """Stage of ZeRO, 0 to 3."""
+        optim = self.actor.optim
+        return int(optim.use_distributed_optimizer) if optim.zero_stage is None else optim.zero_stage
 
     def num_configured_devices(self) -> int | None:
         """Devices that the file asks for; None if `cluster.num_gpus_per_node` is null: then ask the runtime."""

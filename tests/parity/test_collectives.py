@@ -13,7 +13,7 @@ import user_models
 from support import DECODER, FEW_KV_HEADS, PLAIN, REDUCTIONS, SEQ, Step, array_shapes, mesh_id
 from support import collectives as collectives_of
 
-from jaxpar.attention import ring
+from jaxpar.attention import blockwise
 from jaxpar.models import Decoder, FunctionalModel
 from jaxpar.recompute import Recompute
 
@@ -70,19 +70,19 @@ def test_no_other_tensor_collective_in_a_layer():
 
 
 @pytest.mark.parametrize("compute_dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("zero", [True, False], ids=["zero", "whole"])
+@pytest.mark.parametrize("zero_stage", [1, 0])
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 2, 2), (2, 1, 2, 1, 2), (4, 1, 1, 1, 1)], ids=mesh_id)
 @pytest.mark.parametrize("model", [FEW_KV_HEADS, DECODER, user_models.GPT], ids=["few kv heads", "decoder", "user"])
-def test_each_gradient_is_reduced_once_a_step_in_float32(model, sizes, zero, compute_dtype):
+def test_each_gradient_is_reduced_once_a_step_in_float32(model, sizes, zero_stage, compute_dtype):
     replicas = {axis for axis, size in zip(("dp", "cp"), (sizes[0], sizes[4]), strict=True) if size > 1}
-    step = build(model, sizes, zero=zero, compute_dtype=compute_dtype)
+    step = build(model, sizes, zero_stage=zero_stage, compute_dtype=compute_dtype)
     reductions = [c for c in collectives_of(step.jaxpr, step.mesh.shape) if c.kind in REDUCTIONS and c.axes & replicas]
     assert not [c for c in reductions if c.loops], "inside the loop over microbatches"
     gradients = [c for c in reductions if c.shape]  # the loss and the number of tokens are scalars
     assert {c.dtype for c in reductions} == {"float32"}
     assert len(gradients) == len(jax.tree.leaves(step.shapes[0]))
     assert all(c.axes >= replicas for c in gradients)
-    assert {c.kind for c in gradients} == {"reduce-scatter" if zero else "all-reduce"}
+    assert {c.kind for c in gradients} == {"reduce-scatter" if zero_stage else "all-reduce"}
 
 
 @pytest.mark.parametrize("model", [DECODER, user_models.GPT], ids=["decoder", "user"])
@@ -150,15 +150,15 @@ def test_memory_of_gpipe_does():
 
 @pytest.mark.parametrize("recompute", [Recompute(), Recompute("uniform", 1)], ids=str)
 def test_a_step_keeps_no_scores_and_no_masks(monkeypatch, recompute):
-    monkeypatch.setattr(ring, "BLOCK_SIZE", 64)
-    seq = 512  # more than any other size
+    monkeypatch.setattr(blockwise, "MAX_TILE", 64)
+    tile, seq = 64, 512  # tokens a rank, more than any other size
     model = FunctionalModel(Decoder(PLAIN))
     step = Step(model, (1, 1, 1, 1, 2), num_microbatches=2, rows=2, seq=2 * seq, recompute=recompute)
     shapes = array_shapes(step.compiled.as_text())
     assert (1, seq, 64) in shapes
     assert not [shape for shape in shapes if sum(n >= seq for n in shape) > 1]
-    # Blocks of scores or masks that are stacked, over the keys' blocks or over layers, would be […, seq, 64] in larger ones.
-    assert max(math.prod(shape) for shape in shapes if shape[-1:] == (64,) and seq in shape) <= 8 * seq * 64
+    # Tiles of scores or masks that are stacked, over a row of tiles or over layers, would be […, tile, tile] in larger ones.
+    assert max(math.prod(shape) for shape in shapes if shape[-2:] == (tile, tile)) <= 8 * tile * tile
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])

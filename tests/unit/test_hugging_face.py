@@ -67,10 +67,10 @@ def one_device(model: FunctionalModel) -> Any:
     return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.shapes)
 
 
-def on_mesh(model: FunctionalModel, sizes: dict[str, int], zero: bool = True) -> Any:
+def on_mesh(model: FunctionalModel, sizes: dict[str, int], zero_stage: int = 1) -> Any:
     mesh_sizes = MeshSizes(**{**dict.fromkeys(("dp", "pp", "tp", "sp", "cp"), 1), **sizes})
     mesh = build_mesh(mesh_sizes, jax.devices()[: mesh_sizes.num_devices])
-    layouts = layout_tree(model.shapes, model.dims, mesh, explicit=True, zero=zero)
+    layouts = layout_tree(model.shapes, model.dims, mesh, explicit=True, zero_stage=zero_stage)
     return jax.tree.map(lambda layout: NamedSharding(mesh, layout.rest_spec), layouts)
 
 
@@ -161,7 +161,7 @@ def test_a_split_inside_heads_is_cut_right(tmp_path: Path) -> None:
     arch = architecture()
     save_file(stored_tensors(arch), tmp_path / "model.safetensors")
     model = FunctionalModel(Decoder(arch))
-    shardings = on_mesh(model, {"dp": 2, "tp": 2}, zero=False)
+    shardings = on_mesh(model, {"dp": 2, "tp": 2}, zero_stage=0)
     mesh = shardings["embed"]["table"].mesh
     shardings["layers"]["attention"]["query"] = NamedSharding(mesh, P(None, None, "tp", "dp"))
     shardings["layers"]["attention"]["output"] = NamedSharding(mesh, P(None, "tp", "dp", None))

@@ -15,8 +15,8 @@ SIXTEEN = {"dp": 2, "pp": 2, "tp": 2, "sp": 1, "cp": 2}
 ONE = dict.fromkeys(SIXTEEN, 1)
 
 
-def layout(shape, dims, mesh=SIXTEEN, explicit=True, zero=True):
-    return param_layout("layers/w", shape, dims, mesh, explicit=explicit, zero=zero)
+def layout(shape, dims, mesh=SIXTEEN, explicit=True, zero_stage=1):
+    return param_layout("layers/w", shape, dims, mesh, explicit=explicit, zero_stage=zero_stage)
 
 
 def axes(spec) -> list[tuple[str, ...]]:
@@ -72,7 +72,7 @@ def test_at_rest_where_only_one_axis_divides():
 
 def test_without_zero_or_replicas_rest_is_compute():
     for found in (
-        layout((64, 96), ("embed", "mlp"), zero=False),
+        layout((64, 96), ("embed", "mlp"), zero_stage=0),
         layout((64, 96), ("embed", "mlp"), {**ONE, "tp": 4, "pp": 2}),
     ):
         assert found.gather is None and found.rest_spec == found.compute_spec
@@ -107,19 +107,19 @@ def test_all_problems_at_once():
     shapes = {"a": jax.ShapeDtypeStruct((4,), jnp.float32), "b": {"c": jax.ShapeDtypeStruct((3, 4), jnp.float32)}}
     with pytest.raises(ConfigError) as caught:
         layout_tree(
-            shapes, {"a": ("embd",), "b": {"c": ("mlp", None)}}, make_mesh((1, 1, 2, 1, 1)), explicit=True, zero=True
+            shapes, {"a": ("embd",), "b": {"c": ("mlp", None)}}, make_mesh((1, 1, 2, 1, 1)), explicit=True, zero_stage=1
         )
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["parameter a [4]", "parameter b/c [3, 4]"]
 
 
-@pytest.mark.parametrize("zero", [True, False])
-def test_bytes_are_those_that_jax_stores(zero):
+@pytest.mark.parametrize("zero_stage", [True, False])
+def test_bytes_are_those_that_jax_stores(zero_stage):
     mesh, model = make_mesh((2, 2, 1, 2, 2)), FunctionalModel(Decoder(DECODER))
-    layouts = layout_tree(model.shapes, model.dims, mesh, explicit=True, zero=zero)
+    layouts = layout_tree(model.shapes, model.dims, mesh, explicit=True, zero_stage=zero_stage)
     for found, shape in zip(jax.tree.leaves(layouts), jax.tree.leaves(model.shapes), strict=True):
         sharding = jax.sharding.NamedSharding(mesh, found.rest_spec)
         stored = np.prod(sharding.shard_shape(shape.shape)) * 4
         assert found.bytes_per_device(mesh.shape) == stored == 2 * found.bytes_per_device(mesh.shape, itemsize=2)
     total = sum(found.bytes_per_device(mesh.shape) for found in jax.tree.leaves(layouts))
     whole = sum(np.prod(shape.shape) * 4 for shape in jax.tree.leaves(model.shapes))
-    assert whole / 16 <= total < (1.1 * whole / 16 if zero else whole / 2)
+    assert whole / 16 <= total < (1.1 * whole / 16 if zero_stage else whole / 2)
