@@ -6,6 +6,7 @@ another name and renames, so a folder of that name is complete, unless something
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
@@ -37,9 +38,9 @@ from jaxpar.processes import check_together, from_first
 _PROCESS = "ocdbt.process_"  # Orbax's folder of what one process wrote
 _TORN = "torn_"  # before the name of a folder that was found incomplete
 # A reader takes chunks whole, even those that it needs a part of.
-_CHUNK_BYTES = 2**26
+_CHUNK_BYTES = 2**24
 _WRITE_TIMEOUT = 3600  # seconds; Orbax's own 600 are short for a large model on a slow file system
-_RESTORE_AT_ONCE = 0.25  # GB on their way from disk to devices, which bounds the host memory beside the state's own
+_READ_AT_ONCE = 0.05  # of the state that a process restores: what is on its way from disk to the devices
 
 
 class CheckpointError(ConfigError):
@@ -143,11 +144,11 @@ class Checkpoints:
             advice = "go on from an earlier checkpoint with runner.resume_dir"
             found = damages(path, jax.process_index(), jax.process_count())
             check_together([f"{problem}: {advice}" for problem in found])
-        with (
-            self._reported("read", path),
-            ocp.CheckpointManager(path.parent, options=_options(), item_handlers={"state": _StateHandler()}) as manager,
-        ):
-            state = manager.restore(step_of(path), args=ocp.args.Composite(state=_StateRestore(target)))
+        _return_large_buffers()
+        with self._reported("read", path):
+            handlers = {"state": _StateHandler(_bytes_at_once(path / "state", target))}
+            with ocp.CheckpointManager(path.parent, options=_options(), item_handlers=handlers) as manager:
+                state = manager.restore(step_of(path), args=ocp.args.Composite(state=_StateRestore(target)))
         return state["state"], {"batch": manifest["data"]["batch"]}
 
     def _check(self, path: Path, manifest: dict[str, Any], target: Any) -> None:
@@ -218,8 +219,8 @@ class _StateHandler(ocp.StandardCheckpointHandler):
 
     manifest: dict[str, Any]
 
-    def __init__(self) -> None:
-        super().__init__(restore_concurrent_gb=_RESTORE_AT_ONCE)
+    def __init__(self, bytes_at_once: int = 10**9) -> None:
+        super().__init__(restore_concurrent_gb=bytes_at_once / 10**9)
 
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
         futures = await super().async_save(directory, *args, **kwargs)
@@ -255,6 +256,33 @@ class _Written:
             future.result(timeout)
         name = f"{_PROCESS}{jax.process_index()}"
         write_checksums(self._folder, list((self._folder / name).rglob("*")), name)
+
+
+def _return_large_buffers() -> None:
+    """What is read on the way goes back to the system at once: glibc's allocator would keep a part of it."""
+    with contextlib.suppress(AttributeError, OSError):  # another libc
+        for parameter, size in ((-3, 2**16), (-1, 2**17)):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, bytes
+            ctypes.CDLL(None).mallopt(parameter, size)
+
+
+def _bytes_at_once(folder: Path, target: Any) -> int:
+    """Least bytes that TensorStore must be allowed to read at a time: the largest shard, in whole chunks; or a share of
+    all shards, if that is more."""
+    stored = dict(named_leaves(_StateHandler().metadata(folder).tree))
+    shards = [
+        _in_whole_chunks(index, leaf, stored[name].storage.chunk_shape)
+        for name, leaf in named_leaves(target)
+        for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    ]
+    return max(max(shards) + 1, int(sum(shards) * _READ_AT_ONCE))
+
+
+def _in_whole_chunks(index: Sequence[slice], leaf: jax.ShapeDtypeStruct, chunk: Sequence[int]) -> int:
+    size = leaf.dtype.itemsize
+    for where, length, step in zip(index, leaf.shape, chunk, strict=True):
+        start, stop, _ = where.indices(length)
+        size *= -(-stop // step) * step - start // step * step
+    return size
 
 
 class _Keep(PreservationPolicy):

@@ -22,25 +22,32 @@ SMALL = [
     "actor.lr_sched.lr_decay_iters=20",
     "actor.micro_batch_size=1",
 ]
-LAYOUTS = {
+# Tensor group, stages, sequence parallel, cp, devices; what else.
+LAYOUTS: dict[str, tuple] = {
     "one": (1, 1, False, 1, 1),
     "dp4": (1, 1, False, 1, 4),
+    "zero3": (1, 1, False, 1, 4, "actor.optim.zero_stage=3"),
     "all": (2, 2, True, 2, 16),
     "pp4-tp2": (2, 4, False, 1, 8),
+    "interleaved": (
+        1, 2, False, 1, 4, "actor.model.pipeline_schedule=interleaved_1f1b",
+        "actor.model.virtual_pipeline_model_parallel_size=2",
+    ),
     "cp4": (1, 1, False, 4, 8),
     "sp4": (4, 1, True, 1, 8),
     "two": (2, 2, True, 1, 8),
-}
+}  # fmt: skip
 
 
 def layout(name: str) -> list[str]:
-    tensor, pipeline, sequence, context, devices = LAYOUTS[name]
+    tensor, pipeline, sequence, context, devices, *more = LAYOUTS[name]
     return [
         f"actor.model.tensor_model_parallel_size={tensor}",
         f"actor.model.pipeline_model_parallel_size={pipeline}",
         f"actor.model.sequence_parallel={sequence}",
         f"actor.model.context_parallel_size={context}",
         f"cluster.num_gpus_per_node={devices}",
+        *more,
     ]
 
 

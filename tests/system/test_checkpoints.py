@@ -19,8 +19,8 @@ from jaxpar.cli import app
 from jaxpar.manifest import read_manifest
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
-RESUMED = ["dp4", "pp4-tp2", "all", "cp4", "sp4"]
-MATRIX = ["one", *RESUMED]
+RESUMED = ["zero3", "pp4-tp2", "all", "cp4", "sp4"]  # all but zero3 with ZeRO stage 1
+MATRIX = ["one", "zero3", "all", "pp4-tp2", "interleaved", "cp4"]
 COMMON = ["runner.resume_dir=auto", *SMALL]
 
 
@@ -225,7 +225,7 @@ def test_restoring_takes_little_host_memory_beyond_the_state(tmp_path, reader):
         assert output.returncode == 0, output.stderr
     peak, held = map(int, re.search(r"MEMORY (\d+) (\d+)", output.stdout).groups())
     print(f"{reader}: peak growth {peak:,} bytes, held {held:,} bytes: {peak / held:.3f}")
-    assert held > 6e8
+    assert held > 7e8
     assert peak <= 1.2 * held
 
 
