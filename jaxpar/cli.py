@@ -1,6 +1,7 @@
 """`jaxpar train | mesh | compile | bench | schedule`: reads the command line, prints, and turns errors into one line and an exit code."""
 
 import json
+import logging
 import math
 import os
 import sys
@@ -24,6 +25,9 @@ app = typer.Typer(
     help="Five-axis parallel training of large Transformers with JAX.",
 )
 
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints.")
+app.add_typer(checkpoint_app, name="checkpoint")
+
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file's.")
@@ -43,16 +47,21 @@ def train(
     ] = None,
     verbose: Annotated[bool, typer.Option(help="Show the XLA and NCCL settings, each with its reason.")] = False,
 ) -> None:
-    """Train a model. Ctrl-C saves; the same command goes on where it was if runner.resume_dir is auto."""
+    """Train a model. Ctrl-C saves; the same command goes on where it was if runner.resume_dir is auto.
+
+    Exit codes: 2 a mistake in the config, or a checkpoint that cannot be written or read; 3 the run has gone wrong
+    (losses or gradients not finite, replicas that differ); 75 a process died or hangs: start again; 128 + the signal's
+    number: stopped by it, saved.
+    """
     config = load_config(config_path, overrides or ())
     from jaxpar import xla
 
-    settings = xla.apply(config.cluster.xla_flags)
+    settings = xla.apply(config.cluster.xla_flags, config.cluster.deterministic)
     if verbose:
         print("\n".join(settings))
     # After the config is known to be good: jax takes seconds to load.
     from jaxpar.profile import Steps
-    from jaxpar.trainer import Interrupted, Trainer
+    from jaxpar.trainer import Interrupted, NonFiniteError, ReplicaError, Trainer
 
     steps = Steps.parse(profile) if profile is not None else None
     trainer = Trainer(config)
@@ -63,6 +72,9 @@ def train(
         again = "run the same command to go on" if config.runner.resume_dir else "set runner.resume_dir=auto to go on"
         _error(f"{stop}: {again}")
         raise typer.Exit(128 + stop.signal) from None
+    except (NonFiniteError, ReplicaError) as error:
+        _error(str(error))
+        raise typer.Exit(3) from None
 
 
 @app.command(epilog="Example: jaxpar mesh configs/quickstart.yaml actor.model.context_parallel_size=4")
@@ -71,7 +83,7 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
     config = load_config(config_path, overrides or ())
     from jaxpar import xla
 
-    xla.apply(config.cluster.xla_flags)
+    xla.apply(config.cluster.xla_flags, config.cluster.deterministic)
     from jax.sharding import AbstractMesh
 
     from jaxpar import display, runtime
@@ -139,7 +151,11 @@ def compile_(
     if hlo_file and len(layouts) > 1:
         raise ConfigError(f"--hlo: is for one program, but there are {len(layouts)} layouts: give one of them")
     # There is no GPU to try kernels on.
-    flags = xla.apply({"xla_gpu_autotune_level": 0, **config.cluster.xla_flags}) if tpu is None else []
+    flags = (
+        xla.apply({"xla_gpu_autotune_level": 0, **config.cluster.xla_flags}, config.cluster.deterministic)
+        if tpu is None
+        else []
+    )
     os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxpar import display
     from jaxpar.compile import compile_step, gpu_devices, tpu_devices
@@ -268,10 +284,34 @@ def schedule(
             raise ConfigError(f"--svg {svg}: cannot be written: {error.strerror}") from None
 
 
+@checkpoint_app.command(epilog="Example: jaxpar checkpoint inspect results/quickstart/checkpoints/global_step_200")
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a folder of them: its newest.")],
+    verify: Annotated[bool, typer.Option(help="Read all files and compare their checksums.")] = False,
+) -> None:
+    """Show what a checkpoint holds: step, mesh, parameters, sizes, and whether it is complete."""
+    from jaxpar import display
+    from jaxpar.manifest import damages, read_manifest, resolve, why_torn
+
+    console, found = _console(), resolve(path)
+    if reason := why_torn(found):
+        raise ConfigError(f"{found} is torn: {reason}: choose another checkpoint")
+    for line in display.checkpoint_lines(found, read_manifest(found)):
+        console.print(line, highlight=False)
+    console.print(display.checkpoint_table(read_manifest(found)))
+    if verify:
+        if problems := list(damages(found, 0, 1)):
+            raise ConfigError(problems)
+        console.print("all checksums are right")
+
+
 def main() -> None:
     """Entry point: a user's mistake is an error on standard error and exit code 2, never a traceback."""
     # jaxlib's own notices (topology, unused flags) would tear the progress bar.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Orbax logs with a traceback what it then raises, and what it raises is told once, in words.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     try:
         app()
     except ConfigError as error:
@@ -281,6 +321,15 @@ def main() -> None:
     except ScheduleError as error:
         _error(str(error))
         sys.exit(2)
+    except OSError as error:
+        _error(f"{error.filename or 'a file'}: {error.strerror or error}: check space, permissions and the path")
+        sys.exit(2)
+
+
+def _unraisable(what: Any) -> None:
+    # TensorStore's futures say so, once each, after a write that failed.
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
 
 
 def _print_head(trainer: "Trainer", config: Config) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -154,6 +155,42 @@ def parameter_table(layouts: Any, mesh_shape: Mapping[str, int]) -> Table:
     total = sum(layout.bytes_per_device(mesh_shape) for layout in layouts)
     table.add_section()
     table.add_row("all", f"{count:,} numbers", "", "", "", f"{total:,}")
+    return table
+
+
+def checkpoint_lines(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """A checkpoint's manifest, in words."""
+    mesh = "  ".join(f"{axis} {size}" for axis, size in manifest["mesh"].items())
+    files = [file for file in path.rglob("*") if file.is_file()]
+    lines = [
+        f"{path}: complete, step {manifest['step']}, written {manifest['written']}",
+        f"mesh: {mesh}, {manifest['processes']} processes; any other can read it",
+        f"data: {manifest['data']['batch']} global batches of {manifest['data']['global_batch_size']} sequences read",
+        f"size: {sum(file.stat().st_size for file in files):,} bytes in {len(files)} files, compressed",
+        "versions: " + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
+    ]
+    if manifest["val_loss"] is not None:
+        lines.insert(1, f"validation loss: {manifest['val_loss']:.6f}")
+    return lines
+
+
+def checkpoint_table(manifest: Mapping[str, Any]) -> Table:
+    """Every parameter, and in one line each the other parts of the state."""
+    table = Table("parameter", "shape", "type", title="state", title_justify="left")
+    table.add_column("bytes", justify="right")
+    others: dict[str, list[int]] = {}
+    for name, described in manifest["tree"].items():
+        dtype, _, shape = described[:-1].partition("[")
+        sizes = [int(size) for size in shape.split(",") if size]
+        size = math.prod(sizes) * np.dtype(dtype).itemsize
+        part, _, rest = name.partition("/")
+        if part == "params":
+            table.add_row(rest, " x ".join(map(str, sizes)), dtype, f"{size:,}")
+        else:
+            others.setdefault(part, []).append(size)
+    table.add_section()
+    for part, bytes_ in others.items():
+        table.add_row(part, f"{len(bytes_)} arrays", "", f"{sum(bytes_):,}")
     return table
 
 

@@ -47,13 +47,20 @@ ENVIRONMENT: dict[str, tuple[str, str]] = {
     ),
     "NCCL_DEBUG": ("WARN", "says which rank and network fails, and nothing else [nccl]"),
 }
+# Beside these for `cluster.deterministic`. What they cost has not been measured.
+DETERMINISTIC_FLAG = (
+    "xla_gpu_deterministic_ops",
+    ("true", "cluster.deterministic: kernels without atomics, and no autotuning, whose choice differs [xla]"),
+)
+DETERMINISTIC_ENVIRONMENT = ("NCCL_ALGO", ("Ring", "cluster.deterministic: one order of sums in every run [nccl]"))
 
 
-def apply(overrides: Mapping[str, str | bool | int]) -> list[str]:
+def apply(overrides: Mapping[str, str | bool | int], deterministic: bool = False) -> list[str]:
     """Set the table's values in the environment, unless the user has set them there.
 
     Args:
       overrides: `cluster.xla_flags` of the config: flag → value, which win over the table.
+      deterministic: adds what makes a GPU's sums the same in every run.
 
     Returns:
       A line for each setting with its reason or origin, for `--verbose`.
@@ -64,7 +71,9 @@ def apply(overrides: Mapping[str, str | bool | int]) -> list[str]:
     if not any(Path(device).exists() for device in GPU_DEVICES) and _has_cuda_plugin():
         # The plugin is there for `jaxpar compile`; looking for a GPU, it would print a traceback.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    values = {flag: value for flag, (value, _) in XLA_FLAGS.items()}
+    flags = XLA_FLAGS | dict([DETERMINISTIC_FLAG] if deterministic else [])
+    environment = ENVIRONMENT | dict([DETERMINISTIC_ENVIRONMENT] if deterministic else [])
+    values = {flag: value for flag, (value, _) in flags.items()}
     values |= {flag.removeprefix("--"): _text(value) for flag, value in overrides.items()}
     mine = os.environ.get("XLA_FLAGS", "").split()
     given = {flag.removeprefix("--").partition("=")[0] for flag in mine if flag.startswith("--")}
@@ -78,15 +87,15 @@ def apply(overrides: Mapping[str, str | bool | int]) -> list[str]:
             ]
         )
     os.environ["XLA_FLAGS"] = " ".join([f"--{f}={v}" for f, v in values.items() if f not in given] + mine)
-    for name, (value, _) in ENVIRONMENT.items():
+    for name, (value, _) in environment.items():
         os.environ.setdefault(name, value)
     lines = [
-        f"{flag}={value}  {XLA_FLAGS[flag][1] if value == XLA_FLAGS.get(flag, ('',))[0] else 'cluster.xla_flags'}"
+        f"{flag}={value}  {flags[flag][1] if value == flags.get(flag, ('',))[0] else 'cluster.xla_flags'}"
         for flag, value in values.items()
         if flag not in given
     ]
     lines += [f"{flag.removeprefix('--')}  XLA_FLAGS of the environment" for flag in mine]
-    return lines + [f"{name}={os.environ[name]}  {reason}" for name, (_, reason) in ENVIRONMENT.items()]
+    return lines + [f"{name}={os.environ[name]}  {reason}" for name, (_, reason) in environment.items()]
 
 
 def _has_cuda_plugin() -> bool:

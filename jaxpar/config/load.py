@@ -85,10 +85,6 @@ class Config(Section):
                 f"runner.logger.logger_backends: {', '.join(absent)} is not there: metrics go to metrics.jsonl, and with "
                 f"tensorboard in the list to its files"
             )
-        if self.data.val_data_paths and self.runner.val_check_interval > 0:
-            notes.append(
-                "data.val_data_paths and runner.val_check_interval: there is no evaluation during training yet"
-            )
         try:
             architecture, more = read_architecture(self.actor)
         except ConfigError:  # check_train and architecture() report it
