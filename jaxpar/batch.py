@@ -18,19 +18,23 @@ class GlobalBatch:
     """Shape and place of a global batch.
 
     Attributes:
-      shape: (global_batch_size, seq_length).
+      shape: (global_batch_size, seq_length); with dynamic batches the most rows that there may be.
       sharding: batch over dp, sequence over cp.
       rows: rows of the global batch that this process's devices need, in order.
     """
 
     def __init__(self, global_batch_size: int, seq_length: int, mesh: Mesh):
         self.shape = (global_batch_size, seq_length)
-        self.sharding = NamedSharding(mesh, BATCH_SPEC)
+        self._mesh, self.sharding = mesh, NamedSharding(mesh, BATCH_SPEC)
         slices = self.sharding.addressable_devices_indices_map(self.shape).values()
         self.rows = sorted({row for index in slices if index for row in range(global_batch_size)[index[0]]})
 
     def place(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Arrays [len(self.rows), seq_length] of this process → global arrays on the mesh."""
+        """Arrays [len(self.rows), seq_length] of this process → global arrays on the mesh. With dynamic batches there may
+        be fewer rows, the same number for each dp rank."""
+        if (num_rows := len(rows["tokens"])) != len(self.rows):
+            total = self.shape[0] * num_rows // len(self.rows)
+            return GlobalBatch(total, self.shape[1], self._mesh).place(rows)
 
         def place(array: np.ndarray) -> jax.Array:
             def shard(index: Any) -> np.ndarray:
@@ -55,8 +59,7 @@ class GlobalBatch:
         for key, array in batch.items():
             if np.shape(array) != self.shape:
                 raise ValueError(
-                    f"batch: {key} is {np.shape(array)}, but [actor.global_batch_size, runner.seq_length] is "
-                    f"{self.shape}"
+                    f"batch: {key} is {np.shape(array)}, but the rows and tokens of a global batch are {self.shape}"
                 )
         defaults = {
             "loss_mask": np.ones(self.shape),

@@ -127,8 +127,8 @@ def compile_step(config: Config, devices: list[jax.Device], capacity: int) -> Re
     counted = count(text, np.arange(program.mesh.size).reshape(tuple(program.mesh.shape.values())), AXES)
     model_flops = None
     if program.architecture:
-        tokens = config.actor.global_batch_size * config.runner.seq_length
-        per_token = model_flops_per_token(program.architecture, program.num_params, config.runner.seq_length)
+        tokens = place.shape[0] * place.shape[1]
+        per_token = model_flops_per_token(program.architecture, program.num_params, config.row_length)
         model_flops = per_token * tokens / len(devices)
     return Report(
         devices=len(devices),

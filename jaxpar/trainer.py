@@ -1,5 +1,6 @@
 """The training loop: what happens when. No maths."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,16 @@ from jaxtyping import Array, Float
 from jaxpar import runtime
 from jaxpar.checkpoint import Checkpoints
 from jaxpar.config import Config, ConfigError
-from jaxpar.data import BatchLoader, build_loader, load_tokenizer, open_dataset
+from jaxpar.data import (
+    BatchLoader,
+    DocumentCost,
+    DocumentSource,
+    PackedSource,
+    build_dynamic_loader,
+    build_loader,
+    load_tokenizer,
+    token_cache,
+)
 from jaxpar.metrics import MetricsFile, model_flops_per_token, peak_flops
 from jaxpar.models import Model
 from jaxpar.models.hugging_face import has_weights, load_params
@@ -116,7 +126,7 @@ class Trainer:
             report.start(step, last := min(limits))
             try:
                 while step < last and not signals.received:
-                    log.enter(step + 1, self._advance(next(loader)))
+                    log.enter(step + 1, self._advance(next(loader)), loader.figures)
                     step += 1
                     if config.runner.save_interval > 0 and step % config.runner.save_interval == 0:
                         log.flush()
@@ -138,6 +148,23 @@ class Trainer:
         return metrics
 
     def _open_data(self) -> BatchLoader:
+        config, program = self.config, self.program
+        folder = self._token_cache("train_data_paths")
+        order: dict[str, Any] = {
+            "global_batch_size": config.actor.global_batch_size,
+            "seed": config.data.seed,
+            "shuffle": config.data.shuffle,
+            "num_epochs": config.runner.max_epochs if config.runner.max_epochs > 0 else None,
+            "num_workers": config.data.num_workers,
+        }
+        if config.runner.enable_dynamic_batch_size:
+            documents, cost = DocumentSource(folder, config.row_length), DocumentCost(*program.document_flops)
+            return build_dynamic_loader(
+                documents, dp=program.mesh.shape["dp"], ranks=program.dp_ranks, cost=cost, **order
+            )
+        return build_loader(PackedSource.read(folder, config.runner.seq_length), rows=program.batch.rows, **order)
+
+    def _token_cache(self, key: str) -> Path:
         config = self.config
         tokenizer = load_tokenizer(config.actor.tokenizer.tokenizer_model)
         architecture = self.program.architecture
@@ -146,21 +173,12 @@ class Trainer:
                 f"actor.tokenizer.tokenizer_model: {tokenizer.name} has {tokenizer.vocab_size} tokens, but the model's "
                 f"vocab_size is {architecture.vocab_size}: choose the model's own tokenizer, or raise vocab_size"
             )
-        source = open_dataset(
-            config.data.train_data_paths,
+        return token_cache(
+            getattr(config.data, key),
+            setting=f"data.{key}",
             tokenizer=tokenizer,
             text_key=config.data.text_key,
-            seq_length=config.runner.seq_length,
             cache_dir=Path(config.runner.output_dir) / "token_cache",
-        )
-        return build_loader(
-            source,
-            global_batch_size=config.actor.global_batch_size,
-            rows=self.program.batch.rows,
-            seed=config.data.seed,
-            shuffle=config.data.shuffle,
-            num_epochs=config.runner.max_epochs if config.runner.max_epochs > 0 else None,
-            num_workers=config.data.num_workers,
         )
 
 
@@ -169,30 +187,36 @@ class _StepLog:
 
     def __init__(self, trainer: Trainer, report: Reporter, metrics: MetricsFile | None):
         self._report, self._metrics = report, metrics
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, dict[str, jax.Array], Mapping[str, float]] | None = None
         self._before = time.perf_counter()
         program = trainer.program
         devices = program.mesh.devices.flatten()
         peak = peak_flops(devices[0])
-        self._mfu_per_rate = None
+        self._mfu_per_flops = None
         if program.architecture and peak:
-            flops = model_flops_per_token(program.architecture, program.num_params, trainer.config.runner.seq_length)
-            self._mfu_per_rate = flops / (peak * len(devices))
-        self._tokens = trainer.config.actor.global_batch_size * trainer.config.runner.seq_length
+            self._flops_per_token = model_flops_per_token(
+                program.architecture, program.num_params, trainer.config.row_length
+            )
+            self._mfu_per_flops = 1 / (peak * len(devices))
+        self._tokens = math.prod(program.batch.shape)
 
-    def enter(self, step: int, values: dict[str, jax.Array]) -> None:
+    def enter(self, step: int, values: dict[str, jax.Array], figures: Mapping[str, float]) -> None:
+        """`figures`: of the batch, see `jaxpar.data.BatchLoader`."""
         self.flush()
-        self._pending = (step, values)
+        self._pending = (step, values, figures)
 
     def flush(self) -> None:
         if self._pending is None:
             return
-        step, values = self._pending
+        step, values, figures = self._pending
         self._pending = None
         numbers = {key: float(value) for key, value in values.items()}  # waits for the step to end
         now = time.perf_counter()
         seconds, self._before = now - self._before, now
-        rate = self._tokens / seconds
+        rate = (numbers["tokens"] if figures else self._tokens) / seconds  # of dynamic batches without padding
+        mfu = None
+        if self._mfu_per_flops is not None:
+            mfu = rate * figures.get("flops_per_token", self._flops_per_token) * self._mfu_per_flops
         row = {
             "step": step,
             "loss": numbers["loss"],
@@ -201,7 +225,8 @@ class _StepLog:
             "tokens": int(numbers["tokens"]),
             "step_seconds": seconds,
             "tokens_per_second": rate,
-            "mfu": None if self._mfu_per_rate is None else rate * self._mfu_per_rate,
+            "mfu": mfu,
+            **figures,
         }
         self._report.step(row)
         if self._metrics:
