@@ -109,6 +109,16 @@ def test_balance_and_padding_on_log_normal_lengths(documents, dp, budget, limit)
     assert np.mean(padding) < limit
 
 
+def test_exchanges_even_out_what_four_documents_a_rank_leave_uneven():
+    rng = np.random.default_rng(0)
+    excess = []
+    for _ in range(10):
+        lengths = np.clip(rng.lognormal(np.log(600), 0.5, 64).astype(int), 1, 2048)
+        costs = COST(lengths)
+        excess.append(plan_rows(lengths, 2048, 16, COST).balance / max(1, costs.max() / (costs.sum() / 16)))
+    assert np.mean(excess) < 1.015
+
+
 # The loader
 
 
