@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxpar.attention import zigzag_order
 from jaxpar.sharding import BATCH_SPEC
 
 DTYPES = {
@@ -20,18 +21,21 @@ class GlobalBatch:
     Attributes:
       shape: (global_batch_size, seq_length); with dynamic batches the most rows that there may be.
       sharding: batch over dp, sequence over cp.
+      order: int [seq_length], index in the sequence of the token at each place (see `jaxpar.attention.zigzag_order`).
       rows: rows of the global batch that this process's devices need, in order.
     """
 
     def __init__(self, global_batch_size: int, seq_length: int, mesh: Mesh):
         self.shape = (global_batch_size, seq_length)
         self._mesh, self.sharding = mesh, NamedSharding(mesh, BATCH_SPEC)
+        self.order = zigzag_order(seq_length, mesh.shape["cp"])
         slices = self.sharding.addressable_devices_indices_map(self.shape).values()
         self.rows = sorted({row for index in slices if index for row in range(global_batch_size)[index[0]]})
 
     def place(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Arrays [len(self.rows), seq_length] of this process → global arrays on the mesh. With dynamic batches there may
-        be fewer rows, the same number for each dp rank."""
+        """Arrays [len(self.rows), seq_length] of this process, tokens in natural order → global arrays on the mesh, tokens
+        in the order of their places. Labels, positions and masks travel with their tokens, so nothing after this minds.
+        Dynamic batches may have fewer rows, the same number on each dp rank."""
         if (num_rows := len(rows["tokens"])) != len(self.rows):
             total = self.shape[0] * num_rows // len(self.rows)
             return GlobalBatch(total, self.shape[1], self._mesh).place(rows)
@@ -40,7 +44,7 @@ class GlobalBatch:
             def shard(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(self.shape[0])
                 first = self.rows.index(start)  # a shard's rows are neighbours
-                return array[first : first + stop - start, index[1]]
+                return array[first : first + stop - start, self.order[index[1]]]
 
             return jax.make_array_from_callback(self.shape, self.sharding, shard)
 

@@ -15,10 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxpar.attention import zigzag_order
 from jaxpar.collectives import (
     broadcast_from_last_stage,
     cross_entropy,
@@ -198,10 +200,11 @@ def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.
     """Returns (params, batch) → {"loss", "tokens", "token_losses"}, without gradients, to be called inside `jax.jit`.
 
     loss: float32, nats, the sum over valid tokens of the global batch; tokens: float32, their count.
-    token_losses: float32 [global_batch, seq], -log p(target) of each token, in nats, split by BATCH_SPEC.
+    token_losses: float32 [global_batch, seq], -log p(target) of each token, in nats, tokens in natural order.
     """
     evaluating = replace(
-        setup, schedule=forward_only(setup.schedule.num_stages, setup.schedule.num_microbatches, setup.schedule.num_chunks)
+        setup,
+        schedule=forward_only(setup.schedule.num_stages, setup.schedule.num_microbatches, setup.schedule.num_chunks),
     )
 
     def local(params: Params, batch: Batch) -> dict[str, jax.Array]:
@@ -214,10 +217,19 @@ def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.
         return {
             "loss": sum_over(loss, varying_axes(loss)),
             "tokens": sum_over(batch["loss_mask"].sum(), REPLICA_AXES),
-            "token_losses": _join(losses, math.prod(lax.axis_size(axis) for axis in manual("sp")), batch["tokens"].shape),
+            "token_losses": _join(
+                losses, math.prod(lax.axis_size(axis) for axis in manual("sp")), batch["tokens"].shape
+            ),
         }
 
-    return evaluating.on_mesh(local, {"loss": P(), "tokens": P(), "token_losses": BATCH_SPEC})
+    on_mesh = evaluating.on_mesh(local, {"loss": P(), "tokens": P(), "token_losses": BATCH_SPEC})
+
+    def evaluate(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        result = on_mesh(params, batch)
+        order = zigzag_order(batch["tokens"].shape[1], setup.mesh.shape["cp"])
+        return {**result, "token_losses": result["token_losses"][:, np.argsort(order)]}
+
+    return evaluate
 
 
 def _cut(x: jax.Array, parts: int, ways: int) -> jax.Array:
@@ -245,9 +257,7 @@ def _from_all_stages(shares: jax.Array) -> jax.Array:
     return sum_over(jnp.where(mine, jnp.tile(shares, stages), 0), ("pp",))
 
 
-def _token_losses(
-    model: FunctionalModel, params: Params, x: jax.Array, batch: Batch
-) -> tuple[jax.Array, jax.Array]:
+def _token_losses(model: FunctionalModel, params: Params, x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(loss, weight) of each token, with the head's work spread over all stages.
 
     An explicit model splits its vocabulary over the stages. An automatic one cannot (pp is manual), so its tokens are

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpar.attention import AttentionSettings
 from jaxpar.batch import GlobalBatch
 from jaxpar.config import Architecture, Config, ConfigError, checks
 from jaxpar.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grads
@@ -71,7 +72,7 @@ class Program:
             sizes = config.mesh_sizes(len(devices))
             config.check_train(sizes, None)
         self.mesh = build_mesh(sizes, devices)
-        self.model = FunctionalModel(model)
+        self.model = FunctionalModel(model, _attention_settings(config))
         if problems := list(checks.schedule_problems(config.actor.model, self.model.num_layers)):
             raise ConfigError(problems)
         chunks = config.actor.model.virtual_pipeline_model_parallel_size or 1
@@ -149,6 +150,12 @@ class Program:
 
 def _schedule(name: str, num_stages: int, num_chunks: int, num_microbatches: int) -> Schedule:
     return build_schedule(name, num_stages, num_microbatches, num_chunks)
+
+
+def _attention_settings(config: Config) -> AttentionSettings:
+    model = config.actor.model
+    a2a_size, _ = model.hierarchical_context_parallel_sizes or (1, 1)
+    return AttentionSettings(model.cp_comm_type, a2a_size)
 
 
 def _recompute(config: Config) -> Recompute:

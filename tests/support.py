@@ -4,6 +4,7 @@ The reference of a parity test shares nothing with the engine but the model's ow
 device, outside of `shard_map`, with plain attention and jax's own cross-entropy.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxpar.attention import reference_attention
+from jaxpar.attention import AttentionSettings, reference_attention
+from jaxpar.batch import GlobalBatch
 from jaxpar.config import Architecture, MeshSizes
-from jaxpar.loss_and_grads import StepSetup, build_loss_and_grads
+from jaxpar.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grads
 from jaxpar.mesh import build_mesh
 from jaxpar.models import Decoder, FunctionalModel, TokenInfo
 from jaxpar.models import decoder as decoder_module
@@ -210,15 +212,26 @@ class Step:
         # Compiled as a user's are: with other options the last bits are others, the same ones on every mesh.
         return jax.jit(model.init, static_argnums=0, out_shardings=self.shardings)(seed)
 
+    def evaluate(self, params: Any, batch: Any) -> dict[str, np.ndarray]:
+        return jax.tree.map(np.asarray, jax.jit(build_evaluate(self.setup))(*self._placed(params, batch)))
+
     def __call__(self, params: Any, batch: Any) -> tuple[np.ndarray, Any]:
-        params = jax.device_put(params, self.shardings)
-        batch = jax.device_put(batch, NamedSharding(self.mesh, BATCH_SPEC))
-        return jax.tree.map(np.asarray, self.compiled(params, batch))
+        return jax.tree.map(np.asarray, self.compiled(*self._placed(params, batch)))
+
+    def _placed(self, params: Any, batch: Any) -> tuple[Any, Any]:
+        return jax.device_put(params, self.shardings), GlobalBatch(*batch["tokens"].shape, self.mesh).place(batch)
 
 
-def check_step(case: Case, sizes: tuple[int, ...], **kwargs: Any) -> None:
+def check_step(
+    case: Case,
+    sizes: tuple[int, ...],
+    attention: AttentionSettings = AttentionSettings(),  # noqa: B008 (frozen)
+    **kwargs: Any,
+) -> None:
     """The whole of a parity test."""
-    loss, grads = Step(case.model, sizes, **kwargs)(case.params, case.batch)
+    model = copy.copy(case.model)
+    model.attention = attention
+    loss, grads = Step(model, sizes, **kwargs)(case.params, case.batch)
     assert_parity(loss, grads, case.loss, case.grads)
 
 

@@ -1,221 +1,141 @@
-"""Ring attention over the cp axis, with online softmax and a backward pass of its own.
+"""`p2p`: keys and values go round a ring of cp ranks (Liu et al., 2023, Ring Attention, arXiv:2310.01889).
 
-Liu et al., 2023, "Ring Attention with Blockwise Transformers" (arXiv:2310.01889). Each rank keeps its queries; keys
-and values go round the ring, and partial outputs merge by their log-sum-exp. The backward pass goes round again with
-the saved output and log-sum-exp, so a score exists only for one block at a time, in either direction. Without cp the
-ring has one member and this is plain attention that does not store its scores.
+A rank holds an early and a late chunk of the sequence (see placement.py), so that causal work is the same everywhere: of
+keys from another rank its late queries attend to all early ones, and beside that its early queries to the early keys if
+these come from before it, else its late queries to the late keys. Nothing of this is masked.
 
-Einsum letters: b batch, q query tokens, s key tokens, k kv heads, g query heads a kv head, d head_dim.
+The next keys are sent for before the present ones are used. The backward pass goes round again with the saved output and
+log-sum-exp, and the keys' gradients travel behind the keys.
 """
 
-import dataclasses
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
 
-from jaxpar.attention.mask import attention_mask
-from jaxpar.collectives import MASKED, manual, vary, varying_axes
-
-BLOCK_SIZE = 1024  # keys whose scores exist at a time, where the sequence divides by it
+from jaxpar.attention.blockwise import mask_leaves
+from jaxpar.attention.products import Products, attend, attend_backward, output_grads_of
+from jaxpar.attention.types import Keys, Kind, Queries, no_grads, nothing
 
 
-def attention(
-    query: Float[Array, "batch seq heads head_dim"],
-    key: Float[Array, "batch seq kv_heads head_dim"],
-    value: Float[Array, "batch seq kv_heads head_dim"],
-    *,
-    segment_ids: Int[Array, "batch seq"] | None = None,
-    causal: bool = True,
-    window: int | None = None,
-) -> Float[Array, "batch seq heads head_dim"]:
-    """softmax(query keyᵀ / sqrt(head_dim)) value, over the whole sequence although each cp rank holds a part.
+@dataclass(frozen=True)
+class Ring:
+    """`size` ranks of the cp axis that are `stride` apart; a ring of one communicates nothing."""
 
-    Call it anywhere: inside jaxpar's train step `seq` is this rank's contiguous share of the sequence, elsewhere it is
-    all of it.
-
-    Args:
-      query, key, value: any float dtype. heads is a multiple of kv_heads (grouped-query attention: query head i reads
-        kv head i // (heads / kv_heads)); only the kv heads travel.
-      segment_ids: a token attends only to tokens with the same id (documents of a packed sequence).
-      causal: a token attends to itself and to earlier ones.
-      window: and to the `window` latest of these only.
-
-    Returns:
-      The query's dtype; statistics and sums are float32. A token that may attend to nothing gets zeros.
-
-    Raises:
-      ValueError: heads is not a multiple of kv_heads.
-    """
-    batch, seq, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    if heads % kv_heads:
-        raise ValueError(f"attention: {heads} query heads are not a multiple of {kv_heads} kv heads")
-    grouped = query.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim)
-    kind = _Kind(causal, window, head_dim**-0.5, manual("cp"))
-    return _ring(kind, grouped, _Keys(key, value, segment_ids), segment_ids).reshape(query.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    causal: bool
-    window: int | None
-    scale: float
-    axis: tuple[str, ...]  # ("cp",) or ()
-
-    @property
-    def size(self) -> int:
-        return lax.axis_size(self.axis) if self.axis else 1
+    size: int = 1
+    stride: int = 1
 
     @property
     def rank(self) -> jax.Array | int:
-        return lax.axis_index(self.axis) if self.axis else 0
+        return lax.axis_index("cp") // self.stride if self.size > 1 else 0
+
+    def pass_on(self, tree: Any, hop: int) -> Any:
+        """To the rank `hop` places further."""
+        ranks = self.size * self.stride
+        pairs = [(rank, (rank + hop * self.stride) % ranks) for rank in range(ranks)]
+        return jax.tree.map(lambda x: lax.ppermute(x, "cp", pairs), tree) if hop % self.size else tree
 
 
-class _Keys(NamedTuple):
-    """What goes round the ring."""
-
-    key: jax.Array  # [b, s, k, d]
-    value: jax.Array  # [b, s, k, d]
-    segments: jax.Array | None  # [b, s]
+def ring_attention(kind: Kind, ring: Ring, query: jax.Array, keys: Keys) -> jax.Array:
+    """Output [b, q, k, g, d] of the local queries over the keys of all members; their segments are the keys' own."""
+    return _attention(kind, ring, query, keys)
 
 
-class _Partial(NamedTuple):
-    """Attention over some of the keys: normalized output and log-sum-exp of the scores."""
-
-    output: jax.Array  # float32 [b, q, k, g, d]
-    lse: jax.Array  # float32 [b, k, g, q]
+def _output(kind: Kind, ring: Ring, query: jax.Array, keys: Keys) -> jax.Array:
+    return _forward(kind, ring, query, keys)[0]
 
 
-def _ring_forward(kind: _Kind, query: jax.Array, keys: _Keys, segments: jax.Array | None):
-    def attend(partial: _Partial, keys: _Keys, source) -> _Partial:
-        def step(partial: _Partial, block):
-            return _merge(partial, _block_forward(kind, query, segments, *block)), None
+def _forward(kind: Kind, ring: Ring, query: jax.Array, keys: Keys):
+    queries, seq = Queries(query, keys.segments), query.shape[1]
 
-        return lax.scan(step, partial, _blocks(keys, source))[0]
-
-    def pass_on_and_attend(carry, source):
+    def step(carry, stop, _, hop: int):
         keys, partial = carry
-        keys = _pass_on(kind, keys)
-        return (keys, attend(partial, keys, source)), None
+        coming = ring.pass_on(keys, hop)
+        return coming, attend(kind, queries, keys, _products(kind, ring, stop, seq), partial)
 
-    partial = attend(_nothing(query), keys, kind.rank)
-    if kind.size > 1:
-        (_, partial), _ = lax.scan(pass_on_and_attend, (keys, partial), _sources(kind))
+    _, partial = _go_round(_stops(kind, ring, seq), step, (keys, nothing(query)))
     output = partial.output.astype(query.dtype)
-    return output, (query, keys, segments, output, partial.lse)
+    return output, (query, keys, output, partial.lse)
 
 
-def _ring_backward(kind: _Kind, residuals, grad: jax.Array):
-    query, keys, segments, output, lse = residuals
-    # Row sums of grad·output: the softmax's own gradient (Dao et al., 2022, FlashAttention, arXiv:2205.14135, eq. 4).
-    delta = jnp.einsum("bqkgd,bqkgd->bkgq", grad, output, preferred_element_type=jnp.float32)
+def _backward(kind: Kind, ring: Ring, residuals, grad: jax.Array):
+    query, keys, output, lse = residuals
+    queries, seq, stops = Queries(query, keys.segments), query.shape[1], _stops(kind, ring, query.shape[1])
+    output_grads, none = output_grads_of(grad, output, lse), no_grads(queries, keys)
 
-    def attend(query_grad: jax.Array, keys: _Keys, source):
-        def step(query_grad: jax.Array, block):
-            block_keys, first_key = block
-            more, kv_grad = _block_backward(kind, query, segments, block_keys, first_key, grad, lse, delta)
-            return query_grad + more, kv_grad
+    def step(carry, stop, last_hop: int, hop: int):
+        keys, query_grad, keys_grads = carry
+        coming, arrived = ring.pass_on(keys, hop), ring.pass_on(keys_grads, last_hop)
+        grads = none._replace(query=query_grad)
+        grads = attend_backward(kind, queries, keys, _products(kind, ring, stop, seq), output_grads, grads)
+        return coming, grads.query, jax.tree.map(jnp.add, arrived, grads[1:])
 
-        query_grad, kv_grad = lax.scan(step, query_grad, _blocks(keys, source))
-        return query_grad, jax.tree.map(lambda x, like: x.swapaxes(0, 1).reshape(like.shape), kv_grad, keys[:2])
-
-    def pass_on_and_attend(carry, source):
-        keys, query_grad, kv_grad = carry
-        keys, kv_grad = _pass_on(kind, (keys, kv_grad))
-        query_grad, more = attend(query_grad, keys, source)
-        return (keys, query_grad, jax.tree.map(jnp.add, kv_grad, more)), None
-
-    query_grad, kv_grad = attend(_nothing(query).output, keys, kind.rank)
-    if kind.size > 1:
-        carry = (keys, query_grad, kv_grad)
-        (_, query_grad, kv_grad), _ = lax.scan(pass_on_and_attend, carry, _sources(kind))
-        kv_grad = _pass_on(kind, kv_grad)  # the last step of the way home
-    key_grad, value_grad = kv_grad
-    keys_grad = _Keys(key_grad.astype(keys.key.dtype), value_grad.astype(keys.value.dtype), None)
-    return query_grad.astype(query.dtype), keys_grad, None
+    _, query_grad, keys_grads = _go_round(stops, step, (keys, none.query, none[1:]))
+    key_grad, value_grad = ring.pass_on(keys_grads, ring.size - stops[-1])  # the rest of the way home
+    keys_grad = Keys(key_grad.astype(keys.key.dtype), value_grad.astype(keys.value.dtype), None)
+    return query_grad.astype(query.dtype), keys_grad
 
 
-def _ring_output(kind: _Kind, query: jax.Array, keys: _Keys, segments: jax.Array | None) -> jax.Array:
-    return _ring_forward(kind, query, keys, segments)[0]
+_attention = jax.custom_vjp(_output, nondiff_argnums=(0, 1))
+_attention.defvjp(_forward, _backward)
 
 
-_ring = jax.custom_vjp(_ring_output, nondiff_argnums=(0,))
-_ring.defvjp(_ring_forward, _ring_backward)
+def _go_round(stops: list[int], step: Callable, carry: Any) -> Any:
+    """step(carry, stop, hop from the stop before, hop to the next stop), in order; the hops are static. A loop, but for
+    the ends and where stops are left out."""
+    hops = [0, *(b - a for a, b in itertools.pairwise(stops)), 0]
+    around = list(zip(stops, hops, hops[1:], strict=False))
+    first, middle, last = around[:1], around[1:-1], around[1:][-1:]
+    carry = step(carry, *first[0])
+    if middle and all(hop == 1 for hop in hops[1:-1]):
+        carry, _ = lax.scan(lambda carry, stop: (step(carry, stop, 1, 1), None), carry, jnp.array(stops[1:-1]))
+    else:
+        last = around[1:]
+    for one in last:
+        carry = step(carry, *one)
+    return carry
 
 
-def _sources(kind: _Kind) -> jax.Array:
-    """The rank that the keys in hand come from, at each step after the local one."""
-    return (kind.rank - jnp.arange(1, kind.size)) % kind.size
+def _stops(kind: Kind, ring: Ring, seq: int) -> list[int]:
+    """How far away the keys come from: 0, then the steps at which some rank's queries see some of the keys."""
+    if kind.window is None:
+        return list(range(ring.size))
+    return [stop for stop in range(ring.size) if stop == 0 or _chunk_pairs(kind, ring, stop, seq)]
 
 
-def _pass_on(kind: _Kind, tree):
-    ring = [(rank, (rank + 1) % kind.size) for rank in range(kind.size)]
-    return jax.tree.map(lambda x: lax.ppermute(x, kind.axis, ring), tree)
+def _products(kind: Kind, ring: Ring, stop: Any, seq: int) -> Products:
+    """The blocks of the local queries with the keys of the rank `stop` places before, of `seq` tokens each."""
+    rank, chunk = ring.rank, seq // 2
+    if not kind.causal and kind.window is None:
+        return Products(seq, None, None)
+    if ring.size == 1 or (kind.window is None and isinstance(stop, int) and stop == 0):
+        return Products(seq, None, 0)  # the late chunk comes after the early one: the local order will do
+    if kind.window is None:
+        other = jnp.where(stop <= rank, 0, chunk)
+        return Products(chunk, jnp.array([[chunk, 0], [other, other]]), None)
+    pairs = _chunk_pairs(kind, ring, stop if isinstance(stop, int) else None, seq)
+    offsets = [_chunk(ring, rank, a) - _chunk(ring, (rank - stop) % ring.size, b) for a, b in pairs]
+    return Products(chunk, jnp.array(pairs) * chunk, jnp.array(offsets) * chunk)
 
 
-def _blocks(keys: _Keys, source) -> tuple[_Keys, jax.Array]:
-    """One rank's keys cut into blocks, [blocks, ...] each, and the place of each block's first key in the sequence."""
-    seq = keys.key.shape[1]
-    size = BLOCK_SIZE if seq % BLOCK_SIZE == 0 else seq
-    cut = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1), keys)
-    return cut, source * seq + jnp.arange(0, seq, size)
+def _chunk(ring: Ring, rank: Any, half: int) -> Any:
+    """Which of the sequence's chunks is the early (0) or late (1) one of a rank."""
+    return 2 * ring.size - 1 - rank if half else rank
 
 
-def _nothing(query: jax.Array) -> _Partial:
-    """Attention over no keys at all."""
-    batch, seq, kv_heads, group, _ = query.shape
-    partial = _Partial(
-        jnp.zeros(query.shape, jnp.float32), jnp.full((batch, kv_heads, group, seq), MASKED, jnp.float32)
-    )
-    return jax.tree.map(lambda x: vary(x, varying_axes(query)), partial)
+def _chunk_pairs(kind: Kind, ring: Ring, stop: int | None, seq: int) -> list[tuple[int, int]]:
+    """Halves (of the queries, of the keys) that any rank needs at this stop; None: at any."""
 
+    def needed(query_half: int, key_half: int) -> bool:
+        chunk = seq // 2
+        return any(
+            mask_leaves(kind, chunk * (_chunk(ring, a, query_half) - _chunk(ring, b, key_half)), (chunk, chunk))[0]
+            for a, b in itertools.product(range(ring.size), repeat=2)
+            if stop is None or (a - b) % ring.size == stop
+        )
 
-def _scores(kind: _Kind, query: jax.Array, segments: jax.Array | None, keys: _Keys, first_key: jax.Array):
-    """Scaled scores of one block, float32 [b, k, g, q, s], and its mask [b or 1, 1, 1, q, s]."""
-    # The mask must seem to depend on the data. JAX would otherwise hoist it out of the scan over layers, for all blocks at
-    # once: a matrix of sequence x sequence.
-    query, first_key, segments, key_segments = lax.optimization_barrier((query, first_key, segments, keys.segments))
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", query, keys.key, preferred_element_type=jnp.float32) * kind.scale
-    query_index = kind.rank * query.shape[1] - first_key + jnp.arange(query.shape[1])
-    key_index = jnp.arange(keys.key.shape[1])
-    mask = attention_mask(query_index, key_index, segments, key_segments, causal=kind.causal, window=kind.window)
-    return scores, mask[:, None, None]
-
-
-def _block_forward(kind: _Kind, query, segments, keys: _Keys, first_key) -> _Partial:
-    scores, mask = _scores(kind, query, segments, keys, first_key)
-    highest = jnp.where(mask, scores, MASKED).max(-1, keepdims=True)
-    weights = jnp.where(mask, jnp.exp(scores - highest), 0)
-    total = jnp.maximum(weights.sum(-1), 1e-30)  # a fully masked row: output 0, log-sum-exp about MASKED
-    output = jnp.einsum(
-        "bkgqs,bskd->bqkgd", weights.astype(keys.value.dtype), keys.value, preferred_element_type=jnp.float32
-    )
-    return _Partial(output / _like_output(total), highest[..., 0] + jnp.log(total))
-
-
-def _merge(a: _Partial, b: _Partial) -> _Partial:
-    lse = jnp.logaddexp(a.lse, b.lse)
-    output = a.output * _like_output(jnp.exp(a.lse - lse)) + b.output * _like_output(jnp.exp(b.lse - lse))
-    return _Partial(output, lse)
-
-
-def _block_backward(kind: _Kind, query, segments, keys: _Keys, first_key, grad, lse, delta):
-    """Gradients of one block, float32: (query [b,q,k,g,d], (key, value) each [b,s,k,d])."""
-    scores, mask = _scores(kind, query, segments, keys, first_key)
-    weights = jnp.where(mask, jnp.exp(scores - lse[..., None]), 0)
-    weights_grad = jnp.einsum("bqkgd,bskd->bkgqs", grad, keys.value, preferred_element_type=jnp.float32)
-    scores_grad = (weights * (weights_grad - delta[..., None]) * kind.scale).astype(query.dtype)
-    weights = weights.astype(query.dtype)
-    product = lambda spec, a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)  # noqa: E731
-    query_grad = product("bkgqs,bskd->bqkgd", scores_grad, keys.key)
-    key_grad = product("bkgqs,bqkgd->bskd", scores_grad, query)
-    value_grad = product("bkgqs,bqkgd->bskd", weights, grad)
-    return query_grad, (key_grad, value_grad)
-
-
-def _like_output(x: jax.Array) -> jax.Array:
-    """[b, k, g, q] → [b, q, k, g, 1]"""
-    return x.transpose(0, 3, 1, 2)[..., None]
+    return [(a, b) for a in (0, 1) for b in (0, 1) if needed(a, b)]

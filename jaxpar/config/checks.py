@@ -39,6 +39,7 @@ def _must_be_multiple(key: str, value: int, factors: Sequence[tuple[str, int]]) 
 
 def mesh_problems(model: Model, num_devices: int) -> Iterator[str]:
     tensor, pp, cp = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
+    yield from _cp_problems(model)
     if model.sequence_parallel and tensor == 1:
         yield (
             "actor.model.sequence_parallel: True needs actor.model.tensor_model_parallel_size > 1, which is 1: "
@@ -53,6 +54,34 @@ def mesh_problems(model: Model, num_devices: int) -> Iterator[str]:
             f"product is one of {', '.join(map(str, divisors(num_devices)))}, or the devices to a multiple of "
             f"{product}"
         )
+
+
+def _cp_problems(model: Model) -> Iterator[str]:
+    key, sizes = "actor.model.hierarchical_context_parallel_sizes", model.hierarchical_context_parallel_sizes
+    cp = model.context_parallel_size
+    if model.cp_comm_type != "a2a+p2p":
+        if sizes is not None:
+            yield f"{key}: {sizes} is of cp_comm_type a2a+p2p, not of {model.cp_comm_type}: remove it"
+    elif sizes is None or len(sizes) != 2:
+        yield (
+            f"{key}: {'not given' if sizes is None else sizes}, but cp_comm_type a2a+p2p needs two sizes: the cp ranks of "
+            f"an all-to-all and those of a ring, with product context_parallel_size {cp}"
+        )
+    elif math.prod(sizes) != cp:
+        fits = [[d, cp // d] for d in divisors(cp)]
+        yield (f"{key}: {sizes[0]} * {sizes[1]} = {math.prod(sizes)} is not context_parallel_size {cp}: {one_of(fits)}")
+
+
+def all_to_all_problem(heads: int, kv_heads: int, ranks: int) -> str | None:
+    """What is wrong with sharing out the heads that a device holds over `ranks` cp ranks."""
+    if heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0):
+        return None
+    name, count = ("heads", heads) if heads % ranks else ("kv heads", kv_heads)
+    return (
+        f"actor.model.cp_comm_type: the all-to-all over {ranks} cp ranks cannot share out the {count} {name} that a device "
+        f"of the tensor group holds ({count} / {ranks} = {round(count / ranks, 2)}): set p2p or all_gather, or a2a+p2p "
+        "with smaller all-to-alls in hierarchical_context_parallel_sizes"
+    )
 
 
 def train_problems(runner: Runner, actor: Actor, dp: int | None, architecture: Architecture | None) -> Iterator[str]:
@@ -222,6 +251,10 @@ def _architecture_problems(model: Model, a: Architecture) -> Iterator[str]:
         a.intermediate_size,
         divisors(math.gcd(a.intermediate_size, a.num_attention_heads)),
     )
+    sizes = model.hierarchical_context_parallel_sizes
+    ranks = {"a2a": model.context_parallel_size, "a2a+p2p": sizes[0] if sizes else 1}.get(model.cp_comm_type, 1)
+    if problem := all_to_all_problem(a.num_attention_heads // tensor, max(1, kv_heads // tensor), ranks):
+        yield problem
     if a.padded_vocab_size % (pp * tensor):
         divisor = math.lcm(model.make_vocab_size_divisible_by, pp * tensor)
         yield (

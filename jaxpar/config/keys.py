@@ -115,6 +115,9 @@ class Model(Section):
     tensor_model_parallel_size: Count = 1
     pipeline_model_parallel_size: Count = 1
     context_parallel_size: Count = 1
+    cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"  # what cp ranks send each other for attention
+    hierarchical_context_parallel_sizes: list[Count] | None = None  # of a2a+p2p: ranks of an all-to-all, of a ring
+    attention_backend: Literal["auto", "xla", "pallas"] = "auto"  # the name is Megatron's; xla: plain JAX; pallas: ours
     sequence_parallel: bool = False
     virtual_pipeline_model_parallel_size: Count | None = None
     pipeline_schedule: Text = "1f1b"  # ours

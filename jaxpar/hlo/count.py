@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 
@@ -103,13 +104,13 @@ def count(
         mesh = MeshAxes(grid.shape, axes)
     total = _Walker(module, mesh, kernels).computation(module.entry)
     collectives = [
-        Collective(kind, over, n, size, dtype, in_loop)
+        Collective(kind, over, round(n), round(size), dtype, in_loop)
         for (kind, over, dtype, in_loop), (n, size) in total.sent.items()
     ]
     return Count(
         flops=float(total.flops),
         collectives=sorted(collectives, key=lambda c: (-c.bytes, c.kind, c.axes, c.dtype, c.in_loop)),
-        uncounted=[f"{note} ({n} time{'s' if n != 1 else ''} a step)" for note, n in total.notes.items() if n],
+        uncounted=[f"{note} ({float(n):g} time{'s' if n != 1 else ''} a step)" for note, n in total.notes.items() if n],
         kernel_flops=float(total.kernel_flops),
     )
 
@@ -121,10 +122,10 @@ _Key = tuple[str, tuple[str, ...], str, bool]  # kind, axes, dtype, in_loop
 class _Total:
     flops: float = 0
     kernel_flops: float = 0
-    sent: dict[_Key, tuple[int, int]] = field(default_factory=lambda: defaultdict(lambda: (0, 0)))
-    notes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    sent: dict[_Key, tuple[int | Fraction, int | Fraction]] = field(default_factory=lambda: defaultdict(lambda: (0, 0)))
+    notes: dict[str, int | Fraction] = field(default_factory=lambda: defaultdict(int))
 
-    def add(self, other: "_Total", times: int = 1, in_loop: bool = False) -> None:
+    def add(self, other: "_Total", times: int | Fraction = 1, in_loop: bool = False) -> None:
         self.flops += times * other.flops
         self.kernel_flops += times * other.kernel_flops
         for (kind, axes, dtype, looped), (n, size) in other.sent.items():
@@ -134,7 +135,7 @@ class _Total:
         for note, n in other.notes.items():
             self.notes[note] += times * n
 
-    def cost(self) -> tuple[float, int]:
+    def cost(self) -> tuple[float, int | Fraction]:
         return self.flops, sum(size for _, size in self.sent.values())
 
 
@@ -191,8 +192,10 @@ class _Walker:
     def _conditional(self, total: _Total, instruction: Instruction) -> None:
         keys = ("branch_computations", "true_computation", "false_computation")
         branches = [self.computation(name) for name in instruction.computations(*keys)]
-        total.add(max(branches, key=_Total.cost))
-        if any(branch.sent != branches[0].sent for branch in branches):
+        # The pipeline engine writes down how often its own conditionals are taken.
+        taken = re.search(r"in_(\d+)_of_(\d+)_ticks/[^/]*$", instruction.op_name or "")
+        total.add(max(branches, key=_Total.cost), Fraction(int(taken[1]), int(taken[2])) if taken else 1)
+        if not taken and any(branch.sent != branches[0].sent for branch in branches):
             where = instruction.op_name or instruction.name
             total.notes[f"conditional {where}: branches differ in collectives, the most expensive one counted"] += 1
 

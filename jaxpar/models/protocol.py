@@ -18,6 +18,7 @@ import numpy as np
 from flax import linen, nnx
 from jaxtyping import Array, Float, Int
 
+from jaxpar.attention import AttentionSettings, attention_settings
 from jaxpar.config import ConfigError
 
 Params = dict[str, Any]  # {"embed", "layers", "head"}: nested dicts of arrays; layers have a leading [num_layers]
@@ -89,12 +90,19 @@ class _Nothing(nnx.Module):
 class FunctionalModel:
     """A `Model` as pure functions of its parameters.
 
+    Args:
+      attention: how calls of `jaxpar.attention.attention` in the model's modules are computed.
+
     Attributes:
       shapes: tree of ShapeDtypeStruct, global shapes, float32 as the modules made them.
       dims: the same tree with a tuple of dimension names at each leaf, or None where a parameter has none.
     """
 
-    def __init__(self, model: Model | Callable[[nnx.Rngs], nnx.Module]):
+    def __init__(
+        self,
+        model: Model | Callable[[nnx.Rngs], nnx.Module],
+        attention: AttentionSettings = AttentionSettings(),  # noqa: B008 (frozen)
+    ):
         if not isinstance(model, Model):
             if isinstance(model, nnx.Module) or not callable(model):
                 raise ConfigError(
@@ -104,6 +112,7 @@ class FunctionalModel:
                 )
             model = WholeModel(model)
         self.num_layers = model.num_layers
+        self.attention = attention
         self.explicit = bool(getattr(model, "explicit_tensor_collectives", False))
         self._build = {"embed": model.embed, "layers": model.block, "head": model.head}
         parts = {part: _inspect(part, build) for part, build in self._build.items()}
@@ -130,11 +139,13 @@ class FunctionalModel:
         }
 
     def embed(self, params: Params, tokens: Int[Array, "batch seq"], info: TokenInfo) -> jax.Array:
-        return self._module("embed", params["embed"])(tokens, info)
+        with attention_settings(self.attention):  # a model that is no stack has all its layers here
+            return self._module("embed", params["embed"])(tokens, info)
 
     def block(self, params: Params, x: Float[Array, "batch seq embed"], info: TokenInfo) -> jax.Array:
         """One block; `params` are one layer's."""
-        return self._module("layers", params)(x, info)
+        with attention_settings(self.attention):
+            return self._module("layers", params)(x, info)
 
     def head(self, params: Params, x: Float[Array, "batch seq embed"]) -> jax.Array:
         """`params` need the parts "embed" and "head"."""

@@ -74,17 +74,13 @@ def loss_and_grads(
     return _Engine(schedule, functions, params, batch, recompute).loss_and_grads()
 
 
-def evaluate(
-    schedule: Schedule, functions: StageFunctions, params: Any, batch: Any
-) -> tuple[jax.Array, jax.Array]:
+def evaluate(schedule: Schedule, functions: StageFunctions, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
     """(losses, weights) of each token, [microbatches, parts, batch, any] each, with a table that only runs forward."""
     return _Engine(schedule, functions, params, batch, Recompute()).evaluate()
 
 
 class _Engine:
-    def __init__(
-        self, schedule: Schedule, functions: StageFunctions, params: Any, batch: Any, recompute: Recompute
-    ):
+    def __init__(self, schedule: Schedule, functions: StageFunctions, params: Any, batch: Any, recompute: Recompute):
         self.schedule, self.functions, self.params, self.batch = schedule, functions, params, batch
         self.stage, _ = rank_and_size("pp")
         self.last = schedule.num_stages - 1

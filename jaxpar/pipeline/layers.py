@@ -54,7 +54,7 @@ class Layers:
         self._num_real, self._gather, self._reduce, self._split = num_real, gather, reduce, split
         self._runs: list[tuple[Run, Pullback]] = []
         for run in recompute.runs(self._per_chunk):
-            group = _group(recompute.wrap(block), run.size, unrolled=split)
+            group = _group(block, run.size, unrolled=split)
             example = self._group_params(params, run, 0, 0), x, self._group_info(info, run, 0, 0)
             self._runs.append((run, Pullback(group, *example, recompute=run.recompute, split=split)))
 

@@ -170,9 +170,7 @@ class Schedule:
             costs["B"] += costs.pop("W")
         return sum(self.runs[slot].sum() * cost for slot, cost in costs.items()) / self.num_chunks
 
-    def bubble_fraction(
-        self, forward_cost: float = 1.0, backward_cost: float = 1.0, weight_cost: float = 1.0
-    ) -> float:
+    def bubble_fraction(self, forward_cost: float = 1.0, backward_cost: float = 1.0, weight_cost: float = 1.0) -> float:
         """Share of a stage's time in which it does nothing useful."""
         useful = forward_cost + ((backward_cost + weight_cost) if "B" in self.slots else 0)
         return float(1 - self.num_microbatches * useful / self.slot_time(forward_cost, backward_cost, weight_cost))

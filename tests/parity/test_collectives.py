@@ -13,7 +13,7 @@ import user_models
 from support import DECODER, FEW_KV_HEADS, PLAIN, REDUCTIONS, SEQ, Step, array_shapes, mesh_id
 from support import collectives as collectives_of
 
-from jaxpar.attention import ring
+from jaxpar.attention import blockwise
 from jaxpar.models import Decoder, FunctionalModel
 from jaxpar.recompute import Recompute
 
@@ -150,15 +150,15 @@ def test_memory_of_gpipe_does():
 
 @pytest.mark.parametrize("recompute", [Recompute(), Recompute("uniform", 1)], ids=str)
 def test_a_step_keeps_no_scores_and_no_masks(monkeypatch, recompute):
-    monkeypatch.setattr(ring, "BLOCK_SIZE", 64)
-    seq = 512  # more than any other size
+    monkeypatch.setattr(blockwise, "MAX_TILE", 64)
+    tile, seq = 64, 512  # tokens a rank, more than any other size
     model = FunctionalModel(Decoder(PLAIN))
     step = Step(model, (1, 1, 1, 1, 2), num_microbatches=2, rows=2, seq=2 * seq, recompute=recompute)
     shapes = array_shapes(step.compiled.as_text())
     assert (1, seq, 64) in shapes
     assert not [shape for shape in shapes if sum(n >= seq for n in shape) > 1]
-    # Blocks of scores or masks that are stacked, over the keys' blocks or over layers, would be […, seq, 64] in larger ones.
-    assert max(math.prod(shape) for shape in shapes if shape[-1:] == (64,) and seq in shape) <= 8 * seq * 64
+    # Tiles of scores or masks that are stacked, over a row of tiles or over layers, would be […, tile, tile] in larger ones.
+    assert max(math.prod(shape) for shape in shapes if shape[-2:] == (tile, tile)) <= 8 * tile * tile
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,22 @@ from support import (
     FEW_KV_HEADS,
     GLOBAL_BATCH,
     SEQ,
+    VOCAB,
     Step,
+    assert_parity,
     check_step,
     decoder_case,
     equal_trees,
     make_batch,
     mesh_id,
+    reference,
     relative_error,
 )
 
-from jaxpar.attention import ring
-from jaxpar.models import Decoder, FunctionalModel
+from jaxpar import loss_and_grads
+from jaxpar.attention import AttentionSettings, blockwise, reference_attention, zigzag_order
+from jaxpar.models import Decoder, FunctionalModel, TokenInfo
+from jaxpar.models import decoder as decoder_module
 from jaxpar.recompute import Recompute
 
 ALL_OF_TWO = [
@@ -74,12 +80,99 @@ def test_schedules_and_numbers_of_microbatches(sizes, num_microbatches, schedule
     check_step(decoder_case(DECODER), sizes, num_microbatches=num_microbatches, schedule=schedule)
 
 
+# Six layers divide into no four parts, so that some stages have a layer more than others.
+SIX_LAYERS = dataclasses.replace(DECODER, num_hidden_layers=6, padded_vocab_size=264)
+GRID = [
+    # sizes, microbatches, chunks: M a multiple of P, no multiple, fewer; tensor, context and data parallelism on
+    ((2, 2, 1, 2, 2), 6, 1), ((2, 2, 2, 1, 2), 3, 2), ((1, 2, 1, 2, 2), 3, 3), ((1, 2, 1, 2, 2), 1, 2),
+    ((1, 4, 1, 2, 2), 6, 1), ((2, 4, 1, 2, 1), 6, 1), ((1, 4, 2, 1, 2), 3, 1), ((2, 3, 1, 1, 2), 3, 2),
+]  # fmt: skip
+RECOMPUTE = [
+    Recompute(), Recompute("selective"), Recompute("uniform", 1), Recompute("uniform", 2), Recompute("block", 1)
+]  # fmt: skip
+
+
+def check_schedule(sizes, num_microbatches, num_chunks, schedule, recompute, zero_stage=1):
+    case = decoder_case(SIX_LAYERS)
+    options = {"num_microbatches": num_microbatches, "num_chunks": num_chunks, "zero_stage": zero_stage}
+    check_step(case, sizes, schedule=schedule, recompute=recompute, **options)
+
+
 @pytest.mark.parametrize(
-    "recompute", [Recompute("uniform", 1), Recompute("uniform", 2), Recompute("block", 1)], ids=str
-)
-@pytest.mark.parametrize(("sizes", "schedule"), [((1, 2, 1, 2, 2), "1f1b"), ((2, 1, 2, 1, 1), "gpipe")])
-def test_recompute_changes_no_gradient(sizes, schedule, recompute):
-    check_step(decoder_case(DECODER), sizes, schedule=schedule, recompute=recompute)
+    ("cell", "schedule", "recompute"),
+    [
+        (0, "zb1p", RECOMPUTE[0]), (1, "zb1p", RECOMPUTE[1]), (2, "interleaved_1f1b", RECOMPUTE[4]),
+        (3, "interleaved_1f1b", RECOMPUTE[2]), (4, "zb1p", RECOMPUTE[3]), (5, "1f1b", RECOMPUTE[0]),
+        (6, "gpipe", RECOMPUTE[1]), (7, "interleaved_1f1b", RECOMPUTE[0]), (7, "zb1p", RECOMPUTE[4]),
+    ],
+)  # fmt: skip
+def test_schedules(cell, schedule, recompute):
+    check_schedule(*GRID[cell], schedule, recompute)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", RECOMPUTE, ids=str)
+@pytest.mark.parametrize("cell", GRID, ids=str)
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved_1f1b", "zb1p"])
+def test_every_schedule_size_and_recompute(schedule, cell, recompute):
+    if schedule == "interleaved_1f1b" and cell[2] == 1:
+        schedule = "eager_1f1b"
+    check_schedule(*cell, schedule, recompute)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE[1:4], ids=str)
+def test_recompute_without_a_pipeline(recompute):
+    check_step(decoder_case(DECODER), (2, 1, 2, 1, 1), recompute=recompute)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "zero_stage", "num_chunks", "schedule"),
+    [
+        ((2, 2, 1, 2, 2), 2, 1, "1f1b"), ((2, 2, 1, 2, 2), 3, 1, "zb1p"), ((4, 1, 1, 1, 2), 3, 1, "1f1b"),
+        ((2, 2, 2, 1, 1), 3, 2, "interleaved_1f1b"), ((2, 4, 1, 1, 2), 2, 1, "gpipe"), ((3, 2, 1, 1, 2), 3, 1, "1f1b"),
+    ],
+)  # fmt: skip
+def test_zero_stages(sizes, zero_stage, num_chunks, schedule):
+    case = decoder_case(SIX_LAYERS)
+    options = {"num_microbatches": 2, "zero_stage": zero_stage, "num_chunks": num_chunks, "schedule": schedule}
+    check_step(case, sizes, **options)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_zero_with_repeated_kv_heads_and_tied_embeddings(zero_stage):
+    check_step(decoder_case(FEW_KV_HEADS), (2, 2, 1, 4, 1), zero_stage=zero_stage, num_microbatches=3)
+
+
+@pytest.mark.parametrize(("sizes", "options"), [
+    ((2, 2, 1, 2, 2), {}), ((1, 2, 2, 1, 1), {"schedule": "zb1p", "num_chunks": 2}), ((2, 1, 1, 1, 1), {"zero_stage": 3}),
+], ids=str)  # fmt: skip
+def test_losses_in_parts_of_the_tokens(sizes, options, monkeypatch):
+    monkeypatch.setattr(loss_and_grads, "MAX_LOGITS_BYTES", 2048)
+    check_step(decoder_case(DECODER), sizes, **options)
+
+
+def reference_token_losses(case):
+    batch, params = case.batch, case.params
+    info = TokenInfo(batch["positions"], batch["segment_ids"])
+    x = case.model.embed(params, batch["tokens"], info)
+    for index in range(case.model.num_layers):
+        x = case.model.block(jax.tree.map(lambda p, i=index: p[i], params["layers"]), x, info)
+    log_probs = jax.nn.log_softmax(case.model.head(params, x)[..., :VOCAB])
+    return -np.take_along_axis(np.asarray(log_probs), batch["targets"][..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize("logits_bytes", [2**29, 2048], ids=["at once", "in parts"])
+@pytest.mark.parametrize(("sizes", "options"), [
+    ((2, 2, 1, 2, 2), {"schedule": "gpipe"}), ((1, 4, 2, 1, 1), {"schedule": "zb1p"}),
+    ((1, 2, 1, 1, 2), {"num_chunks": 2, "num_microbatches": 3}), ((2, 1, 1, 1, 1), {"zero_stage": 3}),
+], ids=str)  # fmt: skip
+def test_evaluation_gives_the_loss_of_each_token(sizes, options, logits_bytes, monkeypatch):
+    monkeypatch.setattr(loss_and_grads, "MAX_LOGITS_BYTES", logits_bytes)
+    case = decoder_case(DECODER)
+    found = Step(case.model, sizes, **options).evaluate(case.params, case.batch)
+    assert relative_error(found["token_losses"], reference_token_losses(case)) < 1e-5
+    assert found["tokens"] == case.batch["loss_mask"].sum()
+    assert relative_error(found["loss"] / found["tokens"], case.loss) < 1e-5
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 2, 2), (2, 1, 2, 1, 2)], ids=mesh_id)
@@ -87,9 +180,42 @@ def test_without_zero(sizes):
     check_step(decoder_case(DECODER), sizes, zero_stage=0)
 
 
-def test_keys_in_several_blocks_a_rank(monkeypatch):
-    monkeypatch.setattr(ring, "BLOCK_SIZE", 4)
+def test_several_tiles_of_scores(monkeypatch):
+    monkeypatch.setattr(blockwise, "MAX_TILE", 4)
     check_step(decoder_case(DECODER), (1, 2, 1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes", "arch"),
+    [
+        (AttentionSettings("all_gather"), (1, 2, 1, 2, 4), DECODER),
+        (AttentionSettings("all_gather"), (2, 1, 2, 1, 2), FEW_KV_HEADS),
+        (AttentionSettings("a2a"), (1, 2, 1, 2, 4), DECODER),
+        (AttentionSettings("a2a"), (1, 2, 2, 1, 4), FEW_KV_HEADS),  # one kv head a device, for four ranks
+        (AttentionSettings("a2a+p2p", 2), (1, 2, 1, 2, 4), DECODER),
+        (AttentionSettings("a2a+p2p", 2), (2, 1, 2, 1, 4), FEW_KV_HEADS),
+    ],
+)
+def test_kinds_of_context_parallelism(settings, sizes, arch):
+    check_step(decoder_case(arch), sizes, settings)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 1, 1, 4), (1, 1, 1, 2, 4)], ids=mesh_id)
+def test_a_cp_rank_without_valid_tokens(sizes):
+    case = decoder_case(DECODER)
+    step, order = Step(case.model, sizes), zigzag_order(SEQ, 4)
+    for masked in (order[SEQ // 4 : SEQ // 2], order):  # the second rank's tokens; all tokens
+        batch = {**case.batch, "loss_mask": case.batch["loss_mask"].copy()}
+        batch["loss_mask"][:, masked] = 0
+        batch["segment_ids"] = batch["segment_ids"].copy()
+        batch["segment_ids"][:, masked] = np.arange(len(masked)) + 1000  # and nobody to attend to
+        loss, grads = step(case.params, batch)
+        if masked is order:
+            assert loss == 0 and not any(g.any() for g in jax.tree.leaves(grads))
+        else:
+            table = lambda params: params["embed"]["table"]  # noqa: E731
+            with mock.patch.object(decoder_module, "attention", reference_attention):
+                assert_parity(loss, grads, *reference(case.model, case.params, batch, table=table))
 
 
 def test_a_dimension_that_divides_by_one_axis_only():
@@ -117,8 +243,8 @@ def initial_params():
 @pytest.mark.parametrize(
     ("sizes", "zero_stage"),
     [
-        ((16, 1, 1, 1, 1), True), ((1, 4, 1, 4, 1), True), ((2, 2, 2, 1, 2), True), ((2, 2, 1, 2, 2), True),
-        ((1, 4, 1, 1, 4), True), ((2, 2, 1, 2, 2), False),
+        ((16, 1, 1, 1, 1), 1), ((1, 4, 1, 4, 1), 2), ((2, 2, 2, 1, 2), 3), ((2, 2, 1, 2, 2), 1),
+        ((1, 4, 1, 1, 4), 1), ((2, 2, 1, 2, 2), 0),
     ],
 )  # fmt: skip
 def test_initial_weights_are_bitwise_the_same_on_every_mesh(initial_params, sizes, zero_stage):

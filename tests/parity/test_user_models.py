@@ -47,6 +47,10 @@ def test_stack_of_blocks(sizes):
         ((1, 2, 2, 1, 1), {"recompute": Recompute("uniform", 1)}),
         ((2, 1, 1, 2, 1), {"zero_stage": 0}),
         ((1, 4, 1, 2, 1), {"num_microbatches": 3}),
+        ((1, 2, 2, 1, 2), {"schedule": "zb1p"}),
+        ((2, 2, 1, 2, 1), {"schedule": "zb1p", "num_chunks": 2, "zero_stage": 3}),
+        ((1, 3, 1, 2, 2), {"num_microbatches": 3}),  # four layers on three stages
+        ((2, 1, 2, 1, 1), {"recompute": Recompute("selective"), "zero_stage": 2}),
     ],
 )
 def test_stack_of_blocks_with_options(sizes, options):

@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
-from support import DECODER, Step, decoder_case, make_batch, relative_error
+from support import DECODER, GLOBAL_BATCH, SEQ, Step, decoder_case, make_batch, relative_error
 
+from jaxpar.batch import GlobalBatch
 from jaxpar.config import config_from_dict
 from jaxpar.models import Decoder, FunctionalModel
 from jaxpar.optimizer import build_optimizer, learning_rate_schedule
-from jaxpar.sharding import BATCH_SPEC
 from jaxpar.train_step import build_train_step, init_state, state_shardings
 
 
@@ -111,7 +110,7 @@ def train(sizes, num_steps=2, **optim):
     )
     state = jax.jit(lambda: init_state(case.model, optimizer, 0), out_shardings=shardings)()
     state = {**state, "params": jax.device_put(case.params, step.shardings)}
-    batch, metrics = jax.device_put(make_batch(), NamedSharding(step.mesh, BATCH_SPEC)), []
+    batch, metrics = GlobalBatch(GLOBAL_BATCH, SEQ, step.mesh).place(make_batch()), []
     for _ in range(num_steps):
         state, found = advance(state, batch)
         metrics.append({name: float(value) for name, value in found.items()})

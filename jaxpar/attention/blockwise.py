@@ -1,0 +1,169 @@
+"""A product of some queries with some keys in plain JAX, tile by tile: the scores of one tile exist at a time.
+
+Tiles that the mask empties are not computed, and tiles that it leaves whole compute no mask. The backward pass follows
+Dao et al., 2022, FlashAttention (arXiv:2205.14135), algorithm 4.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxpar.attention.mask import attention_mask
+from jaxpar.attention.types import (
+    Grads,
+    Keys,
+    Kind,
+    Offset,
+    OutputGrads,
+    Partial,
+    Queries,
+    add_at,
+    merge,
+    no_grads,
+    nothing,
+    put,
+    take,
+)
+from jaxpar.collectives import MASKED
+
+MAX_TILE, MIN_TILE = 1024, 128  # tokens
+TRIANGLE_TILES = 16  # along each side, within these limits: of a causal square 1/2 + 1/32 is computed
+
+
+def forward(kind: Kind, queries: Queries, keys: Keys, offset: Offset) -> Partial:
+    def add(partial: Partial, more: Partial, query_start: jax.Array, _: jax.Array) -> Partial:
+        return put(partial, merge(take(partial, query_start, more.lse.shape[1]), more), query_start)
+
+    functions = _Functions(_tile_forward, lambda queries, _: nothing(queries.query), add)
+    return _over_tiles(kind, queries, keys, offset, functions)
+
+
+def backward(kind: Kind, queries: Queries, keys: Keys, offset: Offset, output_grads: OutputGrads) -> Grads:
+    def compute(kind: Kind, rows: tuple[Queries, OutputGrads], keys: Keys, offset: Offset) -> Grads:
+        return _tile_backward(kind, rows[0], keys, offset, rows[1])
+
+    def add(grads: Grads, more: Grads, query_start: jax.Array, key_start: jax.Array) -> Grads:
+        return jax.tree.map(add_at, grads, more, Grads(query_start, key_start, key_start))
+
+    functions = _Functions(compute, lambda rows, keys: no_grads(rows[0], keys), add)
+    return _over_tiles(kind, (queries, output_grads), keys, offset, functions)
+
+
+class _Functions(NamedTuple):
+    compute: Callable[[Kind, Any, Keys, Offset], Any]  # kind, query side, key side, offset of a tile → its result
+    empty: Callable[[Any, Keys], Any]  # query side, key side → the result where there is nothing to do
+    add: Callable[[Any, Any, jax.Array, jax.Array], Any]  # total, result, first query, first key → total
+
+
+def _over_tiles(kind: Kind, rows: Any, keys: Keys, offset: Offset, functions: _Functions) -> Any:
+    """Adds up all tiles that the mask leaves something of. `rows`: all that has a query dimension."""
+    sides = jax.tree.leaves(rows)[0].shape[1], keys.key.shape[1]
+    sizes = tile_size(sides[0], masked=offset is not None), tile_size(sides[1], masked=offset is not None)
+    corners = (range(0, n, size) for n, size in zip(sides, sizes, strict=True))
+    starts = np.array(list(itertools.product(*corners)), np.int32)  # [tiles, (query, key)]
+
+    def add(total: Any, start: jax.Array, distance: Any):
+        tile = take(rows, start[0], sizes[0]), take(keys, start[1], sizes[1])
+        if not isinstance(offset, jax.Array):
+            return functions.add(total, functions.compute(kind, *tile, distance), *start), None
+        some, _ = mask_leaves(kind, distance, sizes)
+        result = lax.cond(some, lambda: functions.compute(kind, *tile, distance), lambda: functions.empty(*tile))
+        return functions.add(total, result, *start), None
+
+    def unmasked(total: Any, start: jax.Array):
+        return add(total, start, None)
+
+    def masked(total: Any, start: jax.Array):
+        assert offset is not None
+        return add(total, start, offset + start[0] - start[1])
+
+    total = functions.empty(rows, keys)
+    if offset is None:
+        return lax.scan(unmasked, total, jnp.array(starts))[0]
+    if isinstance(offset, jax.Array):
+        return lax.scan(masked, total, jnp.array(starts))[0]
+    some, all_ = mask_leaves(kind, offset + starts[:, 0] - starts[:, 1], sizes)
+    for step, chosen in ((unmasked, starts[all_]), (masked, starts[some & ~all_])):
+        if len(chosen):
+            total, _ = lax.scan(step, total, jnp.array(chosen))
+    return total
+
+
+def mask_leaves(kind: Kind, offset: Any, sizes: tuple[int, int]) -> tuple[Any, Any]:
+    """Whether the mask leaves something of a block of (queries, keys) at `offset`, and whether it leaves all."""
+    nearest, farthest = offset - (sizes[1] - 1), offset + (sizes[0] - 1)
+    some, all_ = offset == offset, offset == offset
+    if kind.causal:
+        some, all_ = some & (farthest >= 0), all_ & (nearest >= 0)
+    if kind.window is not None:
+        some, all_ = some & (nearest < kind.window), all_ & (farthest < kind.window)
+    return some, all_
+
+
+def tile_size(tokens: int, *, masked: bool) -> int:
+    """The largest that divides `tokens` and keeps the limits, or all tokens where that would be far too small."""
+    wanted = min(tokens, MAX_TILE, max(MIN_TILE, tokens // TRIANGLE_TILES) if masked else MAX_TILE)
+    size = next(size for size in range(wanted, 0, -1) if tokens % size == 0)
+    return size if 4 * size >= wanted else tokens
+
+
+def _scores(kind: Kind, queries: Queries, keys: Keys, distance: jax.Array | None):
+    """Scaled scores of a tile, float32 [b, k, g, q, s], and its mask [b or 1, 1, 1, q, s] or None."""
+    scores = _product("bqkgd,bskd->bkgqs", queries.query, keys.key) * kind.scale
+    if distance is None and queries.segments is None:
+        return scores, None
+    # The mask must seem to depend on the data. JAX would otherwise hoist it out of the scan over layers, for all tiles at
+    # once: a matrix of sequence x sequence.
+    _, distance, segments, key_segments = lax.optimization_barrier(
+        (queries.query, distance, queries.segments, keys.segments)
+    )
+    places = distance is not None
+    query_index = jnp.arange(scores.shape[-2]) + (distance if places else 0)
+    mask = attention_mask(
+        query_index,
+        jnp.arange(scores.shape[-1]),
+        segments,
+        key_segments,
+        causal=kind.causal and places,
+        window=kind.window if places else None,
+    )
+    return scores, mask[:, None, None]
+
+
+def _masked(mask: jax.Array | None, x: jax.Array, other: float) -> jax.Array:
+    return x if mask is None else jnp.where(mask, x, other)
+
+
+def _tile_forward(kind: Kind, queries: Queries, keys: Keys, distance) -> Partial:
+    scores, mask = _scores(kind, queries, keys, distance)
+    highest = _masked(mask, scores, MASKED).max(-1, keepdims=True)
+    weights = _masked(mask, jnp.exp(scores - highest), 0)
+    total = weights.sum(-1)
+    lse = highest[..., 0] + jnp.log(jnp.maximum(total, 1e-30))
+    total, lse = (x.transpose(0, 3, 1, 2) for x in (total, lse))
+    output = _product("bkgqs,bskd->bqkgd", weights.astype(keys.value.dtype), keys.value)
+    # A fully masked row: output 0, log-sum-exp about MASKED.
+    return Partial(output / jnp.maximum(total, 1e-30)[..., None], lse)
+
+
+def _tile_backward(kind: Kind, queries: Queries, keys: Keys, distance, of: OutputGrads) -> Grads:
+    like_scores = lambda x: x.transpose(0, 2, 3, 1)[..., None]  # noqa: E731  [b, q, k, g] → [b, k, g, q, 1]
+    scores, mask = _scores(kind, queries, keys, distance)
+    weights = _masked(mask, jnp.exp(scores - like_scores(of.lse)), 0)
+    weights_grad = _product("bqkgd,bskd->bkgqs", of.grad, keys.value)
+    scores_grad = (weights * (weights_grad - like_scores(of.delta)) * kind.scale).astype(queries.query.dtype)
+    weights = weights.astype(queries.query.dtype)
+    return Grads(
+        query=_product("bkgqs,bskd->bqkgd", scores_grad, keys.key),
+        key=_product("bkgqs,bqkgd->bskd", scores_grad, queries.query),
+        value=_product("bkgqs,bqkgd->bskd", weights, of.grad),
+    )
+
+
+def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
