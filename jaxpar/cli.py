@@ -346,9 +346,10 @@ def _print_head(trainer: "Trainer", config: Config) -> None:
     sizes = config.mesh_sizes(program.mesh.size)
     console.print(f"mesh: {display.mesh_line(sizes)}, {where}", highlight=False)
     bubble = f", bubble {schedule.bubble_fraction():.1%}" if sizes.pp > 1 else ""
+    most = "up to " if config.runner.enable_dynamic_batch_size else ""
     console.print(
         f"model: {program.num_params:,} parameters in {config.actor.model.precision}; "
-        f"{schedule.num_microbatches} microbatches a step, schedule {schedule.name}{bubble}",
+        f"{most}{schedule.num_microbatches} microbatches a step, schedule {schedule.name}{bubble}",
         highlight=False,
     )
     _notes(console, config.notes + trainer.warnings)

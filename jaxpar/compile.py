@@ -152,8 +152,8 @@ def read_report(
     counted = count(text, np.arange(program.mesh.size).reshape(tuple(program.mesh.shape.values())), AXES)
     model_flops = None
     if program.architecture:
-        tokens = config.actor.global_batch_size * config.runner.seq_length
-        per_token = model_flops_per_token(program.architecture, program.num_params, config.runner.seq_length)
+        tokens = math.prod(program.batch.shape)
+        per_token = model_flops_per_token(program.architecture, program.num_params, config.row_length)
         model_flops = per_token * tokens / devices
     return Report(
         devices=devices,

@@ -44,7 +44,7 @@ class PlainProgram:
         self.mesh = build_mesh(MeshSizes(dp=len(devices), pp=1, tp=1, sp=1, cp=1), devices)
         self.batch = GlobalBatch(rows, config.runner.seq_length, self.mesh)
         model = FunctionalModel(Decoder(architecture))
-        layouts = layout_tree(model.shapes, model.dims, self.mesh, explicit=True, zero=False)
+        layouts = layout_tree(model.shapes, model.dims, self.mesh, explicit=True, zero_stage=0)
         optimizer = build_optimizer(config, layouts)
         recompute = jax.checkpoint if config.actor.model.recompute_granularity == "full" else lambda f: f
 

@@ -12,7 +12,16 @@ from jaxtyping import Array, Float
 from jaxpar import runtime
 from jaxpar.checkpoint import Checkpoints
 from jaxpar.config import Config, ConfigError
-from jaxpar.data import BatchLoader, PackedSource, build_loader, load_tokenizer, open_dataset
+from jaxpar.data import (
+    BatchLoader,
+    DocumentCost,
+    DocumentSource,
+    PackedSource,
+    build_dynamic_loader,
+    build_loader,
+    load_tokenizer,
+    token_cache,
+)
 from jaxpar.evaluation import Evaluation
 from jaxpar.metrics import metrics_writers
 from jaxpar.models import Model
@@ -140,7 +149,7 @@ class Trainer:
                     batch = next(loader)
                     watchdog.enter(step + 1, "training")
                     with profiler.step(step + 1):
-                        log.enter(step + 1, self._advance(batch), batch)
+                        log.enter(step + 1, self._advance(batch), batch, loader.figures)
                     step += 1
                     val_loss = None
                     if evaluation and step % runner.val_check_interval == 0:
@@ -192,24 +201,23 @@ class Trainer:
         return metrics
 
     def _open_data(self) -> BatchLoader:
-        config = self.config
-        return build_loader(
-            self._open_dataset("train_data_paths"),
-            global_batch_size=config.actor.global_batch_size,
-            rows=self.program.batch.rows,
-            seed=config.data.seed,
-            shuffle=config.data.shuffle,
-            num_epochs=config.runner.max_epochs if config.runner.max_epochs > 0 else None,
-            num_workers=config.data.num_workers,
-        )
+        config, program = self.config, self.program
+        folder = self._token_cache("train_data_paths")
+        order: dict[str, Any] = {
+            "global_batch_size": config.actor.global_batch_size,
+            "seed": config.data.seed,
+            "shuffle": config.data.shuffle,
+            "num_epochs": config.runner.max_epochs if config.runner.max_epochs > 0 else None,
+            "num_workers": config.data.num_workers,
+        }
+        if config.runner.enable_dynamic_batch_size:
+            documents, cost = DocumentSource(folder, config.row_length), DocumentCost(*program.document_flops)
+            return build_dynamic_loader(
+                documents, dp=program.mesh.shape["dp"], ranks=program.dp_ranks, cost=cost, **order
+            )
+        return build_loader(PackedSource.read(folder, config.runner.seq_length), rows=program.batch.rows, **order)
 
-    def _open_evaluation(self) -> Evaluation | None:
-        runner, paths = self.config.runner, self.config.data.val_data_paths
-        if not paths or runner.val_check_interval <= 0:
-            return None
-        return Evaluation(self.program, self._open_dataset("val_data_paths"), runner.limit_val_batches)
-
-    def _open_dataset(self, key: str) -> PackedSource:
+    def _token_cache(self, key: str) -> Path:
         config = self.config
         tokenizer = load_tokenizer(config.actor.tokenizer.tokenizer_model)
         architecture = self.program.architecture
@@ -218,11 +226,17 @@ class Trainer:
                 f"actor.tokenizer.tokenizer_model: {tokenizer.name} has {tokenizer.vocab_size} tokens, but the model's "
                 f"vocab_size is {architecture.vocab_size}: choose the model's own tokenizer, or raise vocab_size"
             )
-        return open_dataset(
+        return token_cache(
             getattr(config.data, key),
             setting=f"data.{key}",
             tokenizer=tokenizer,
             text_key=config.data.text_key,
-            seq_length=config.runner.seq_length,
             cache_dir=Path(config.runner.output_dir) / "token_cache",
         )
+
+    def _open_evaluation(self) -> Evaluation | None:
+        runner, paths = self.config.runner, self.config.data.val_data_paths
+        if not paths or runner.val_check_interval <= 0:
+            return None
+        samples = PackedSource.read(self._token_cache("val_data_paths"), self.config.row_length)
+        return Evaluation(self.program, samples, runner.limit_val_batches)

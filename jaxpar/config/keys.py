@@ -116,8 +116,8 @@ class Runner(Section):
     output_dir: Text = "results"
     experiment_name: Text = "jaxpar"
     resume_dir: Text | None = None  # null: start anew; "auto": newest checkpoint of this experiment; or a path
-    enable_dynamic_batch_size: bool = False
-    max_tokens_per_mbs: Count | None = None
+    enable_dynamic_batch_size: bool = False  # microbatches of whole documents, packed into rows of a token budget
+    max_tokens_per_mbs: Count | None = None  # that budget, for each cp rank
 
 
 class Data(Section):
@@ -217,7 +217,7 @@ class Megatron(Section):
 
 class Actor(Section):
     micro_batch_size: Count = 0  # sequences a device group takes at once; 0: not given
-    global_batch_size: Count = 0  # sequences an optimizer step; 0: not given
+    global_batch_size: Count = 0  # sequences an optimizer step, documents with dynamic batches; 0: not given
     seed: Seed = 1234
     model: Model = Model()
     optim: Optim = Optim()

@@ -118,6 +118,18 @@ def test_a_good_config_has_no_problems():
     assert train_config().num_microbatches(MeshSizes(2, 1, 1, 1, 1)) == 4
 
 
+def test_dynamic_batches_need_neither_sequence_length_nor_micro_batch():
+    config = train_config(
+        runner=dict(enable_dynamic_batch_size=True, max_tokens_per_mbs=32, seq_length=None),
+        actor=dict(micro_batch_size=None, global_batch_size=13),  # documents: no multiple of anything
+        model=dict(context_parallel_size=2),
+    )
+    sizes = config.mesh_sizes(8)
+    config.check_train(sizes, config.architecture())
+    assert (config.row_length, config.rows_per_microbatch, config.num_microbatches(sizes)) == (64, 1, 4)
+    assert train_config().row_length == 64 and train_config().rows_per_microbatch == 2
+
+
 RULES = {
     "heads": (
         3,
@@ -238,10 +250,29 @@ RULES = {
         dict(model=dict(expert_model_parallel_size=4)),
         "actor.model.expert_model_parallel_size: 4, but mixture of experts is not there yet: set it to 1",
     ),
-    "dynamic batch": (
+    "dynamic batch without a budget": (
         1,
         dict(runner=dict(enable_dynamic_batch_size=True)),
-        "runner.enable_dynamic_batch_size: True, but dynamic batch sizes are not there yet: set it to False",
+        "runner.max_tokens_per_mbs: not given, but runner.enable_dynamic_batch_size needs it: set the tokens of a "
+        "microbatch on each cp rank, so that max_tokens_per_mbs * context_parallel_size holds the longest document",
+    ),
+    "budget": (
+        1,
+        dict(
+            runner=dict(enable_dynamic_batch_size=True, max_tokens_per_mbs=30),
+            model=dict(context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True),
+        ),
+        "runner.max_tokens_per_mbs: 30 is not a multiple of 2 * tensor_model_parallel_size = 2 * 2 = 4 (30 / 4 = 7.5): "
+        "choose 28 or 32",
+    ),
+    "too few documents": (
+        4,
+        dict(
+            runner=dict(enable_dynamic_batch_size=True, max_tokens_per_mbs=32),
+            actor=dict(global_batch_size=3),
+        ),
+        "actor.global_batch_size: 3 documents are fewer than dp = 4 ranks, some of which would have none: choose at "
+        "least 4",
     ),
     "no end": (
         1,
@@ -520,15 +551,14 @@ def test_reinforcement_learning_file(tmp_path):
     assert config.actor.model.precision == "bf16"
     assert config.actor.optim.lr == 2e-5
     assert config.actor.tokenizer.tokenizer_model == "/models/some"
-    (note,) = config.notes
+    note, dynamic = config.notes
+    assert "max_tokens_per_mbs * context_parallel_size = 8192 tokens" in dynamic
     for name in ("rollout", "component_placement", "apply_rope_fusion", "ckpt_convertor"):
         assert name in note
     with pytest.raises(ConfigError) as caught:
         config.check_train(config.mesh_sizes(32), None)
     assert {p.split(":")[0] for p in caught.value.problems} == {
-        "runner.enable_dynamic_batch_size",
         "actor.model.expert_model_parallel_size",
-        "actor.micro_batch_size",
         "actor.global_batch_size",
     }
 
