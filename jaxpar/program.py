@@ -74,7 +74,7 @@ class Program:
             sizes = config.mesh_sizes(len(devices))
             config.check_train(sizes, None)
         self.mesh = build_mesh(sizes, devices)
-        self.model = FunctionalModel(model, _attention_settings(config))
+        self.model = FunctionalModel(model, _attention_settings(config, devices[0].platform))
         if problems := list(checks.schedule_problems(config.actor.model, self.model.num_layers)):
             raise ConfigError(problems)
         chunks = config.actor.model.virtual_pipeline_model_parallel_size or 1
@@ -157,10 +157,15 @@ def _schedule(name: str, num_stages: int, num_chunks: int, num_microbatches: int
     return build_schedule(name, num_stages, num_microbatches, num_chunks)
 
 
-def _attention_settings(config: Config) -> AttentionSettings:
+def _attention_settings(config: Config, platform: str) -> AttentionSettings:
     model = config.actor.model
+    if model.attention_backend == "pallas" and platform not in ("gpu", "cuda"):
+        raise ConfigError(
+            f"actor.model.attention_backend: pallas is a kernel for GPUs, and the devices are of {platform}: set auto or xla"
+        )
     a2a_size, _ = model.hierarchical_context_parallel_sizes or (1, 1)
-    return AttentionSettings(model.cp_comm_type, a2a_size)
+    # auto is plain JAX until the kernel has run on a GPU: it has been compiled for H100s, and run in Pallas' interpreter.
+    return AttentionSettings(model.cp_comm_type, a2a_size, "pallas" if model.attention_backend == "pallas" else "xla")
 
 
 def _loss_scale(config: Config) -> LossScale:

@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 
 from jaxpar.hlo.flops import (
+    FLASH_KERNELS,
     KERNELS,
     KernelFlops,
     convolution_flops,
@@ -78,7 +79,7 @@ def count(
     grid: np.ndarray | None = None,
     axes: Sequence[str] = ("dp", "pp", "tp", "sp", "cp"),
     *,
-    kernels: Mapping[str, KernelFlops] = KERNELS,
+    kernels: Mapping[str, KernelFlops] = {**KERNELS, **FLASH_KERNELS},
 ) -> Count:
     """Count an optimized program, `jax.jit(f).lower(…).compile().as_text()`, for CPU, GPU or TPU.
 
