@@ -7,6 +7,9 @@ Sources: Shoeybi et al., 2019 (arXiv:1909.08053) for the tensor split; Korthikan
 for sequence parallelism.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -26,6 +29,26 @@ def manual(*axes: str) -> tuple[str, ...]:
 def vocabulary_axes() -> tuple[str, ...]:
     """The axes that split the vocabulary where the tensor group is manual; otherwise XLA splits it."""
     return manual("pp", "tp", "sp") if manual("tp") else ()
+
+
+_part: ContextVar[tuple[Any, int]] = ContextVar("part of the vocabulary", default=(0, 1))
+
+
+@contextmanager
+def vocabulary_part(index: Any, count: int) -> Iterator[None]:
+    """Inside, tables and logits are part `index` of `count` of what this device has of the vocabulary."""
+    token = _part.set((index, count))
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
+
+def vocabulary_columns(size: int, axes: tuple[str, ...]) -> jax.Array:
+    """Token ids of this device's `size` rows or columns, int32 [size], where the manual `axes` split the vocabulary."""
+    part, parts = _part.get()
+    rank = lax.axis_index(axes) if axes else 0
+    return (rank * parts + part) * size + jnp.arange(size)
 
 
 def sum_over(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -74,9 +97,9 @@ def vocab_parallel_embedding(
 ) -> Float[Array, "batch seq embed"]:
     """Look up rows of a table whose vocabulary is split over pp and the tensor group; sequence split over sp."""
     axes = vocabulary_axes()
-    if not axes:
+    if not axes and _part.get()[1] == 1:
         return _lookup(table, tokens)
-    row = tokens - lax.axis_index(axes) * table.shape[0]
+    row = tokens - vocabulary_columns(table.shape[0], axes)[0]
     held = (row >= 0) & (row < table.shape[0])
     x = jnp.where(held[..., None], _lookup(table, jnp.where(held, row, 0)), 0)
     return _sum_and_split(x, ("pp", "tp"))
@@ -99,12 +122,11 @@ def cross_entropy(
     """
     logits = logits.astype(jnp.float32)
     highest = lax.stop_gradient(logits).max(-1)
-    columns = jnp.arange(logits.shape[-1])
     if axes:
         highest = lax.pmax(highest, axes)
-        columns = columns + lax.axis_index(axes) * logits.shape[-1]
     total = jnp.exp(logits - highest[..., None]).sum(-1)
     # A comparison and a sum instead of an index: it splits over the vocabulary without communication.
+    columns = vocabulary_columns(logits.shape[-1], axes)
     picked = jnp.where(columns == targets[..., None], logits, 0).sum(-1)
     if axes:
         total, picked = lax.psum((total, picked), axes)
@@ -113,9 +135,8 @@ def cross_entropy(
 
 def mask_padded_vocabulary(logits: Float[Array, "... vocab_shard"], vocab_size: int) -> Float[Array, "... vocab_shard"]:
     """Give the rows that only pad the vocabulary no probability."""
-    axes = vocabulary_axes()
-    first = lax.axis_index(axes) * logits.shape[-1] if axes else 0
-    return jnp.where(first + jnp.arange(logits.shape[-1]) < vocab_size, logits, MASKED)
+    columns = vocabulary_columns(logits.shape[-1], vocabulary_axes())
+    return jnp.where(columns < vocab_size, logits, MASKED)
 
 
 def _sum_and_split(x: jax.Array, sum_axes: tuple[str, ...]) -> jax.Array:

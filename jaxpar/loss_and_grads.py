@@ -11,6 +11,7 @@ backward. For an explicit model all five axes are manual; for an automatic one t
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,24 +23,31 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpar.attention import zigzag_order
 from jaxpar.collectives import (
-    broadcast_from_last_stage,
-    cross_entropy,
     manual,
     rank_and_size,
     sum_over,
     varying_axes,
-    vocabulary_axes,
 )
+from jaxpar.ends import Ends, joined, least_parts, nbytes, token_info
 from jaxpar.mesh import AXES, REPLICA_AXES, TENSOR_AXES
-from jaxpar.models.protocol import FunctionalModel, Params, TokenInfo
+from jaxpar.models.protocol import FunctionalModel, Params
 from jaxpar.pipeline import engine
 from jaxpar.pipeline.schedule import Schedule, forward_only
 from jaxpar.placement import LayerPlacement
 from jaxpar.recompute import Recompute
-from jaxpar.sharding import BATCH_SPEC, ParamLayout, gather_param, mark_varying, place_layers, reduce_grad
+from jaxpar.sharding import (
+    BATCH_SPEC,
+    EXPLICIT_RULES,
+    ParamLayout,
+    gather_param,
+    mark_varying,
+    place_layers,
+    reduce_grad,
+)
 
 Batch = Mapping[str, jax.Array]
 MAX_LOGITS_BYTES = 2**29  # float32 logits that a device holds at a time
+MAX_VOCABULARY_BYTES = 2**28  # of these, and of an embedding or head, with ZeRO stage 3
 
 
 @dataclass(frozen=True)
@@ -111,37 +119,35 @@ class StepSetup:
             return lax.with_sharding_constraint(x, P(None, "sp")) if split_sequence else x
 
         def block(layer: Params, x: jax.Array, batch: Batch) -> jax.Array:
-            return constrain(model.block(layer, x, _info(batch)))
-
-        def embed(embed: Params, batch: Batch) -> jax.Array:
-            return constrain(model.embed({"embed": embed}, batch["tokens"], _info(batch)))
-
-        def token_losses(params: Params, x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            return _token_losses(model, params, x, batch)
-
-        parts = self._num_loss_parts(embed, params, batch)
-
-        def cut(x: jax.Array, batch: Batch) -> tuple[jax.Array, Batch]:
-            return _cut(x, parts, 1), jax.tree.map(lambda a: _cut(a, parts, a.shape[1] // x.shape[1]), batch)
+            return constrain(model.block(layer, x, token_info(batch)))
 
         placement = LayerPlacement(model.num_layers, self.schedule.num_stages, self.schedule.num_chunks)
         num_real = jnp.asarray(placement.counts)[rank_and_size("pp")[0]] if placement.is_padded else None
-        return engine.StageFunctions(embed, block, token_losses, cut, self.gather, self.reduce, num_real)
+        ends = self._in_parts(Ends(model, self.layouts, self.gather, self.reduce, constrain), params, batch)
+        return engine.StageFunctions(
+            ends, block, partial(self.gather, "layers"), partial(self.reduce, "layers"), num_real
+        )
 
-    def _num_loss_parts(self, embed: Callable[[Params, Batch], jax.Array], params: Params, batch: Batch) -> int:
-        """The least number of parts of a microbatch's tokens whose logits are small enough."""
+    def _in_parts(self, ends: Ends, params: Params, batch: Batch) -> Ends:
+        """The ends in as few parts as are small enough."""
 
-        def head() -> tuple[jax.Array, jax.Array]:
-            outer = {part: self.gather(part, params[part]) for part in ("embed", "head")}
-            x = embed(outer["embed"], jax.tree.map(lambda a: a[0], batch))
-            return x, self.model.head(outer, x)
+        def shapes() -> tuple[jax.Array, jax.Array]:
+            x = ends.embed(params, jax.tree.map(lambda a: a[0], batch))
+            return x, self.model.head({part: self.gather(part, params[part]) for part in ("embed", "head")}, x)
 
-        x, logits = jax.eval_shape(head)
+        x, logits = jax.eval_shape(shapes)
+        layouts = [layout for part in ("embed", "head") for layout in jax.tree.leaves(self.layouts[part])]
+        tables = [layout for layout in layouts if "vocab" in layout.dims]
+        # A part of the vocabulary must be one on every shard.
+        aligned = all(not layout.gather or layout.gather[1] != layout.dims.index("vocab") for layout in tables)
+        if self.zero_stage == 3 and self.model.explicit and aligned:
+            ways = math.prod(self.mesh.shape[axis] for axis in EXPLICIT_RULES["vocab"])
+            largest = max(nbytes(logits.shape), *(nbytes(layout.shape) // ways for layout in tables))
+            return replace(ends, vocabulary_parts=least_parts(largest, MAX_VOCABULARY_BYTES, logits.shape[-1]))
         # Of an automatic model XLA splits the logits over the tensor group, and each stage takes a share of the tokens.
         axes = () if self.model.explicit else ("pp", *TENSOR_AXES)
-        size = math.prod(logits.shape) * 4 // math.prod(self.mesh.shape[axis] for axis in axes)
-        tokens = x.shape[1]
-        return next((n for n in range(1, tokens) if tokens % n == 0 and size <= n * MAX_LOGITS_BYTES), tokens)
+        size = nbytes(logits.shape) // math.prod(self.mesh.shape[axis] for axis in axes)
+        return replace(ends, token_parts=least_parts(size, MAX_LOGITS_BYTES, x.shape[1]))
 
     def on_mesh(self, local: Callable, out_specs: Any) -> Callable:
         """`local` (params, batch, …scalars) on every device, each with its part."""
@@ -217,7 +223,7 @@ def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.
         return {
             "loss": sum_over(loss, varying_axes(loss)),
             "tokens": sum_over(batch["loss_mask"].sum(), REPLICA_AXES),
-            "token_losses": _join(
+            "token_losses": joined(
                 losses, math.prod(lax.axis_size(axis) for axis in manual("sp")), batch["tokens"].shape
             ),
         }
@@ -232,21 +238,6 @@ def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.
     return evaluate
 
 
-def _cut(x: jax.Array, parts: int, ways: int) -> jax.Array:
-    """[batch, seq, ...] → [parts, batch, seq / parts, ...]: a part has an equal piece of each of the `ways` in which sp
-    splits the sequence."""
-    batch, seq, *rest = x.shape
-    pieces = x.reshape(batch, ways, parts, seq // ways // parts, *rest)
-    return jnp.moveaxis(pieces, 2, 0).reshape(parts, batch, seq // parts, *rest)
-
-
-def _join(x: jax.Array, ways: int, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `_cut`: [microbatches, parts, batch, tokens] → [rows, seq]; what was padded falls off."""
-    microbatches, parts, batch, _ = x.shape
-    pieces = x.reshape(microbatches, parts, batch, ways, -1)[..., : shape[1] // ways // parts]
-    return jnp.moveaxis(pieces, 1, 3).reshape(shape)
-
-
 def _from_all_stages(shares: jax.Array) -> jax.Array:
     """Each stage's share of the tokens → all of them, on every stage."""
     stage, stages = rank_and_size("pp")
@@ -255,31 +246,6 @@ def _from_all_stages(shares: jax.Array) -> jax.Array:
     share = shares.shape[-1]
     mine = jnp.arange(share * stages) // share == stage
     return sum_over(jnp.where(mine, jnp.tile(shares, stages), 0), ("pp",))
-
-
-def _token_losses(model: FunctionalModel, params: Params, x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """(loss, weight) of each token, with the head's work spread over all stages.
-
-    An explicit model splits its vocabulary over the stages. An automatic one cannot (pp is manual), so its tokens are
-    split instead: each stage computes the head for a share of the sequence.
-    """
-    targets, weights = batch["targets"], batch["weights"]
-    if model.explicit:
-        logits = model.head(params, broadcast_from_last_stage(x))
-        return cross_entropy(logits, targets, vocabulary_axes()), weights
-    stage, stages = rank_and_size("pp")
-    x = jnp.where(stage == stages - 1, x, 0)
-    if stages > 1:
-        # A sequence that does not divide is padded.
-        share = -(-x.shape[1] // stages)
-        pad = lambda a: jnp.pad(a, [(0, 0), (0, share * stages - a.shape[1]), *[(0, 0)] * (a.ndim - 2)])  # noqa: E731
-        x = lax.psum_scatter(pad(x), "pp", scatter_dimension=1, tiled=True)
-        targets, weights = (lax.dynamic_slice_in_dim(pad(a), stage * share, share, 1) for a in (targets, weights))
-    return cross_entropy(model.head(params, x), targets), weights
-
-
-def _info(batch: Batch) -> TokenInfo:
-    return TokenInfo(batch["positions"], batch["segment_ids"])
 
 
 def _only(spec: P, axes: set[str]) -> P:

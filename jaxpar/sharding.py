@@ -129,6 +129,8 @@ def param_layout(
         inside = dict(enumerate(local))
         if placement and (moves or zero_stage > 1):
             inside.pop(dims.index("layers"))
+        if zero_stage > 1 and "vocab" in dims:  # as a last resort: see `jaxpar.ends`
+            inside[dims.index("vocab")] = inside.pop(dims.index("vocab"))
         gather = _zero_dimension(inside, mesh_shape)
     rest = [axes + gather[0] if gather and i == gather[1] else axes for i, axes in enumerate(spec)]
     stages = None

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpar.collectives import rank_and_size, vary, varying_axes, zeros
+from jaxpar.collectives import rank_and_size, vary, zeros
+from jaxpar.ends import Ends
 from jaxpar.pipeline.layers import Buffers, Layers
 from jaxpar.pipeline.schedule import IDLE, Schedule, Segment
 from jaxpar.recompute import Recompute
@@ -28,23 +29,18 @@ class StageFunctions(NamedTuple):
     """What the engine pipelines. `params` is {"embed", "layers", "head"}, `batch` one microbatch's arrays.
 
     Attributes:
-      embed: (params["embed"], batch) → activations that enter the first stage. All stages call it together.
+      ends: embedding and head.
       block: (one layer's parameters, activations, batch) → activations.
-      token_losses: ({"embed", "head"}, activations, batch) → (losses, weights) of tokens, [batch, any] each. All stages
-        call it together, only the last one's activations count.
-      cut: (activations, batch) → both in equal parts of the tokens, [parts, ...], whose losses are computed one after the
-        other: the logits of a whole microbatch may be larger than everything else.
-      gather: (part, parameters as the engine holds them) → as the functions take them. Linear.
-      reduce: (part, {index of the leaf: gradient}) → the same as it is summed up over microbatches, float32. Linear.
+      gather: (layers as the engine holds them) → as `block` takes them, both stacked. Linear.
+      reduce: ({index of the leaf: gradient of stacked layers}) → the same as it is summed up over microbatches, float32.
+        Linear.
       num_real: int [chunks] of this stage, see `jaxpar.pipeline.layers.Layers`.
     """
 
-    embed: Callable[[Any, Any], jax.Array]
+    ends: Ends
     block: Callable[[Any, jax.Array, Any], jax.Array]
-    token_losses: Callable[[Any, jax.Array, Any], tuple[jax.Array, jax.Array]]
-    cut: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
-    gather: Callable[[str, Any], Any]
-    reduce: Callable[[str, dict[int, jax.Array]], dict[int, jax.Array]]
+    gather: Callable[[Any], Any]
+    reduce: Callable[[dict[int, jax.Array]], dict[int, jax.Array]]
     num_real: jax.Array | None = None
 
 
@@ -85,7 +81,8 @@ class _Engine:
         self.stage, _ = rank_and_size("pp")
         self.last = schedule.num_stages - 1
         self.num_virtual = schedule.num_stages * schedule.num_chunks
-        self.example = jax.eval_shape(lambda: self._embed(params["embed"], jnp.int32(0)))
+        self.ends, self.outer = functions.ends, {part: params[part] for part in ("embed", "head")}
+        self.example = jax.eval_shape(lambda: self._embed(jnp.int32(0)))
         self.layers = Layers(
             functions.block,
             recompute,
@@ -94,14 +91,15 @@ class _Engine:
             functions.num_real,
             zeros(self.example),
             self._microbatch(vary(jnp.int32(0), ("pp",))),
-            gather=lambda layers: functions.gather("layers", layers),
-            reduce=lambda grads: functions.reduce("layers", grads),
+            gather=functions.gather,
+            reduce=functions.reduce,
             split=schedule.weight is not None,
         )
 
     def loss_and_grads(self) -> tuple[jax.Array, Any]:
-        sizes, start = self.schedule.buffers.sizes, self._microbatch(0)
-        loss = jax.eval_shape(lambda: self._loss(self._gather_outer(), zeros(self.example), start))
+        sizes = self.schedule.buffers.sizes
+        loss, outer_grads, _ = jax.eval_shape(lambda: self._head(zeros(self.example, 1), jnp.int32(0), jnp.int32(0)))
+        layer_grads = jax.eval_shape(lambda: self.layers.zero_grads(self.params["layers"]))
         carry = _Carry(
             from_below=zeros(self.example, sizes["from_below"]),
             from_above=zeros(self.example, sizes["from_above"]),
@@ -109,7 +107,7 @@ class _Engine:
             pending=self.layers.pending(sizes.get("pending", 1)),
             outputs=zeros(self.example, sizes["outputs"]),
             loss=zeros(loss),
-            grads={part: self._zero_grads(part) for part in self.params},
+            grads=jax.tree.map(zeros, {**outer_grads, "layers": layer_grads}),
         )
         for segment in self.schedule.segments:
             carry = self._scan(self._tick, carry, segment)[0]
@@ -160,7 +158,7 @@ class _Engine:
     def _forward(self, from_below: jax.Array, kept: Buffers, row: Row, segment: Segment) -> tuple[jax.Array, Buffers]:
         chunk, microbatch = self._chunk_and_microbatch(row["F"][self.stage])
         entering = self._chunk_and_microbatch(row["F"][0])[1]
-        x = self._when("embed", segment, row, lambda: self._embed(self.params["embed"], entering))
+        x = self._when("embed", segment, row, lambda: self._embed(entering))
         if self.num_virtual > 1:
             arrived = _take(from_below, row["from_below_read_F"][self.stage])
             x = jnp.where((self.stage == 0) & (chunk == 0), x, arrived)
@@ -169,7 +167,9 @@ class _Engine:
 
     def _backward_slot(self, carry: _Carry, row: Row, segment: Segment) -> _Carry:
         chunk, microbatch = self._chunk_and_microbatch(row["B"][self.stage])
-        loss, outer_grads, y_grad = self._when("head", segment, row, lambda: self._head(carry.outputs, row))
+        leaving = self._chunk_and_microbatch(row["B"][self.last])[1]
+        place = row["outputs_read_B"][self.last]
+        loss, outer_grads, y_grad = self._when("head", segment, row, lambda: self._head(carry.outputs, place, leaving))
         carry = carry._replace(loss=carry.loss + loss, grads={**carry.grads, **_add(carry.grads, outer_grads)})
         if self.num_virtual > 1:
             arrived = _take(carry.from_above, row["from_above_read_B"][self.stage])
@@ -199,63 +199,21 @@ class _Engine:
         )  # fmt: skip
         return carry._replace(grads={**carry.grads, "layers": layer_grads})
 
-    def _head(self, outputs: jax.Array, row: Row) -> tuple[jax.Array, Any, jax.Array]:
+    def _head(self, outputs: jax.Array, place: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
         """Loss of the microbatch that turns round; its gradients by the outer parameters and by the last output."""
-        leaving = self._chunk_and_microbatch(row["B"][self.last])[1]
-        y = _take(outputs, row["outputs_read_B"][self.last])
-        outer = self._gather_outer()
+        return self.ends.loss_and_grads(self.outer, _take(outputs, place), self._microbatch(microbatch))
 
-        def part(pieces: tuple[jax.Array, Any]) -> tuple[jax.Array, Any, jax.Array]:
-            loss, backward = jax.vjp(lambda outer, y: self._loss(outer, y, pieces[1]), outer, pieces[0])
-            return loss, *backward(vary(jnp.ones_like(loss), varying_axes(loss)))
+    def _token_losses(self, y: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.ends.token_losses(self.outer, y, self._microbatch(microbatch))
 
-        def add_part(totals: Any, pieces: tuple[jax.Array, Any]) -> tuple[Any, jax.Array]:
-            loss, grads, y_grad = part(pieces)
-            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, (loss, grads)), y_grad
-
-        y_parts, info = self.functions.cut(y, self._microbatch(leaving))
-        if y_parts.shape[0] == 1:
-            loss, grads, y_grad = part(jax.tree.map(lambda x: x[0], (y_parts, info)))
-        else:
-            first = jax.eval_shape(part, jax.tree.map(lambda x: x[0], (y_parts, info)))
-            totals = jax.tree.map(lambda x: zeros(x, dtype=jnp.float32), first[:2])
-            (loss, grads), y_grads = lax.scan(add_part, totals, (y_parts, info))
-            y_grad = jnp.moveaxis(y_grads, 0, 1).reshape(y.shape)
-        return loss, {name: self._reduce(name, g) for name, g in grads.items()}, y_grad
-
-    def _gather_outer(self) -> Any:
-        return {part: self.functions.gather(part, self.params[part]) for part in ("embed", "head")}
-
-    def _loss(self, outer: Any, y: jax.Array, info: Any) -> jax.Array:
-        losses, weights = self.functions.token_losses(outer, y, info)
-        return (losses * weights).sum()
-
-    def _token_losses(self, y: jax.Array, microbatch: Any) -> tuple[jax.Array, jax.Array]:
-        outer = self._gather_outer()
-        pieces = self.functions.cut(y, self._microbatch(microbatch))
-        return lax.map(lambda pieces: self.functions.token_losses(outer, *pieces), pieces)
-
-    def _embed(self, embed: Any, microbatch: Any, *, gathered: bool = False) -> jax.Array:
-        embed = embed if gathered else self.functions.gather("embed", embed)
-        return vary(self.functions.embed(embed, self._microbatch(microbatch)), ("pp", "dp", "cp"))
+    def _embed(self, microbatch: jax.Array) -> jax.Array:
+        return self.ends.embed(self.outer, self._microbatch(microbatch))
 
     def _embed_grads(self, x_grad: jax.Array, chunk: Any, row: Row) -> Any:
         entering = row["B"][0]
         entered = (self.stage == 0) & (chunk == 0) & (entering != IDLE)
-        microbatch = self._chunk_and_microbatch(entering)[1]
-        embed = self.functions.gather("embed", self.params["embed"])
-        _, backward = jax.vjp(lambda embed: self._embed(embed, microbatch, gathered=True), embed)
-        return self._reduce("embed", backward(jnp.where(entered, x_grad, 0))[0])
-
-    def _reduce(self, part: str, grads: Any) -> Any:
-        leaves, tree = jax.tree.flatten(grads)
-        return jax.tree.unflatten(tree, list(self.functions.reduce(part, dict(enumerate(leaves))).values()))
-
-    def _zero_grads(self, part: str) -> Any:
-        def grads() -> Any:
-            return self._reduce(part, self.functions.gather(part, self.params[part]))
-
-        return jax.tree.map(lambda x: zeros(x), jax.eval_shape(grads))
+        batch = self._microbatch(self._chunk_and_microbatch(entering)[1])
+        return self.ends.embed_grads(self.outer, batch, jnp.where(entered, x_grad, 0))
 
     def _when(self, flag: str, segment: Segment, row: Row, run: Callable[[], Any]) -> Any:
         """What `run` returns in ticks that need it, zeros in others. The choice is the same on all devices."""

@@ -62,6 +62,11 @@ class Layers:
         """Buffers for what `forward` keeps."""
         return [[zeros(aval, num_places, run.count) for aval in pullback.kept] for run, pullback in self._runs]
 
+    def zero_grads(self, params: Any) -> Any:
+        """Float32 zeros like the sums of the layers' gradients."""
+        leaves, tree = jax.tree.flatten(self._gather(params))
+        return jax.tree.unflatten(tree, [zeros(g) for g in self._reduce(dict(enumerate(leaves))).values()])
+
     def nothing(self) -> Buffers:
         """No buffers, for an evaluation."""
         return [[] for _ in self._runs]
