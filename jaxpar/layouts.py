@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxpar.config import Config, ConfigError
 
 _OVERRIDE = re.compile(r"[\w-]+(\.[\w-]+)+=.*", re.DOTALL)
-_PART = re.compile(r"(dp|pp|tp|sp|cp)=?([1-9]\d*)|(schedule)=(\w+)|(microbatches|chunks)=([1-9]\d*)", re.ASCII)
+_PART = re.compile(r"(dp|pp|tp|sp|cp)=?([1-9]\d*)|(schedule)=(\w+)|(microbatches|chunks)=([1-9]\d*)|(zero)=([0-3])", re.ASCII)
 _EXAMPLE = "pp4,dp2,schedule=1f1b,microbatches=8"
 
 
@@ -22,8 +22,8 @@ def layout_overrides(text: str, config: Config, num_devices: int) -> list[str]:
 
     Args:
       text: parts joined by commas, in any order: sizes of the mesh's axes (`dp8`, `pp4`, `tp2`, `cp2`; `sp2` is a tensor
-        group of 2 with sequence parallelism), `schedule=`, `chunks=` (virtual stages) and `microbatches=`. Sizes left out
-        are 1, dp is what the others leave; schedule and micro_batch_size left out are the config's.
+        group of 2 with sequence parallelism), `schedule=`, `chunks=` (virtual stages), `microbatches=` and `zero=` (its
+        stage). Sizes left out are 1, dp is what the others leave; the rest left out is the config's.
 
     Raises:
       ConfigError: it is not that, or does not fit the devices or the batch.
@@ -62,6 +62,8 @@ def layout_overrides(text: str, config: Config, num_devices: int) -> list[str]:
     if "schedule" in parts:
         overrides["pipeline_schedule"] = parts["schedule"]
     lines = [f"actor.model.{key}={value}" for key, value in overrides.items()]
+    if "zero" in parts:
+        lines.append(f"actor.optim.zero_stage={parts['zero']}")
     if "microbatches" in parts:
         lines.append(f"actor.micro_batch_size={_micro_batch(text, config, sizes['dp'], int(parts['microbatches']))}")
     return lines

@@ -123,13 +123,41 @@ def test_compile_time_does_not_grow_with_the_cluster(tmp_path):
 @needs_plugin
 @pytest.mark.slow
 def test_llama3_8b_takes_at_most_0_7_of_maxtexts_memory(tmp_path):
-    """On 64 H100s, by the README's command. MaxText 0.2.5's peak GB are the design's, of the same layouts."""
-    maxtext = {"sp8,dp8": 31.6, "sp8,pp4,dp2,microbatches=8": 22.2, "sp8,pp4,dp2,microbatches=32": 12.0}
-    reports = compile_(tmp_path, "llama3_8b_1node_8k.yaml", *maxtext, "--nodes", "8")
+    """On 64 H100s, by the README's command. MaxText 0.2.5's peak GB are the design's, of the same layouts and with a flash
+    kernel."""
+    maxtext = {
+        "sp8,dp8": 31.6, "sp8,pp4,dp2,microbatches=8": 22.2, "sp8,pp4,dp2,microbatches=32": 12.0,
+        "cp8,dp8,zero=3": 41.0, "dp64,zero=3": 8.9,
+    }  # fmt: skip
+    options = ["--nodes", "8", "actor.model.attention_backend=pallas"]
+    reports = compile_(tmp_path, "llama3_8b_1node_8k.yaml", *maxtext, *options)
     assert list(reports) == list(maxtext)
-    assert [report["mesh"]["pp"] for report in reports.values()] == [1, 4, 4]
+    assert [report["mesh"]["pp"] for report in reports.values()] == [1, 4, 4, 1, 1]
     ratios = {layout: reports[layout]["memory"]["peak"] / 1e9 / peak for layout, peak in maxtext.items()}
     assert max(ratios.values()) <= 0.7, ratios
+
+
+@needs_plugin
+@pytest.mark.slow
+def test_zero_stages_take_what_the_paper_says(tmp_path):
+    """Of N numbers on n devices, here with float32 gradients: 2N + 4N + 12N/n bytes, 2N + 16N/n and 18N/n (Rajbhandari et
+    al., 2020, arXiv:1910.02054, section 5; figure 1 with K = 12). Activations of 512 tokens count little."""
+    short = ["runner.seq_length=512", "actor.global_batch_size=8"]
+    reports = compile_(tmp_path, "llama3_8b_1node_8k.yaml", "dp8,zero=1", "dp8,zero=2", "dp8,zero=3", *short)
+    numbers, devices = 8.03e9, 8
+    for report, formula in zip(
+        reports.values(),
+        (6 * numbers + 12 * numbers / devices, 2 * numbers + 16 * numbers / devices, 18 * numbers / devices),
+        strict=True,
+    ):
+        assert report["memory"]["peak"] == pytest.approx(formula, rel=0.1)
+    sent = [
+        {kind: traffic(report, kind, {"dp"})[1] / numbers for kind in ("reduce-scatter", "all-gather")}
+        for report in reports.values()
+    ]
+    # Gradients once, in float32; parameters once, in bfloat16, and with stage 3 again for the backward pass.
+    assert [s["reduce-scatter"] for s in sent] == pytest.approx([4, 4, 4], rel=0.01)
+    assert [s["all-gather"] for s in sent] == pytest.approx([2, 2, 4], rel=0.05)
 
 
 @needs_libtpu
