@@ -1,7 +1,7 @@
 """Attention: one function for models, and the kinds behind it."""
 
 from jaxpar.attention.dispatch import attention
-from jaxpar.attention.placement import zigzag_order
+from jaxpar.attention.zigzag import zigzag_order
 from jaxpar.attention.reference import reference_attention
 from jaxpar.attention.settings import AttentionSettings, attention_settings
 

@@ -79,7 +79,8 @@ def _backward(kind: Kind, ring: Ring, residuals, grad: jax.Array):
 
     carry = (_pack(keys._replace(segments=segments)), none.query, jnp.stack(none[1:]))
     _, query_grad, keys_grads = _go_round(stops, step, carry)
-    key_grad, value_grad = ring.pass_on(keys_grads, ring.size - stops[-1])  # the rest of the way home
+    sent = jnp.result_type(keys.key, keys.value)
+    key_grad, value_grad = ring.pass_on(keys_grads.astype(sent), ring.size - stops[-1])  # the rest of the way home
     keys_grad = Keys(key_grad.astype(keys.key.dtype), value_grad.astype(keys.value.dtype), None)
     return query_grad.astype(query.dtype), keys_grad
 

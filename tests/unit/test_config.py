@@ -201,6 +201,33 @@ RULES = {
         dict(model=dict(tensor_model_parallel_size=2, sequence_parallel=True), runner=dict(seq_length=63)),
         "runner.seq_length: 63 is not a multiple of tensor_model_parallel_size = 2 (63 / 2 = 31.5): choose 62 or 64",
     ),
+    "all-to-all, heads": (
+        6,
+        dict(
+            model=dict(context_parallel_size=3, tensor_model_parallel_size=2, cp_comm_type="a2a"),
+            runner=dict(seq_length=60),
+        ),
+        "actor.model.cp_comm_type: the all-to-all over 3 cp ranks cannot share out the 4 heads that a device of the tensor "
+        "group holds (4 / 3 = 1.33): set p2p or all_gather, or a2a+p2p with smaller all-to-alls in "
+        "hierarchical_context_parallel_sizes",
+    ),
+    "all-to-all and ring, no sizes": (
+        8,
+        dict(model=dict(context_parallel_size=8, cp_comm_type="a2a+p2p")),
+        "actor.model.hierarchical_context_parallel_sizes: not given, but cp_comm_type a2a+p2p needs two sizes: the cp ranks "
+        "of an all-to-all and those of a ring, with product context_parallel_size 8",
+    ),
+    "all-to-all and ring, product": (
+        8,
+        dict(model=dict(context_parallel_size=8, cp_comm_type="a2a+p2p", hierarchical_context_parallel_sizes=[2, 2])),
+        "actor.model.hierarchical_context_parallel_sizes: 2 * 2 = 4 is not context_parallel_size 8: choose one of [1, 8], "
+        "[2, 4], [4, 2], [8, 1]",
+    ),
+    "sizes of no all-to-all": (
+        8,
+        dict(model=dict(context_parallel_size=8, hierarchical_context_parallel_sizes=[2, 4])),
+        "actor.model.hierarchical_context_parallel_sizes: [2, 4] is of cp_comm_type a2a+p2p, not of p2p: remove it",
+    ),
     "two sequence lengths": (
         1,
         dict(model=dict(seq_length=32)),

@@ -408,6 +408,23 @@ def test_pallas_kernels_by_name_and_shapes():
     assert unknown.uncounted == ["kernel my_kernel (__gpu$xla.gpu.triton): FLOPs not known (1 time a step)"]
 
 
+def test_our_flash_kernels():
+    query, key, row = "bf16[2,1024,4,2,64]{4,3,2,1,0}", "bf16[2,512,4,64]{3,2,1,0}", "f32[2,1024,4,2]{3,2,1,0}"
+
+    def flops(name, *more):
+        found = count(
+            call("__gpu$xla.gpu.triton", query, [query, key, key, *more], f'{{name = "{name}", num_warps = 8 : i32}}')
+        )
+        assert found.uncounted == [] and found.flops == found.kernel_flops
+        return found.flops
+
+    product = 2 * 2 * 8 * 1024 * 512 * 64
+    assert flops("attention_forward") == flops("attention_forward_masked") == 2 * product
+    assert flops("attention_forward_causal") == product
+    assert flops("attention_query_grad", query, row, row) == 3 * product
+    assert flops("attention_key_grad_causal", query, row, row, "s32[1]{0}") == 2 * product
+
+
 def test_unknown_calls_are_told_and_harmless_ones_are_not():
     assert count(call("mine", "f32[4]", ["f32[4]"], "{}")).uncounted == [
         "custom call mine: FLOPs not known (1 time a step)"

@@ -1,0 +1,47 @@
+"""Where the tokens of a sequence go, and how a config reaches attention."""
+
+import jax
+import numpy as np
+import pytest
+from support import make_mesh
+
+from jaxpar.attention import AttentionSettings, zigzag_order
+from jaxpar.batch import GlobalBatch
+from jaxpar.config import ConfigError, config_from_dict
+from jaxpar.program import Program
+
+
+def test_each_rank_has_an_early_and_a_late_chunk():
+    order = zigzag_order(16, 4)
+    assert order.tolist() == [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9]
+    assert zigzag_order(5, 1).tolist() == [0, 1, 2, 3, 4]
+    # Pairs of a query and a key that causal order leaves, by rank: the same everywhere, but for the diagonal.
+    pairs = (order + 1).reshape(4, -1).sum(-1)
+    assert pairs.max() == pairs.min()
+    with pytest.raises(ValueError, match="20 cannot be cut into 2 .* 20 / 8 = 2.50"):
+        zigzag_order(20, 4)
+
+
+def test_a_batch_is_placed_once_and_whole():
+    batch = GlobalBatch(4, 16, make_mesh((2, 1, 1, 1, 4)))
+    rows = np.arange(64).reshape(4, 16)
+    placed = batch.place({"tokens": rows})["tokens"]
+    assert np.array_equal(placed, rows[:, batch.order])
+    for shard in placed.addressable_shards:
+        row, column = (index.start or 0 for index in shard.index)
+        assert np.array_equal(shard.data[0], row * 16 + batch.order[column : column + 4])
+
+
+def program(**model) -> Program:
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8, vocab_size=256)
+    actor = {"micro_batch_size": 1, "global_batch_size": 1, "optim": {"lr": 1e-3}}
+    values = {"runner": {"seq_length": 64, "max_steps": 1}, "actor": {**actor, "model": {**sizes, **model}}}
+    return Program(config_from_dict(values), jax.devices()[: model.get("context_parallel_size", 1)])
+
+
+def test_the_config_reaches_attention():
+    hierarchical = dict(context_parallel_size=8, cp_comm_type="a2a+p2p", hierarchical_context_parallel_sizes=[2, 4])
+    assert program().model.attention == AttentionSettings("p2p", 1, "xla")
+    assert program(**hierarchical).model.attention == AttentionSettings("a2a+p2p", 2, "xla")
+    with pytest.raises(ConfigError, match="attention_backend: pallas is a kernel for GPUs, and the devices are of cpu"):
+        program(attention_backend="pallas")
