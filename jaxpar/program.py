@@ -3,7 +3,6 @@ needs, and nothing that runs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from jaxpar.mesh import build_mesh, cross_host_warning
 from jaxpar.metrics import flops_coefficients
 from jaxpar.models import Decoder, FunctionalModel, Model
 from jaxpar.optimizer import build_optimizer, learning_rate_schedule
-from jaxpar.pipeline.schedule import Schedule, ScheduleError, build_schedule
+from jaxpar.pipeline.schedule import ScheduleError, build_schedule
 from jaxpar.recompute import Recompute
 from jaxpar.sharding import layout_tree
 from jaxpar.train_step import State, build_train_step, init_state, state_shardings
@@ -85,7 +84,8 @@ class Program:
             num_chunks=chunks,
         )
         self.num_params = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.model.shapes))
-        self._schedule = partial(_schedule, config.actor.model.pipeline_schedule, sizes.pp, chunks)
+        name = config.actor.model.pipeline_schedule
+        self._schedule = lambda num_microbatches: build_schedule(name, sizes.pp, num_microbatches, chunks)
         try:
             self.schedule = self._schedule(config.num_microbatches(sizes))
         except ScheduleError as error:
@@ -105,12 +105,11 @@ class Program:
             zero_stage=config.zero_stage,
             reduce_dtype=DTYPES[config.actor.optim.grad_reduce_dtype],
         )
+        loss_and_grads = self._for_its_microbatches(build_loss_and_grads)
         self.evaluate = jax.jit(self._for_its_microbatches(build_evaluate))
-        self.loss_and_grads = jax.jit(self._for_its_microbatches(build_loss_and_grads))
+        self.loss_and_grads = jax.jit(loss_and_grads)
         self.train_step = jax.jit(
-            build_train_step(
-                self._for_its_microbatches(build_loss_and_grads), optimizer, learning_rate_schedule(config)
-            ),
+            build_train_step(loss_and_grads, optimizer, learning_rate_schedule(config)),
             in_shardings=(self.state_shardings, self.batch.sharding),
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, P())),
             donate_argnums=0,
@@ -146,10 +145,6 @@ class Program:
             return build(replace(self._setup, schedule=schedule))(params, batch, *args)
 
         return function
-
-
-def _schedule(name: str, num_stages: int, num_chunks: int, num_microbatches: int) -> Schedule:
-    return build_schedule(name, num_stages, num_microbatches, num_chunks)
 
 
 def _attention_settings(config: Config) -> AttentionSettings:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from user_models import EMBED, GPT
 
 import jaxpar
-from jaxpar.data import build_loader
+from jaxpar.data import DocumentCost, build_loader
+from jaxpar.metrics import model_flops_per_token
+from jaxpar.program import Program
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 JAXPAR = Path(sys.executable).parent / "jaxpar"
@@ -39,8 +43,12 @@ def dynamic(pp: int, cp: int, dp: int) -> list[str]:
 
 
 def train(output: Path, data: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [JAXPAR, "train", QUICKSTART, f"runner.output_dir={output}", f"data.train_data_paths=[{data}]"]
-    return subprocess.run([*command, *SMALL, *overrides], capture_output=True, text=True, env=dict(os.environ))
+    return subprocess.run(command(output, data, *overrides), capture_output=True, text=True)
+
+
+def command(output: Path, data: Path, *overrides: str) -> list:
+    paths = [f"runner.output_dir={output}", f"data.train_data_paths=[{data}]"]
+    return [JAXPAR, "train", QUICKSTART, *paths, *SMALL, *overrides]
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -123,6 +131,26 @@ def test_losses_on_dp2_pp2_cp2_are_those_of_plain_rows(tmp_path, data, plain):
     assert_same_as_plain(tmp_path, plain)
 
 
+@pytest.mark.slow
+def test_each_of_two_processes_reads_the_rows_of_its_own_dp_rank(tmp_path, data, plain):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        subprocess.Popen(
+            command(tmp_path, data[0], *dynamic(pp=1, cp=1, dp=2)),
+            env={**os.environ, **meet, "JAX_PROCESS_ID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    output = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], output
+    assert_same_as_plain(tmp_path, plain)
+
+
 def test_balance_and_padding_are_printed_and_logged(dp2_cp2):
     output, printed = dp2_cp2
     rows = metrics(output)
@@ -154,6 +182,16 @@ def test_resume_in_the_middle_is_bitwise(tmp_path, dp2_cp2, data):
         assert [row[key] for row in metrics(tmp_path)] == [row[key] for row in metrics(dp2_cp2[0])]
     for one, other in zip(jax.tree.leaves(halves.state), jax.tree.leaves(whole.state), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_what_is_balanced_are_the_flops_of_the_model():
+    config = jaxpar.load_config(QUICKSTART, [*SMALL, *dynamic(pp=1, cp=2, dp=2)])
+    program = Program(config, jax.devices()[:4])
+    per_token = model_flops_per_token(program.architecture, program.num_params, 17)
+    assert DocumentCost(*program.document_flops)(np.array([17])) == [17 * per_token]
+    model = GPT()
+    program = Program(config, jax.devices()[:4], model)
+    assert program.document_flops == (6 * program.num_params, 6 * model.num_layers * EMBED, None)
 
 
 def test_a_document_over_the_budget_is_an_error_that_names_it(tmp_path, data):
