@@ -1,86 +1,130 @@
-"""Checkpoints through Orbax: asynchronous, sharded, atomic.
+"""Checkpoints through Orbax: asynchronous, sharded, atomic, and checked when they are read.
 
-`<experiment>/checkpoints/global_step_N/` holds the state (one array for each canonical parameter, layers in order, so
-that any layout can read what any other wrote), the data position and the config. A folder of that name is complete:
-Orbax writes under another name and renames.
+`<experiment>/checkpoints/global_step_N/` holds `state/` (one array for each canonical parameter and moment, layers in
+order, so that any layout can read what any other wrote) and what `jaxpar.manifest` writes beside it. Orbax writes under
+another name and renames, so a folder of that name is complete, unless something took a part of it afterwards.
 """
 
+import contextlib
+import ctypes
+import dataclasses
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationContext, PreservationPolicy
 
 from jaxpar.config import Config, ConfigError
+from jaxpar.manifest import (
+    PREFIX,
+    build_manifest,
+    checkpoints_in,
+    damages,
+    merge_checksums,
+    named_leaves,
+    newest,
+    read_manifest,
+    resolve,
+    step_of,
+    why_torn,
+    write_checksums,
+    write_manifest,
+)
+from jaxpar.processes import check_together, from_first
 
-PREFIX = "global_step"
+_PROCESS = "ocdbt.process_"  # Orbax's folder of what one process wrote
+_TORN = "torn_"  # before the name of a folder that was found incomplete
+# A reader takes chunks whole, even those that it needs a part of.
+_CHUNK_BYTES = 2**24
+_WRITE_TIMEOUT = 3600  # seconds; Orbax's own 600 are short for a large model on a slow file system
+_READ_AT_ONCE = 0.05  # of the state that a process restores: what is on its way from disk to the devices
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint cannot be written or read: no space, no permission, damage. The message names the file."""
 
 
 class Checkpoints:
     """The checkpoints of one experiment.
 
     Args:
-      config: says where they are, and is stored with them.
+      config: says where they are and which are kept, and is stored with them.
     """
 
     def __init__(self, config: Config):
         self._config = config
         self.folder = (config.output_path / "checkpoints").absolute()
         self._manager: ocp.CheckpointManager | None = None
+        self._handler = _StateHandler()
+        self._val_losses: dict[int, float] = {}
 
-    def save(self, step: int, state: Any, data_position: dict[str, int]) -> None:
-        """Copies the state to the host and writes it in the background. A step that is there already is kept."""
-        if self._manager is None:
-            self._manager = _open(self.folder)
-        if step in self._manager.all_steps():
-            return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave({**data_position, "global_batch_size": self._config.actor.global_batch_size}),
-                config=ocp.args.JsonSave(self._config.model_dump()),
-            ),
-        )
+    def save(self, step: int, state: Any, batch: int, val_loss: float | None = None) -> None:
+        """Copies the state to the host and writes it in the background. A step that is there already is kept.
 
-    def wait(self) -> None:
-        """Until everything is written.
-
-        Raises whatever went wrong in the background, such as OSError for a full disk.
-        """
-        if self._manager is not None:
-            self._manager.wait_until_finished()
-
-    def find(self) -> Path | None:
-        """The checkpoint that `runner.resume_dir` asks for: a folder global_step_N, or None to start anew.
+        Args:
+          batch: position in the data, `BatchLoader.get_state()["batch"]`.
+          val_loss: of these parameters, if they were evaluated.
 
         Raises:
-          ConfigError: it names a path without a checkpoint, or this experiment's folder holds later checkpoints, which
-            the run would get mixed up with.
+          CheckpointError: this one or the one before could not be written.
         """
+        with self._reported("write"):
+            manager = self._open_to_write()
+            manager.wait_until_finished()
+            if step in manager.all_steps():
+                return
+            if val_loss is not None:
+                self._val_losses[step] = val_loss
+            self._handler.manifest = build_manifest(self._config, step, state, batch, val_loss)
+            chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)
+            manager.save(step, args=ocp.args.Composite(state=_StateSave(state, save_args=chunks)))
+
+    def is_best(self, val_loss: float) -> bool:
+        """Whether it is below that of every checkpoint."""
+        self._open_to_write()
+        return val_loss < min(self._val_losses.values(), default=float("inf"))
+
+    def check(self) -> None:
+        """Raises CheckpointError if writing has failed in the background; does not wait."""
+        if self._manager is not None:
+            with self._reported("write"):
+                self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Until everything is written. Raises CheckpointError if it was not."""
+        if self._manager is not None:
+            with self._reported("write"):
+                self._manager.wait_until_finished()
+
+    def find(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint that `runner.resume_dir` asks for, a folder global_step_N or None to start anew, and what to
+        tell about torn ones that were passed over. The same in all processes.
+
+        Raises:
+          ConfigError: it names a path without a complete checkpoint, or this experiment's folder holds later
+            checkpoints, which the run would get mixed up with.
+        """
+        path, notes = from_first(self._find)
+        return Path(path) if path else None, notes
+
+    def _find(self) -> tuple[str | None, list[str]]:
         wanted = self._config.runner.resume_dir
-        newest = _newest(self.folder)
+        last, notes = newest(self.folder)
         if wanted == "auto":
-            return newest
-        found = None if wanted is None else self._find_in(Path(wanted).expanduser().absolute())
-        if newest and _step(newest) > (_step(found) if found else 0):
+            return str(last) if last else None, notes
+        found = None if wanted is None else resolve(Path(wanted))
+        if found and (reason := why_torn(found)):
+            raise CheckpointError(f"runner.resume_dir: {found} is torn: {reason}: choose another checkpoint")
+        if last and step_of(last) > (step_of(found) if found else 0):
             raise ConfigError(
                 f"runner.resume_dir: {wanted or 'null'}, but {self.folder} already holds checkpoints up to step "
-                f"{_step(newest)}: set resume_dir: auto to go on from there, or another runner.experiment_name, or "
+                f"{step_of(last)}: set resume_dir: auto to go on from there, or another runner.experiment_name, or "
                 f"move them away"
             )
-        return found
-
-    def _find_in(self, path: Path) -> Path:
-        is_checkpoint = re.fullmatch(rf"{PREFIX}_\d+", path.name) and path.is_dir()
-        found = path if is_checkpoint else _newest(path) or _newest(path / "checkpoints")
-        if found is None:
-            raise ConfigError(
-                f"runner.resume_dir: no checkpoint ({PREFIX}_N) in {path}: give a checkpoint's folder, the folder of "
-                f"an experiment, auto, or null to start anew"
-            )
-        return found
+        return str(found) if found else None, []
 
     def restore(self, path: Path, shapes: Any, shardings: Any) -> tuple[Any, dict[str, int]]:
         """State and data position from a checkpoint of any layout; each device reads its own slices.
@@ -91,25 +135,32 @@ class Checkpoints:
 
         Raises:
           ConfigError: another model's checkpoint, or a global batch size other than this run's.
+          CheckpointError: a file is damaged or cannot be read.
         """
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-        with _open(path.parent) as manager:
-            step = _step(path)
-            position = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
-            self._check(path, manager.item_metadata(step)["state"], target, position)
-            restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
-        return restored["state"], {"batch": position["batch"]}
+        manifest = from_first(lambda: read_manifest(path))
+        self._check(path, manifest, target)
+        if self._config.runner.verify_checkpoint:
+            advice = "go on from an earlier checkpoint with runner.resume_dir"
+            found = damages(path, jax.process_index(), jax.process_count())
+            check_together([f"{problem}: {advice}" for problem in found])
+        _return_large_buffers()
+        with self._reported("read", path):
+            handlers = {"state": _StateHandler(_bytes_at_once(path / "state", target))}
+            with ocp.CheckpointManager(path.parent, options=_options(), item_handlers=handlers) as manager:
+                state = manager.restore(step_of(path), args=ocp.args.Composite(state=_StateRestore(target)))
+        return state["state"], {"batch": manifest["data"]["batch"]}
 
-    def _check(self, path: Path, stored: Any, target: Any, position: dict[str, int]) -> None:
+    def _check(self, path: Path, manifest: dict[str, Any], target: Any) -> None:
         problems = []
-        batch, stored_batch = self._config.actor.global_batch_size, position["global_batch_size"]
+        batch, stored_batch = self._config.actor.global_batch_size, manifest["data"]["global_batch_size"]
         if batch != stored_batch:
             problems.append(
                 f"actor.global_batch_size: {batch}, but {path} was written with {stored_batch}, and its data position "
                 f"is counted in such batches: set it to {stored_batch}, or runner.resume_dir: null to start anew"
             )
-        theirs = {name: tuple(leaf.shape) for name, leaf in _named_leaves(getattr(stored, "tree", stored))}
-        ours = {name: tuple(leaf.shape) for name, leaf in _named_leaves(target)}
+        theirs = manifest["tree"]
+        ours = {name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in named_leaves(target)}
         different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
         for name in different[:3]:
             problems.append(
@@ -120,28 +171,140 @@ class Checkpoints:
         if problems:
             raise ConfigError(problems)
 
+    def _open_to_write(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            with self._reported("write"):
+                steps = from_first(self._clear_torn)
+                self._val_losses = {int(step): loss for step, loss in steps.items() if loss is not None}
+                runner = self._config.runner
+                keep = _Keep(
+                    runner.keep_checkpoints,
+                    runner.keep_checkpoint_interval,
+                    self._val_losses if runner.keep_best_checkpoint else {},
+                )
+                self._manager = ocp.CheckpointManager(
+                    self.folder, options=_options(keep), item_handlers={"state": self._handler}
+                )
+        return self._manager
 
-def _open(folder: Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(step_prefix=PREFIX, enable_async_checkpointing=True)
-    handlers = {
-        "state": ocp.StandardCheckpointHandler(),
-        "data": ocp.JsonCheckpointHandler(),
-        "config": ocp.JsonCheckpointHandler(),
-    }
-    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+    def _clear_torn(self) -> dict[str, float | None]:
+        """Moves torn folders out of the way of Orbax, which takes every name for a checkpoint; step → validation loss
+        of the others."""
+        steps = {}
+        for path in checkpoints_in(self.folder):
+            if why_torn(path):
+                path.rename(path.with_name(_TORN + path.name))
+            else:
+                steps[str(step_of(path))] = read_manifest(path)["val_loss"]
+        return steps
+
+    @contextlib.contextmanager
+    def _reported(self, verb: str, path: Path | None = None) -> Iterator[None]:
+        """Whatever Orbax, TensorStore or the file system raise, as one line that says what is left."""
+        try:
+            yield
+        except ConfigError:
+            raise
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            left, _ = newest(self.folder)
+            kept = f"the newest complete one is {left}" if left else "there is no complete one"
+            reason = re.sub(r"\s+", " ", str(error))
+            if len(reason) > 400:  # TensorStore's end with the file and the system's own words
+                reason = f"{reason[:60]} … {reason[-300:]}"
+            raise CheckpointError(f"cannot {verb} a checkpoint in {path or self.folder}: {reason}: {kept}") from error
 
 
-def _newest(folder: Path) -> Path | None:
-    if not folder.is_dir():
-        return None
-    steps = [int(m[1]) for child in folder.iterdir() if (m := re.fullmatch(rf"{PREFIX}_(\d+)", child.name))]
-    return folder / f"{PREFIX}_{max(steps)}" if steps else None
+class _StateHandler(ocp.StandardCheckpointHandler):
+    """Adds manifest and checksums to what Orbax writes, before its renaming makes the checkpoint visible."""
+
+    manifest: dict[str, Any]
+
+    def __init__(self, bytes_at_once: int = 10**9) -> None:
+        super().__init__(restore_concurrent_gb=bytes_at_once / 10**9)
+
+    async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        futures = await super().async_save(directory, *args, **kwargs)
+        return [_Written(futures or [], Path(getattr(directory, "path", directory)))]
+
+    def finalize(self, directory: Any) -> None:  # on process 0, when all have written
+        super().finalize(directory)
+        folder = Path(directory)
+        rest = [path for path in folder.rglob("*") if not path.relative_to(folder).parts[0].startswith(_PROCESS)]
+        write_checksums(folder, rest, "rest")
+        merge_checksums(folder.parent)
+        write_manifest(folder.parent, self.manifest)
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("_")[2])
+@ocp.args.register_with_handler(_StateHandler, for_save=True)
+@dataclasses.dataclass
+class _StateSave(ocp.args.StandardSave): ...
 
 
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+@ocp.args.register_with_handler(_StateHandler, for_restore=True)
+@dataclasses.dataclass
+class _StateRestore(ocp.args.StandardRestore): ...
+
+
+class _Written:
+    """Orbax's future of this process's part of the state, which then gets its checksums."""
+
+    def __init__(self, futures: Sequence[Any], folder: Path):
+        self._futures, self._folder = futures, folder
+
+    def result(self, timeout: float | None = None) -> None:
+        for future in self._futures:
+            future.result(timeout)
+        name = f"{_PROCESS}{jax.process_index()}"
+        write_checksums(self._folder, list((self._folder / name).rglob("*")), name)
+
+
+def _return_large_buffers() -> None:
+    """What is read on the way goes back to the system at once: glibc's allocator would keep a part of it."""
+    with contextlib.suppress(AttributeError, OSError):  # another libc
+        for parameter, size in ((-3, 2**16), (-1, 2**17)):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, bytes
+            ctypes.CDLL(None).mallopt(parameter, size)
+
+
+def _bytes_at_once(folder: Path, target: Any) -> int:
+    """Least bytes that TensorStore must be allowed to read at a time: the largest shard, in whole chunks; or a share of
+    all shards, if that is more."""
+    stored = dict(named_leaves(_StateHandler().metadata(folder).tree))
+    shards = [
+        _in_whole_chunks(index, leaf, stored[name].storage.chunk_shape)
+        for name, leaf in named_leaves(target)
+        for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    ]
+    return max(max(shards) + 1, int(sum(shards) * _READ_AT_ONCE))
+
+
+def _in_whole_chunks(index: Sequence[slice], leaf: jax.ShapeDtypeStruct, chunk: Sequence[int]) -> int:
+    size = leaf.dtype.itemsize
+    for where, length, step in zip(index, leaf.shape, chunk, strict=True):
+        start, stop, _ = where.indices(length)
+        size *= -(-stop // step) * step - start // step * step
+    return size
+
+
+class _Keep(PreservationPolicy):
+    """The newest `count`, the multiples of `interval`, and the best; all, if neither number is given."""
+
+    def __init__(self, count: int | None, interval: int | None, val_losses: dict[int, float]):
+        self._count, self._interval, self._val_losses = count, interval, val_losses
+
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
+    ) -> Sequence[bool]:
+        steps = [info.step for info in checkpoints]
+        newest = steps if self._count is None else steps[-self._count :]
+        known = {step: loss for step, loss in self._val_losses.items() if step in steps}
+        best = min(known, key=lambda step: known[step]) if known else None
+        return [s in newest or s == best or (self._interval is not None and s % self._interval == 0) for s in steps]
+
+
+def _options(keep: PreservationPolicy | None = None) -> ocp.CheckpointManagerOptions:
+    return ocp.CheckpointManagerOptions(
+        step_prefix=PREFIX,
+        preservation_policy=keep,
+        cleanup_tmp_directories=keep is not None,
+        async_options=ocp.AsyncOptions(timeout_secs=_WRITE_TIMEOUT),
+    )

@@ -131,12 +131,12 @@ class StepSetup:
     def _num_loss_parts(self, embed: Callable[[Params, Batch], jax.Array], params: Params, batch: Batch) -> int:
         """The least number of parts of a microbatch's tokens whose logits are small enough."""
 
-        def logits() -> tuple[jax.Array, jax.Array]:
+        def head() -> tuple[jax.Array, jax.Array]:
             outer = {part: self.gather(part, params[part]) for part in ("embed", "head")}
             x = embed(outer["embed"], jax.tree.map(lambda a: a[0], batch))
             return x, self.model.head(outer, x)
 
-        x, logits = jax.eval_shape(logits)
+        x, logits = jax.eval_shape(head)
         # Of an automatic model XLA splits the logits over the tensor group, and each stage takes a share of the tokens.
         axes = () if self.model.explicit else ("pp", *TENSOR_AXES)
         size = math.prod(logits.shape) * 4 // math.prod(self.mesh.shape[axis] for axis in axes)

@@ -16,6 +16,7 @@ from jaxpar.attention import AttentionSettings
 from jaxpar.batch import GlobalBatch
 from jaxpar.config import Architecture, Config, ConfigError, checks
 from jaxpar.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grads
+from jaxpar.loss_scale import DynamicLossScale
 from jaxpar.mesh import build_mesh, cross_host_warning
 from jaxpar.metrics import flops_coefficients
 from jaxpar.models import Decoder, FunctionalModel, Model
@@ -23,7 +24,7 @@ from jaxpar.optimizer import build_optimizer, learning_rate_schedule
 from jaxpar.pipeline.schedule import ScheduleError, build_schedule
 from jaxpar.recompute import Recompute
 from jaxpar.sharding import layout_tree
-from jaxpar.train_step import State, build_train_step, init_state, state_shardings
+from jaxpar.train_step import LossScale, State, build_train_step, init_state, state_shardings
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
 
@@ -43,7 +44,8 @@ class Program:
         a global batch. With dynamic batches the last two are the largest; the programs take any number of rows.
       state_shapes, state_shardings: of the whole training state.
       train_step: jitted (state, batch) → (state, metrics), see `jaxpar.train_step`; the state is donated.
-      loss_and_grads: jitted (params, batch) → (loss, grads).
+      loss_and_grads: jitted (params, batch, loss_scale=None) → (loss, grads).
+      loss_scale: a number, how it changes, or None.
       evaluate: jitted (params, batch) → losses without gradients, see `jaxpar.loss_and_grads.build_evaluate`.
       init: jitted (params or None) → state before the first step.
       num_params: how many numbers are trained, padding of the vocabulary included.
@@ -71,7 +73,7 @@ class Program:
             sizes = config.mesh_sizes(len(devices))
             config.check_train(sizes, None)
         self.mesh = build_mesh(sizes, devices)
-        self.model = FunctionalModel(model, _attention_settings(config))
+        self.model = FunctionalModel(model, _attention_settings(config, devices[0].platform))
         if problems := list(checks.schedule_problems(config.actor.model, self.model.num_layers)):
             raise ConfigError(problems)
         chunks = config.actor.model.virtual_pipeline_model_parallel_size or 1
@@ -89,12 +91,15 @@ class Program:
         try:
             self.schedule = self._schedule(config.num_microbatches(sizes))
         except ScheduleError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError([str(error)]) from None
         self._rows = sizes.dp * config.rows_per_microbatch  # of a microbatch on all dp ranks
         self.warnings = [w for w in [cross_host_warning(sizes, len(devices) // config.cluster.num_nodes)] if w]
         self.batch = GlobalBatch(self._rows * self.schedule.num_microbatches, config.row_length, self.mesh)
         optimizer = build_optimizer(config, self.layouts)
-        self.state_shapes, self.state_shardings = state_shardings(self.model, optimizer, self.layouts, self.mesh)
+        self.loss_scale = loss_scale = _loss_scale(config)
+        self.state_shapes, self.state_shardings = state_shardings(
+            self.model, optimizer, self.layouts, self.mesh, loss_scale
+        )
         self._setup = StepSetup(
             self.model,
             self.mesh,
@@ -109,14 +114,14 @@ class Program:
         self.evaluate = jax.jit(self._for_its_microbatches(build_evaluate))
         self.loss_and_grads = jax.jit(loss_and_grads)
         self.train_step = jax.jit(
-            build_train_step(loss_and_grads, optimizer, learning_rate_schedule(config)),
+            build_train_step(loss_and_grads, optimizer, learning_rate_schedule(config), loss_scale),
             in_shardings=(self.state_shardings, self.batch.sharding),
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, P())),
             donate_argnums=0,
         )
 
         def init(params: Any) -> State:
-            return init_state(self.model, optimizer, config.actor.seed, params)
+            return init_state(self.model, optimizer, config.actor.seed, params, loss_scale)
 
         self.init = jax.jit(init, out_shardings=self.state_shardings, donate_argnums=0)
 
@@ -147,10 +152,24 @@ class Program:
         return function
 
 
-def _attention_settings(config: Config) -> AttentionSettings:
+def _attention_settings(config: Config, platform: str) -> AttentionSettings:
     model = config.actor.model
+    if model.attention_backend == "pallas" and platform not in ("gpu", "cuda"):
+        raise ConfigError(
+            f"actor.model.attention_backend: pallas is a kernel for GPUs, and the devices are of {platform}: set auto or xla"
+        )
     a2a_size, _ = model.hierarchical_context_parallel_sizes or (1, 1)
-    return AttentionSettings(model.cp_comm_type, a2a_size)
+    # auto is plain JAX until the kernel has run on a GPU: it has been compiled for H100s, and run in Pallas' interpreter.
+    return AttentionSettings(model.cp_comm_type, a2a_size, "pallas" if model.attention_backend == "pallas" else "xla")
+
+
+def _loss_scale(config: Config) -> LossScale:
+    optim = config.actor.optim
+    if config.actor.model.precision != "fp16":
+        return None
+    return optim.loss_scale or DynamicLossScale(
+        optim.initial_loss_scale, optim.min_loss_scale, optim.loss_scale_window, optim.hysteresis
+    )
 
 
 def _recompute(config: Config) -> Recompute:

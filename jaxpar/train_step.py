@@ -9,19 +9,26 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpar.loss_scale import DynamicLossScale
 from jaxpar.models.protocol import FunctionalModel
 
-State = dict[str, Any]  # "step" int32, "params" and "opt_state" float32, "rng" uint32 key data
+# "step" int32, "params" and "opt_state" float32, "rng" uint32 key data, "loss_scale" if that is dynamic
+State = dict[str, Any]
+LossScale = float | DynamicLossScale | None
 Metrics = dict[str, jax.Array]
 
 
 def state_shardings(
-    model: FunctionalModel, optimizer: optax.GradientTransformation, layouts: Any, mesh: Mesh
+    model: FunctionalModel,
+    optimizer: optax.GradientTransformation,
+    layouts: Any,
+    mesh: Mesh,
+    loss_scale: LossScale = None,
 ) -> tuple[State, State]:
     """Shapes and shardings of the whole state: moments lie like their parameters, scalars on every device."""
     everywhere = NamedSharding(mesh, P())
     params = jax.tree.map(lambda layout: NamedSharding(mesh, layout.rest_spec), layouts)
-    shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0))
+    shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0, loss_scale=loss_scale))
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -29,41 +36,75 @@ def state_shardings(
         params,
         transform_non_params=lambda _: everywhere,
     )
-    return shapes, {"step": everywhere, "params": params, "opt_state": opt_state, "rng": everywhere}
+    shardings = jax.tree.map(lambda _: everywhere, shapes)
+    return shapes, {**shardings, "params": params, "opt_state": opt_state}
 
 
-def init_state(model: FunctionalModel, optimizer: optax.GradientTransformation, seed: int, params: Any = None) -> State:
+def init_state(
+    model: FunctionalModel,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    params: Any = None,
+    loss_scale: LossScale = None,
+) -> State:
     """State before the first step. New parameters (`params` None) depend on the seed alone, not on the mesh."""
     params = model.init(seed) if params is None else params
-    return {
+    state = {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
         "opt_state": optimizer.init(params),
         "rng": jax.random.key_data(jax.random.key(seed)),
     }
+    return {**state, "loss_scale": loss_scale.init()} if isinstance(loss_scale, DynamicLossScale) else state
 
 
 def build_train_step(
-    loss_and_grads: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, Any]],
+    loss_and_grads: Callable[..., tuple[jax.Array, Any]],
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
+    loss_scale: LossScale = None,
 ) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, Metrics]]:
     """Returns (state, batch) → (state, metrics), for `jax.jit`.
 
+    Where the loss or any gradient is not finite, the step is counted and changes nothing else but a dynamic loss scale.
+
     Metrics, all float32 scalars: `loss` (nats a token), `grad_norm` (global, before clipping; each parameter counts
-    once), `learning_rate`, `tokens` (valid ones in the global batch).
+    once), `learning_rate`, `tokens` (valid ones in the global batch), `skipped` (1 if the update was not applied, else
+    0), and `loss_scale` (that the step used) if it is dynamic.
     """
+    dynamic = loss_scale if isinstance(loss_scale, DynamicLossScale) else None
 
     def train_step(state: State, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
-        loss, grads = loss_and_grads(state["params"], batch)
+        scale = scale_of(state, loss_scale)
+        loss, grads = loss_and_grads(state["params"], batch, scale)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        updated = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(learning_rate(state["step"]), jnp.float32),
+            "grad_norm": grad_norm,
+            # A skipped step does not advance the schedule.
+            "learning_rate": jnp.asarray(learning_rate(_num_updates(state["opt_state"])), jnp.float32),
             "tokens": batch["loss_mask"].sum(),
+            "skipped": 1 - finite.astype(jnp.float32),
         }
-        params = optax.apply_updates(state["params"], updates)
-        return {**state, "step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, {key: state[key] for key in updated})
+        state = {**state, **kept, "step": state["step"] + 1}
+        if dynamic:
+            metrics["loss_scale"] = scale
+            state["loss_scale"] = dynamic.update(state["loss_scale"], finite)
+        return state, metrics
 
     return train_step
+
+
+def scale_of(state: State, loss_scale: LossScale) -> jax.Array | None:
+    """The present scale, dynamic or not; None without one."""
+    if isinstance(loss_scale, DynamicLossScale):
+        return state["loss_scale"]["scale"]
+    return None if loss_scale is None else jnp.float32(loss_scale)
+
+
+def _num_updates(opt_state: Any) -> jax.Array:
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]  # all its counts are this one

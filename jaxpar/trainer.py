@@ -1,7 +1,5 @@
 """The training loop: what happens when. No maths."""
 
-import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,20 @@ from jaxpar.data import (
     load_tokenizer,
     token_cache,
 )
-from jaxpar.metrics import MetricsFile, model_flops_per_token, peak_flops
+from jaxpar.evaluation import Evaluation
+from jaxpar.metrics import metrics_writers
 from jaxpar.models import Model
 from jaxpar.models.hugging_face import has_weights, load_params
+from jaxpar.profile import Profiler, Steps
 from jaxpar.program import Program
 from jaxpar.progress import Reporter, reporter
+from jaxpar.replicas import ReplicaError, check_replicas
 from jaxpar.signals import Interrupted, Signals
-from jaxpar.train_step import State
+from jaxpar.step_log import NonFiniteError, StepLog
+from jaxpar.train_step import State, scale_of
+from jaxpar.watchdog import Watchdog
+
+__all__ = ["Interrupted", "NonFiniteError", "ReplicaError", "Trainer"]
 
 
 class Trainer:
@@ -91,57 +96,105 @@ class Trainer:
         Raises:
           ValueError: a key or shape is wrong.
         """
-        place = self.program.batch
-        return self.program.loss_and_grads(self.state["params"], place.place(place.complete(batch)))
+        place, scale = self.program.batch, scale_of(self.state, self.program.loss_scale)
+        return self.program.loss_and_grads(self.state["params"], place.place(place.complete(batch)), scale)
 
     def train_step(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """One optimizer step on one global batch (as in `loss_and_grads`); returns the metrics of
         `jaxpar.train_step.build_train_step`."""
         return self._advance(self.program.batch.complete(batch))
 
-    def fit(self) -> None:
+    def fit(self, profile: Steps | None = None) -> None:
         """Trains from the start, or from where `runner.resume_dir` says, to `max_steps` or `max_epochs`.
 
         Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves, and raises `Interrupted`.
 
+        Args:
+          profile: steps to trace for xprof, into `profile` beside the metrics.
+
         Raises:
-          ConfigError: of the config, the data (`jaxpar.data.DataError`) or the checkpoint, as they are found.
+          ConfigError: of the config, the data (`jaxpar.data.DataError`) or a checkpoint (`CheckpointError`), as they
+            are found.
           Interrupted: stopped by a signal; everything is saved.
+          NonFiniteError, ReplicaError: the run has gone wrong and must not go on.
         """
-        config, first_process = self.config, jax.process_index() == 0
-        loader = self._open_data()
-        checkpoints = Checkpoints(config)
-        report = reporter(first_process, config.runner.log_interval)
-        if found := checkpoints.find():
-            self._state, position = checkpoints.restore(found, self.program.state_shapes, self.program.state_shardings)
-            loader.set_state(position)
-            report.say(f"resumed from {found}")
+        with Watchdog(self.config.runner.stall_timeout) as watchdog:
+            self._fit(watchdog, profile)
+
+    def _fit(self, watchdog: Watchdog, profile: Steps | None) -> None:
+        runner, first_process = self.config.runner, jax.process_index() == 0
+        watchdog.enter(0, "opening the data")
+        loader, evaluation = self._open_data(), self._open_evaluation()
+        checkpoints = Checkpoints(self.config)
+        report = reporter(first_process, runner.log_interval)
+        watchdog.enter(0, "restoring")
+        self._resume(checkpoints, loader, report)
         step = int(self.state["step"])
-        limits = [
-            n for n in (config.runner.max_steps if config.runner.max_steps > 0 else None, loader.num_batches) if n
-        ]
-        metrics = MetricsFile(config.output_path, step) if first_process else None
-        log = _StepLog(self, report, metrics)
+        last = min(n for n in (runner.max_steps if runner.max_steps > 0 else None, loader.num_batches) if n)
+        if profile:
+            profile.check(step, last)
+        writers = metrics_writers(self.config, step) if first_process else []
+        log = StepLog(self.config, self.program, report, writers)
+        folder = self.config.output_path / "profile"
+        profiler = Profiler(profile, folder, lambda: jax.block_until_ready(self._state), report.say)
         with Signals() as signals:
-            report.start(step, last := min(limits))
+            report.start(step, last)
+            val_loss: float | None = None
             try:
-                while step < last and not signals.received:
-                    log.enter(step + 1, self._advance(next(loader)), loader.figures)
+                while step < last:
+                    watchdog.enter(step + 1, "asking all for signals")
+                    if signals.received:
+                        break
+                    watchdog.enter(step + 1, "reading the batch")
+                    batch = next(loader)
+                    watchdog.enter(step + 1, "training")
+                    with profiler.step(step + 1):
+                        log.enter(step + 1, self._advance(batch), batch, loader.figures)
                     step += 1
-                    if config.runner.save_interval > 0 and step % config.runner.save_interval == 0:
+                    val_loss = None
+                    if evaluation and step % runner.val_check_interval == 0:
+                        watchdog.enter(step, "evaluating")
+                        val_loss = self._evaluate(evaluation, log)
+                    if runner.check_replicas_interval > 0 and step % runner.check_replicas_interval == 0:
+                        watchdog.enter(step, "comparing replicas")
+                        check_replicas(self.state["params"])
+                    checkpoints.check()
+                    is_best = val_loss is not None and runner.keep_best_checkpoint and checkpoints.is_best(val_loss)
+                    if is_best or (runner.save_interval > 0 and step % runner.save_interval == 0):
                         log.flush()
-                        checkpoints.save(step, self.state, loader.get_state())
+                        watchdog.enter(step, "saving")
+                        checkpoints.save(step, self.state, loader.get_state()["batch"], val_loss)
                 log.flush()
-                checkpoints.save(step, self.state, loader.get_state())
+                watchdog.enter(step, "saving")
+                checkpoints.save(step, self.state, loader.get_state()["batch"], val_loss)
                 checkpoints.wait()
+            except (NonFiniteError, ReplicaError):
+                checkpoints.wait()  # for what was begun before
+                raise
             finally:
+                profiler.stop()
                 report.stop()
                 loader.close()
-                if metrics:
-                    metrics.close()
+                for writer in writers:
+                    writer.close()
         if signals.received and step < last:
             raise Interrupted(step, last, signals.received)
         report.say(f"done: step {step}, checkpoint in {checkpoints.folder}")
+
+    def _resume(self, checkpoints: Checkpoints, loader: BatchLoader, report: Reporter) -> None:
+        found, torn = checkpoints.find()
+        for note in torn:
+            report.say(note)
+        if found:
+            self._state, position = checkpoints.restore(found, self.program.state_shapes, self.program.state_shardings)
+            loader.set_state(position)
+            report.say(f"resumed from {found}")
+
+    def _evaluate(self, evaluation: Evaluation, log: StepLog) -> float:
+        seconds = log.wait()
+        val_loss = evaluation.loss(self.state["params"])
+        log.flush(seconds, val_loss=val_loss)
+        return val_loss
 
     def _advance(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         self._state, metrics = self.program.train_step(self.state, self.program.batch.place(batch))
@@ -181,53 +234,9 @@ class Trainer:
             cache_dir=Path(config.runner.output_dir) / "token_cache",
         )
 
-
-class _StepLog:
-    """Reports each step one step late, so that the devices never wait for the host to read a number."""
-
-    def __init__(self, trainer: Trainer, report: Reporter, metrics: MetricsFile | None):
-        self._report, self._metrics = report, metrics
-        self._pending: tuple[int, dict[str, jax.Array], Mapping[str, float]] | None = None
-        self._before = time.perf_counter()
-        program = trainer.program
-        devices = program.mesh.devices.flatten()
-        peak = peak_flops(devices[0])
-        self._mfu_per_flops = None
-        if program.architecture and peak:
-            self._flops_per_token = model_flops_per_token(
-                program.architecture, program.num_params, trainer.config.row_length
-            )
-            self._mfu_per_flops = 1 / (peak * len(devices))
-        self._tokens = math.prod(program.batch.shape)
-
-    def enter(self, step: int, values: dict[str, jax.Array], figures: Mapping[str, float]) -> None:
-        """`figures`: of the batch, see `jaxpar.data.BatchLoader`."""
-        self.flush()
-        self._pending = (step, values, figures)
-
-    def flush(self) -> None:
-        if self._pending is None:
-            return
-        step, values, figures = self._pending
-        self._pending = None
-        numbers = {key: float(value) for key, value in values.items()}  # waits for the step to end
-        now = time.perf_counter()
-        seconds, self._before = now - self._before, now
-        rate = (numbers["tokens"] if figures else self._tokens) / seconds  # of dynamic batches without padding
-        mfu = None
-        if self._mfu_per_flops is not None:
-            mfu = rate * figures.get("flops_per_token", self._flops_per_token) * self._mfu_per_flops
-        row = {
-            "step": step,
-            "loss": numbers["loss"],
-            "grad_norm": numbers["grad_norm"],
-            "learning_rate": numbers["learning_rate"],
-            "tokens": int(numbers["tokens"]),
-            "step_seconds": seconds,
-            "tokens_per_second": rate,
-            "mfu": mfu,
-            **figures,
-        }
-        self._report.step(row)
-        if self._metrics:
-            self._metrics.write(row)
+    def _open_evaluation(self) -> Evaluation | None:
+        runner, paths = self.config.runner, self.config.data.val_data_paths
+        if not paths or runner.val_check_interval <= 0:
+            return None
+        samples = PackedSource.read(self._token_cache("val_data_paths"), self.config.row_length)
+        return Evaluation(self.program, samples, runner.limit_val_batches)

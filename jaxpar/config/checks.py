@@ -225,10 +225,10 @@ def _optimizer_problems(runner: Runner, actor: Actor) -> Iterator[str]:
             f"actor.lr_sched.lr_warmup_iters: {sched.lr_warmup_iters} is not below lr_decay_iters {decay}: "
             "no step is left to decay over; lower it"
         )
-    if actor.model.precision == "fp16" and optim.loss_scale is None:
+    if optim.initial_loss_scale < optim.min_loss_scale:
         yield (
-            "actor.optim.loss_scale: fp16 needs one, and dynamic loss scaling is not there yet: set a static scale "
-            "such as 65536, or actor.model.precision: bf16"
+            f"actor.optim.initial_loss_scale: {optim.initial_loss_scale:g} is below min_loss_scale "
+            f"{optim.min_loss_scale:g}: raise it"
         )
 
 

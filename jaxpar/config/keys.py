@@ -86,6 +86,14 @@ class Cluster(Section):
     num_nodes: Count = 1
     num_gpus_per_node: Count | None = None  # ours: null asks the runtime
     xla_flags: dict[str, str | bool | int] = {}  # ours: XLA flags that win over jaxpar/xla.py, without their dashes
+    deterministic: bool = False  # ours: only XLA GPU kernels that give the same bits each time; a CPU's always do
+
+
+class Logger(Section):
+    # Beside metrics.jsonl, which is always written. RLinf's other two load, and a note says that they are not there.
+    logger_backends: Annotated[list[Literal["tensorboard", "wandb", "swanlab"]], BeforeValidator(_paths)] | None = [
+        "tensorboard"
+    ]
 
 
 class Runner(Section):
@@ -93,8 +101,18 @@ class Runner(Section):
     max_steps: Interval = -1  # optimizer steps; 0 or -1: no limit, max_epochs ends the run
     max_epochs: Interval = 1
     save_interval: Interval = -1  # steps; 0 or -1: only at the end
+    # Ours, up to the next comment. A checkpoint goes when none of the three keeps it.
+    keep_checkpoints: Count | None = None  # the newest so many; null: all
+    keep_checkpoint_interval: Count | None = None  # those of steps that are a multiple of it
+    keep_best_checkpoint: bool = False  # the one of the lowest validation loss, saved when it is reached
+    verify_checkpoint: bool = True  # at resume, read all files once and compare their checksums
+    max_skipped_steps: Count = 10  # steps in a row with a loss or gradient that is not finite, and the run stops
+    stall_timeout: Seed = 1800  # seconds without progress of a process, after which all end; 0: never
+    check_replicas_interval: Interval = -1  # steps; 0 or -1: never
     val_check_interval: Interval = -1  # steps; 0 or -1: never
+    limit_val_batches: Count | None = None  # Lightning's name: global batches of an evaluation; null: all
     log_interval: Count = 1
+    logger: Logger = Logger()
     output_dir: Text = "results"
     experiment_name: Text = "jaxpar"
     resume_dir: Text | None = None  # null: start anew; "auto": newest checkpoint of this experiment; or a path
@@ -171,7 +189,12 @@ class Optim(Section):
     use_distributed_optimizer: bool = True  # ZeRO: state split over dp and cp
     zero_stage: Literal[0, 1, 2, 3] | None = None  # ours; null: 1, or 0 without use_distributed_optimizer
     grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # ours: of gradients on their way over dp and cp
-    loss_scale: Positive | None = None  # static, for fp16
+    # For fp16 alone. A number is a static scale; null is a dynamic one, by the four settings below.
+    loss_scale: Positive | None = None
+    initial_loss_scale: Positive = 2.0**32
+    min_loss_scale: Positive = 1.0
+    loss_scale_window: Count = 1000  # steps without overflow, after which the scale doubles
+    hysteresis: Count = 2  # overflows that are forgiven before it halves
 
 
 class LrSched(Section):
@@ -222,7 +245,8 @@ FOREIGN_KEYS: dict[str, frozenset[str]] = {
         auto_scheduler component_placement node_groups recreate_nccl_groups use_pre_process_policy
         use_wait_before_last_iter_policy
     """),
-    "runner": _names("logger only_eval task_type"),
+    "runner": _names("only_eval task_type"),
+    "runner.logger": _names("experiment_name log_path project_name"),
     "data": _names("""
         answer_key answer_separator apply_chat_template apply_chat_template_kwargs choice_key data_size dataset_name
         eval_data_paths filter_prompt_by_length image_keys is_hybrid is_markdown lazy_loading max_prompt_length
@@ -240,7 +264,7 @@ FOREIGN_KEYS: dict[str, frozenset[str]] = {
         persist_layer_norm use_cpu_initialization variable_seq_lengths
     """),
     "actor.optim": _names("""
-        bf16 fp16 initial_loss_scale loss_scale_window lr_warmup_steps_ratio min_lr optimizer_cpu_offload
+        bf16 fp16 lr_warmup_steps_ratio min_lr optimizer_cpu_offload
         optimizer_enable_pin optimizer_offload_fraction overlap_grad_reduce overlap_param_gather
         overlap_param_gather_with_optimizer_step total_training_steps use_precision_aware_optimizer
     """),

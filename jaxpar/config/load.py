@@ -80,9 +80,10 @@ class Config(Section):
         notes = [_ignored_note(self._ignored)] if self._ignored else []
         if sched.lr_decay_style != "constant" and sched.lr_decay_iters is None and self.runner.max_steps > 0:
             notes.append(f"actor.lr_sched.lr_decay_iters is not given: it is runner.max_steps, {self.runner.max_steps}")
-        if self.data.val_data_paths and self.runner.val_check_interval > 0:
+        if absent := [name for name in self.runner.logger.logger_backends or () if name != "tensorboard"]:
             notes.append(
-                "data.val_data_paths and runner.val_check_interval: there is no evaluation during training yet"
+                f"runner.logger.logger_backends: {', '.join(absent)} is not there: metrics go to metrics.jsonl, and with "
+                f"tensorboard in the list to its files"
             )
         if self.runner.enable_dynamic_batch_size:
             notes.append(

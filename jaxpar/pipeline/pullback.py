@@ -179,8 +179,11 @@ def _cheap(eqns: Sequence[Any], given: set[Any]) -> Callable[[Any], bool]:
 
 def _part(traced: core.ClosedJaxpr, eqns: list[Any], invars: list[Any], outvars: list[Any]) -> Callable:
     """A function (values of invars) → values of outvars that runs these equations."""
-    part = core.Jaxpr(traced.jaxpr.constvars, invars, outvars, eqns)
-    return core.jaxpr_as_fun(core.ClosedJaxpr(part, traced.consts))
+    constants = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
+    used = {var: value for var, value in constants.items() if var not in invars}
+    debug_info = traced.jaxpr.debug_info.with_unknown_names()
+    part = core.Jaxpr(list(used), invars, outvars, eqns, debug_info=debug_info)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(part, list(used.values())))
 
 
 def _inlined(function: Callable, *args: Any) -> core.ClosedJaxpr:
@@ -199,7 +202,6 @@ def _inline(traced: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
             inner = inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
             found = _inline(inner, [v.val if isinstance(v, core.Literal) else values[v] for v in eqn.invars])
         else:
-            alone = core.ClosedJaxpr(core.Jaxpr((), invars, eqn.outvars, [eqn]), ())
-            found = core.jaxpr_as_fun(alone)(*[values[v] for v in invars])
+            found = _part(traced, [eqn], invars, eqn.outvars)(*[values[v] for v in invars])
         values.update(zip(eqn.outvars, found, strict=True))
     return [v.val if isinstance(v, core.Literal) else values[v] for v in traced.jaxpr.outvars]

@@ -1,71 +1,20 @@
 """Whole training runs: real data, real checkpoints, real processes."""
 
-import itertools
-import json
-import os
+import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import yaml
+from runs import JAXPAR, QUICKSTART, SMALL, environment, fit, layout, losses, metrics, start_two
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import jaxpar
 from jaxpar.models.hugging_face import save_params
-
-QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
-JAXPAR = Path(sys.executable).parent / "jaxpar"
-# A smaller decoder than the quickstart's, for runs that are about what surrounds it.
-SMALL = [
-    "runner.seq_length=32",
-    "actor.model.hidden_size=32",
-    "actor.model.intermediate_size=48",
-    "actor.lr_sched.lr_decay_iters=20",
-    "actor.micro_batch_size=1",
-]
-LAYOUTS = {
-    "one": (1, 1, False, 1, 1),
-    "dp4": (1, 1, False, 1, 4),
-    "all": (2, 2, True, 2, 16),
-    "pp4-tp2": (2, 4, False, 1, 8),
-    "cp4": (1, 1, False, 4, 8),
-}
-
-
-def layout(name: str) -> list[str]:
-    tensor, pipeline, sequence, context, devices = LAYOUTS[name]
-    return [
-        f"actor.model.tensor_model_parallel_size={tensor}",
-        f"actor.model.pipeline_model_parallel_size={pipeline}",
-        f"actor.model.sequence_parallel={sequence}",
-        f"actor.model.context_parallel_size={context}",
-        f"cluster.num_gpus_per_node={devices}",
-    ]
-
-
-def fit(folder: Path, *overrides: str) -> jaxpar.Trainer:
-    trainer = jaxpar.Trainer(jaxpar.load_config(QUICKSTART, [f"runner.output_dir={folder}", *overrides]))
-    trainer.fit()
-    return trainer
-
-
-def metrics(folder: Path, experiment: str = "quickstart") -> list[dict]:
-    return [json.loads(line) for line in (folder / experiment / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder: Path, experiment: str = "quickstart") -> list[float]:
-    return [row["loss"] for row in metrics(folder, experiment)]
-
-
-def assert_same_state(a: jaxpar.Trainer, b: jaxpar.Trainer) -> None:
-    pairs = zip(jax.tree_util.tree_leaves_with_path(a.state), jax.tree.leaves(b.state), strict=True)
-    for (path, left), right in pairs:
-        np.testing.assert_array_equal(np.asarray(left), np.asarray(right), err_msg=jax.tree_util.keystr(path))
+from jaxpar.profile import Steps
 
 
 def test_quickstart_has_the_same_losses_on_1_and_on_16_devices(tmp_path):
@@ -81,30 +30,45 @@ def test_quickstart_has_the_same_losses_on_1_and_on_16_devices(tmp_path):
 def test_metrics_have_one_object_a_step(tmp_path):
     fit(tmp_path, "runner.max_steps=3", *SMALL, *layout("dp4"))
     rows = metrics(tmp_path)
-    keys = ["step", "loss", "grad_norm", "learning_rate", "tokens", "step_seconds", "tokens_per_second", "mfu"]
+    keys = ["step", "loss", "grad_norm", "learning_rate", "tokens"]
+    keys += ["skipped", "step_seconds", "tokens_per_second", "mfu"]
     assert [list(row) for row in rows] == [keys] * 3
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["mfu"] is None and row["tokens"] <= 16 * 32 and row["step_seconds"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("name", ["all", "pp4-tp2", "cp4"])
-def test_three_and_three_steps_are_bitwise_six(tmp_path, name):
-    common = ["runner.resume_dir=auto", *SMALL, *layout(name)]
-    whole = fit(tmp_path / "whole", "runner.max_steps=6", *common)
-    fit(tmp_path / "halves", "runner.max_steps=3", *common)
-    halves = fit(tmp_path / "halves", "runner.max_steps=6", *common)
-    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
-    assert_same_state(whole, halves)
+def test_tensorboard_reads_the_same_numbers_also_after_a_step_was_run_again(tmp_path):
+    run = [*SMALL, *layout("one")]
+    fit(tmp_path, "runner.max_steps=4", "runner.save_interval=2", *run)
+    shutil.rmtree(tmp_path / "quickstart/checkpoints/global_step_4")
+    fit(tmp_path, "runner.max_steps=3", "runner.resume_dir=auto", *run)
+    board = EventAccumulator(str(tmp_path / "quickstart/tensorboard")).Reload()
+    assert set(board.Tags()["scalars"]) == {f"train/{key}" for key in metrics(tmp_path)[0]} - {
+        "train/step",
+        "train/mfu",
+    }
+    scalars = board.Scalars("train/loss")
+    assert [scalar.step for scalar in scalars] == [1, 2, 3]
+    np.testing.assert_array_equal([scalar.value for scalar in scalars], np.float32(losses(tmp_path)))
 
 
-def test_another_layout_goes_on_from_a_checkpoint(tmp_path):
-    common = ["runner.resume_dir=auto", *SMALL]
-    fit(tmp_path / "whole", "runner.max_steps=6", *common, *layout("dp4"))
-    for first, second in itertools.permutations(("all", "cp4"), 2):
-        folder = tmp_path / first
-        fit(folder, "runner.max_steps=3", *common, *layout(first))
-        fit(folder, "runner.max_steps=6", *common, *layout(second))
-        np.testing.assert_allclose(losses(folder), losses(tmp_path / "whole"), rtol=0, atol=1e-5)
+def test_tensorboard_can_be_left_out(tmp_path):
+    fit(tmp_path, "runner.max_steps=1", "runner.logger.logger_backends=[]", *SMALL, *layout("one"))
+    assert {path.name for path in (tmp_path / "quickstart").iterdir()} == {"metrics.jsonl", "checkpoints"}
+
+
+def test_a_profile_is_of_the_steps_asked_for(tmp_path, capsys):
+    run = [f"runner.output_dir={tmp_path}", "runner.max_steps=4", *SMALL, *layout("dp4")]
+    trainer = jaxpar.Trainer(jaxpar.load_config(QUICKSTART, run))
+    with pytest.raises(jaxpar.ConfigError, match="3:3 are steps 3 to 5, but this run has steps 1 to 4"):
+        trainer.fit(Steps(3, 3))
+    trainer.fit(Steps(2, 2))
+    folder = tmp_path / "quickstart/profile"
+    assert f"xprof --port 8791 {folder}" in capsys.readouterr().out
+    (trace,) = folder.rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    traced = [dict(event.stats).get("step_num") for plane in planes for line in plane.lines for event in line.events]
+    assert sorted(number for number in traced if number is not None) == [2, 3]
 
 
 def test_resume_from_a_path_and_its_mistakes(tmp_path):
@@ -119,7 +83,10 @@ def test_resume_from_a_path_and_its_mistakes(tmp_path):
         (["runner.resume_dir=null"], "already holds checkpoints up to step 4"),
         ([f"runner.resume_dir={tmp_path / 'nowhere'}"], "no checkpoint"),
         (["runner.resume_dir=auto", "actor.global_batch_size=8"], "global_batch_size: 8, but"),
-        (["runner.resume_dir=auto", "actor.model.hidden_size=64"], "(384, 32), the model of this config (384, 64)"),
+        (
+            ["runner.resume_dir=auto", "actor.model.hidden_size=64"],
+            "float32[384,32], the model of this config float32[384,64]",
+        ),
     ]:
         with pytest.raises(jaxpar.ConfigError) as caught:
             fit(tmp_path, "runner.max_steps=6", *small, *overrides)
@@ -150,31 +117,12 @@ def test_loss_and_grads_takes_a_users_batch(tmp_path):
             trainer.loss_and_grads(batch)
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONUNBUFFERED": "1", **more}
-
-
 def test_two_processes_have_the_losses_of_one(tmp_path):
     # No ring across the processes: on a loaded machine gloo then ran into its 30 s time-out, now and then.
     sizes = ["actor.model.context_parallel_size=1", "cluster.num_gpus_per_node=8"]  # dp 2, pp 2, sp 2
     run = [*SMALL, "runner.max_steps=4", *layout("all"), *sizes]
     fit(tmp_path / "one", *run)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [JAXPAR, "train", QUICKSTART, f"runner.output_dir={tmp_path / 'two'}", *run]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=environment(
-                JAX_COORDINATOR_ADDRESS=f"localhost:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(rank)
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    processes = start_two(tmp_path / "two", *run)
     output = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], output
     assert "step 4/4" in output[0]

@@ -158,10 +158,10 @@ RULES = {
         "of 1, 2, 4",
     ),
     "layers": (
-        3,
-        dict(model=dict(pipeline_model_parallel_size=3, make_vocab_size_divisible_by=3)),
-        "actor.model.pipeline_model_parallel_size: 3 does not divide num_hidden_layers 4 (4 / 3 = 1.33): choose "
-        "one of 1, 2, 4",
+        4,
+        dict(model=dict(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)),
+        "actor.model.pipeline_model_parallel_size: the model has 4 layers for pipeline_model_parallel_size * "
+        "virtual_pipeline_model_parallel_size = 4 * 2 = 8 parts of the pipeline: lower a size so that each part has a layer",
     ),
     "vocabulary": (
         8,
@@ -209,8 +209,19 @@ RULES = {
     "virtual stages": (
         1,
         dict(model=dict(virtual_pipeline_model_parallel_size=2)),
-        "actor.model.virtual_pipeline_model_parallel_size: 2 needs pipeline_model_parallel_size > 1, which "
-        "is 1, and an interleaved schedule, which is not there yet: set it to null",
+        "actor.model.virtual_pipeline_model_parallel_size: 2 needs actor.model.pipeline_model_parallel_size > 1, which "
+        "is 1: there is no pipeline to interleave; set it to null",
+    ),
+    "interleaving without chunks": (
+        2,
+        dict(model=dict(pipeline_model_parallel_size=2, pipeline_schedule="interleaved_1f1b")),
+        "actor.model.pipeline_schedule: interleaved_1f1b needs actor.model.virtual_pipeline_model_parallel_size > 1: set it "
+        "to the chunks of layers that each stage holds, such as 2, or the schedule to 1f1b",
+    ),
+    "ZeRO without a distributed optimizer": (
+        1,
+        dict(optim=dict(zero_stage=2, use_distributed_optimizer=False)),
+        "actor.optim.zero_stage: 2, but actor.optim.use_distributed_optimizer is False: remove one",
     ),
     "recompute method": (
         1,
@@ -223,19 +234,6 @@ RULES = {
         dict(model=dict(recompute_granularity="full", recompute_method="block")),
         "actor.model.recompute_num_layers: recompute_granularity full needs it: set a number of layers, such as 1",
     ),
-    "recompute uniform": (
-        2,
-        dict(
-            model=dict(
-                recompute_granularity="full",
-                recompute_method="uniform",
-                recompute_num_layers=3,
-                pipeline_model_parallel_size=2,
-            )
-        ),
-        "actor.model.recompute_num_layers: 3 does not divide the layers of a stage 2 (2 / 3 = 0.67): "
-        "choose one of 1, 2",
-    ),
     "recompute selective": (
         1,
         dict(model=dict(recompute_granularity="selective", recompute_method="block")),
@@ -244,9 +242,8 @@ RULES = {
     ),
     "loss scale": (
         1,
-        dict(model=dict(precision="fp16")),
-        "actor.optim.loss_scale: fp16 needs one, and dynamic loss scaling is not there yet: set a static scale "
-        "such as 65536, or actor.model.precision: bf16",
+        dict(optim=dict(initial_loss_scale=0.5)),
+        "actor.optim.initial_loss_scale: 0.5 is below min_loss_scale 1: raise it",
     ),
     "experts": (
         1,
@@ -317,6 +314,38 @@ def test_rule(rule):
     assert train_problems(num_devices, **sections) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("num_devices", "model"),
+    [
+        (3, dict(pipeline_model_parallel_size=3, make_vocab_size_divisible_by=3, vocab_size=255)),  # 4 layers: 2, 1, 1
+        (2, dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+        (2, dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=1)),
+        (
+            2,
+            dict(
+                pipeline_model_parallel_size=2,
+                recompute_granularity="full",
+                recompute_method="uniform",
+                recompute_num_layers=3,  # of 2 on a stage
+            ),
+        ),
+        (1, dict(pipeline_schedule="interleaved_1f1b")),
+        (1, dict(recompute_granularity="selective")),
+    ],
+)
+def test_what_needs_no_divisor(num_devices, model):
+    assert train_problems(num_devices, model=model) == []
+    assert train_config(model=model).notes == []
+
+
+def test_zero_stage():
+    assert train_config().zero_stage == 1
+    assert train_config(optim=dict(use_distributed_optimizer=False)).zero_stage == 0
+    assert train_config(optim=dict(zero_stage=3)).zero_stage == 3
+    assert train_config(optim=dict(zero_stage=0)).zero_stage == 0
+    assert train_config().actor.optim.grad_reduce_dtype == "fp32"
+
+
 def test_what_training_needs_to_be_given():
     config = config_from_dict({"runner": {"max_steps": 1}})
     with pytest.raises(ConfigError) as caught:
@@ -381,6 +410,14 @@ def test_prepare_train_gives_all_problems_at_once():
         (
             {"actor": {"model": {"precision": "int8"}}},
             "actor.model.precision: expected one of 'bf16', 'fp16', 'fp32', got 'int8'",
+        ),
+        (
+            {"actor": {"optim": {"grad_reduce_dtype": "fp16"}}},
+            "actor.optim.grad_reduce_dtype: expected one of 'fp32', 'bf16', got 'fp16'",
+        ),
+        (
+            {"actor": {"optim": {"zero_stage": 4}}},
+            "actor.optim.zero_stage: expected one of 0, 1, 2, 3, got 4",
         ),
         ({"actor": {"model": 3}}, "actor.model: expected a section (keys below it), got 3"),
         ({"data": {"train_data_paths": {"a": 1}}}, "data.train_data_paths: expected a list, got {'a': 1}"),
@@ -734,14 +771,16 @@ def test_families_from_own_fields():
         train_config(model=dict(model_type="deepseek_v3")).architecture()
 
 
-def test_what_has_no_effect_is_said():
-    config = config_from_dict(
-        {
-            "runner": {"val_check_interval": 10},
-            "data": {"val_data_paths": ["held_out.txt"]},
-            "actor": {"model": {"recompute_granularity": "selective"}},
-        }
-    )
-    assert any("no evaluation during training yet" in note for note in config.notes)
-    assert any("selective changes nothing" in note for note in config.notes)
+def test_an_empty_config_has_no_notes():
     assert config_from_dict({}).notes == []
+
+
+def test_logger_backends():
+    def backends(value):
+        return config_from_dict({"runner": {"logger": {"logger_backends": value, "log_path": "logs"}}})
+
+    assert config_from_dict({}).runner.logger.logger_backends == ["tensorboard"]
+    assert backends("tensorboard").runner.logger.logger_backends == ["tensorboard"]
+    assert "wandb is not there" in backends(["wandb", "tensorboard"]).notes[1]
+    with pytest.raises(ConfigError, match="expected one of 'tensorboard', 'wandb', 'swanlab', got 'tensorbord'"):
+        backends(["tensorbord"])

@@ -1,0 +1,95 @@
+"""Runs of the quickstart, small: in this process, and as real processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import jaxpar
+
+QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
+JAXPAR = Path(sys.executable).parent / "jaxpar"
+# A smaller decoder than the quickstart's, for runs that are about what surrounds it.
+SMALL = [
+    "runner.seq_length=32",
+    "actor.model.hidden_size=32",
+    "actor.model.intermediate_size=48",
+    "actor.lr_sched.lr_decay_iters=20",
+    "actor.micro_batch_size=1",
+]
+# Tensor group, stages, sequence parallel, cp, devices; what else.
+LAYOUTS: dict[str, tuple] = {
+    "one": (1, 1, False, 1, 1),
+    "dp4": (1, 1, False, 1, 4),
+    "zero3": (1, 1, False, 1, 4, "actor.optim.zero_stage=3"),
+    "all": (2, 2, True, 2, 16),
+    "pp4-tp2": (2, 4, False, 1, 8),
+    "interleaved": (
+        1, 2, False, 1, 4, "actor.model.pipeline_schedule=interleaved_1f1b",
+        "actor.model.virtual_pipeline_model_parallel_size=2",
+    ),
+    "cp4": (1, 1, False, 4, 8),
+    "sp4": (4, 1, True, 1, 8),
+    "two": (2, 2, True, 1, 8),
+}  # fmt: skip
+
+
+def layout(name: str) -> list[str]:
+    tensor, pipeline, sequence, context, devices, *more = LAYOUTS[name]
+    return [
+        f"actor.model.tensor_model_parallel_size={tensor}",
+        f"actor.model.pipeline_model_parallel_size={pipeline}",
+        f"actor.model.sequence_parallel={sequence}",
+        f"actor.model.context_parallel_size={context}",
+        f"cluster.num_gpus_per_node={devices}",
+        *more,
+    ]
+
+
+def fit(folder: Path, *overrides: str) -> jaxpar.Trainer:
+    trainer = jaxpar.Trainer(jaxpar.load_config(QUICKSTART, [f"runner.output_dir={folder}", *overrides]))
+    trainer.fit()
+    return trainer
+
+
+def metrics(folder: Path, experiment: str = "quickstart") -> list[dict]:
+    return [json.loads(line) for line in (folder / experiment / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path, experiment: str = "quickstart") -> list[float]:
+    return [row["loss"] for row in metrics(folder, experiment)]
+
+
+def assert_same_state(a: jaxpar.Trainer, b: jaxpar.Trainer) -> None:
+    pairs = zip(jax.tree_util.tree_leaves_with_path(a.state), jax.tree.leaves(b.state), strict=True)
+    for (path, left), right in pairs:
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right), err_msg=jax.tree_util.keystr(path))
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1", **more}
+
+
+def start(folder: Path, *overrides: str, **variables: str) -> subprocess.Popen:
+    """`jaxpar train` in a process of its own; its output, errors among it, is text in `stdout`."""
+    return subprocess.Popen(
+        [JAXPAR, "train", QUICKSTART, f"runner.output_dir={folder}", *overrides],
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_two(folder: Path, *overrides: str, **variables: str) -> list[subprocess.Popen]:
+    """The same run in two processes, of ranks 0 and 1."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    place = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    return [start(folder, *overrides, JAX_PROCESS_ID=str(rank), **place, **variables) for rank in range(2)]
