@@ -36,9 +36,8 @@ class GlobalBatch:
         """Arrays [len(self.rows), seq_length] of this process, tokens in natural order → global arrays on the mesh, tokens
         in the order of their places. Labels, positions and masks travel with their tokens, so nothing after this minds.
         Dynamic batches may have fewer rows, the same number on each dp rank."""
-        if (num_rows := len(rows["tokens"])) != len(self.rows):
-            total = self.shape[0] * num_rows // len(self.rows)
-            return GlobalBatch(total, self.shape[1], self._mesh).place(rows)
+        if len(rows["tokens"]) != len(self.rows):
+            return self.resized(len(rows["tokens"])).place(rows)
 
         def place(array: np.ndarray) -> jax.Array:
             def shard(index: Any) -> np.ndarray:
@@ -49,6 +48,10 @@ class GlobalBatch:
             return jax.make_array_from_callback(self.shape, self.sharding, shard)
 
         return {key: place(array) for key, array in rows.items()}
+
+    def resized(self, num_rows: int) -> "GlobalBatch":
+        """Of so many rows on this process, and as many on each dp rank."""
+        return GlobalBatch(self.shape[0] * num_rows // len(self.rows), self.shape[1], self._mesh)
 
     def complete(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """A user's global batch, checked, with defaults, cut down to this process's rows.

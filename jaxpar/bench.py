@@ -1,6 +1,7 @@
 """What a train step costs on the devices that are here, with random tokens: one config by itself, or several layouts of
 its model beside one device and beside plain JAX."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -112,7 +113,7 @@ def measure(config: Config, devices: list[jax.Device], steps: int) -> Measuremen
     stats = [device.memory_stats() or {} for device in program.mesh.local_devices]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     report = read_report(config, program, run.compiled, run.compile_seconds, stats[0].get("bytes_limit", 0))
-    rate, peak = config.actor.global_batch_size * config.runner.seq_length / median, peak_flops(devices[0])
+    rate, peak = math.prod(program.batch.shape) / median, peak_flops(devices[0])
     return Measurement(
         device=devices[0].device_kind,
         devices=len(devices),

@@ -134,7 +134,7 @@ class Checkpoints:
           shapes, shardings: trees that say how the state shall lie on this run's devices.
 
         Raises:
-          ConfigError: another model's checkpoint, or a global batch size other than this run's.
+          ConfigError: another model's checkpoint, or a position in the data that means something else in this run.
           CheckpointError: a file is damaged or cannot be read.
         """
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -158,6 +158,15 @@ class Checkpoints:
             problems.append(
                 f"actor.global_batch_size: {batch}, but {path} was written with {stored_batch}, and its data position "
                 f"is counted in such batches: set it to {stored_batch}, or runner.resume_dir: null to start anew"
+            )
+        dynamic, stored = (
+            runner["enable_dynamic_batch_size"] for runner in (vars(self._config.runner), manifest["config"]["runner"])
+        )
+        if dynamic != stored:
+            problems.append(
+                f"runner.enable_dynamic_batch_size: {dynamic}, but {path} was written with {stored}, and its data position "
+                f"counts {'documents' if stored else 'sequences'}: set it to {stored}, or runner.resume_dir: null to start "
+                f"anew"
             )
         theirs = manifest["tree"]
         ours = {name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in named_leaves(target)}

@@ -36,6 +36,10 @@ class PlainProgram:
         dtype = DTYPES[config.actor.model.precision]
         if architecture is None:
             raise ConfigError("actor.model: describes no model: give model_path, or hidden_size, num_hidden_layers, …")
+        if config.runner.enable_dynamic_batch_size:
+            raise ConfigError(
+                "runner.enable_dynamic_batch_size: True, but layouts are compared on batches of one shape: set it to False"
+            )
         if rows % len(devices):
             raise ConfigError(
                 f"actor.global_batch_size: {rows} does not divide by {len(devices)} devices ({rows} / {len(devices)} = "

@@ -3,7 +3,6 @@ needs, and nothing that runs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from jaxpar.mesh import build_mesh, cross_host_warning
 from jaxpar.metrics import flops_coefficients
 from jaxpar.models import Decoder, FunctionalModel, Model
 from jaxpar.optimizer import build_optimizer, learning_rate_schedule
-from jaxpar.pipeline.schedule import Schedule, ScheduleError, build_schedule
+from jaxpar.pipeline.schedule import ScheduleError, build_schedule
 from jaxpar.recompute import Recompute
 from jaxpar.sharding import layout_tree
 from jaxpar.train_step import LossScale, State, build_train_step, init_state, state_shardings
@@ -87,7 +86,8 @@ class Program:
             num_chunks=chunks,
         )
         self.num_params = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.model.shapes))
-        self._schedule = partial(_schedule, config.actor.model.pipeline_schedule, sizes.pp, chunks)
+        name = config.actor.model.pipeline_schedule
+        self._schedule = lambda num_microbatches: build_schedule(name, sizes.pp, num_microbatches, chunks)
         try:
             self.schedule = self._schedule(config.num_microbatches(sizes))
         except ScheduleError as error:
@@ -110,12 +110,11 @@ class Program:
             zero_stage=config.zero_stage,
             reduce_dtype=DTYPES[config.actor.optim.grad_reduce_dtype],
         )
+        loss_and_grads = self._for_its_microbatches(build_loss_and_grads)
         self.evaluate = jax.jit(self._for_its_microbatches(build_evaluate))
-        self.loss_and_grads = jax.jit(self._for_its_microbatches(build_loss_and_grads))
+        self.loss_and_grads = jax.jit(loss_and_grads)
         self.train_step = jax.jit(
-            build_train_step(
-                self._for_its_microbatches(build_loss_and_grads), optimizer, learning_rate_schedule(config), loss_scale
-            ),
+            build_train_step(loss_and_grads, optimizer, learning_rate_schedule(config), loss_scale),
             in_shardings=(self.state_shardings, self.batch.sharding),
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, P())),
             donate_argnums=0,
@@ -151,10 +150,6 @@ class Program:
             return build(replace(self._setup, schedule=schedule))(params, batch, *args)
 
         return function
-
-
-def _schedule(name: str, num_stages: int, num_chunks: int, num_microbatches: int) -> Schedule:
-    return build_schedule(name, num_stages, num_microbatches, num_chunks)
 
 
 def _attention_settings(config: Config, platform: str) -> AttentionSettings:

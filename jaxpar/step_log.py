@@ -30,7 +30,7 @@ class StepLog:
         self._config, self._report, self._writers = config, report, writers
         self._pending: tuple[int, dict[str, jax.Array], Mapping[str, np.ndarray], Mapping[str, float]] | None = None
         self._skipped_in_a_row = 0
-        self._rows = program.batch.rows
+        self._place = program.batch
         devices = program.mesh.devices.flatten()
         peak = peak_flops(devices[0])
         self._mfu_per_flops = None
@@ -111,7 +111,7 @@ class StepLog:
         folder = self._config.output_path / "skipped_batches"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step_{step}.process_{jax.process_index()}.npz"
-        arrays: Any = {"rows": np.asarray(self._rows), **batch}
+        arrays: Any = {"rows": np.asarray(self._place.resized(len(batch["tokens"])).rows), **batch}
         np.savez_compressed(path, **arrays)
         self._report.say(f"step {step}: loss or gradients are not finite, nothing was updated; its batch is in {path}")
         self._skipped_in_a_row += 1

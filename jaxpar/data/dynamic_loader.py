@@ -1,7 +1,7 @@
 """Global batches of whole documents of any length, in rows of a token budget (see `jaxpar.data.dynamic`).
 
-Global batch t holds the documents that a `PackedSource`'s loader would take as samples: their order is `BatchOrder`'s,
-whatever dp and the budget are. A document of n tokens takes n - 1 places, because its last is a target only.
+Which documents are in global batch t says `BatchOrder`, as for packed samples, whatever dp and the budget are. A document
+of n tokens takes n - 1 places, because its last is a target only.
 """
 
 import dataclasses
@@ -10,11 +10,14 @@ from pathlib import Path
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from jaxpar.data.dynamic import DocumentCost, plan_rows
 from jaxpar.data.loader import Batch, BatchLoader, BatchOrder
 from jaxpar.data.packing import TokenCache
 from jaxpar.data.text import DataError
+
+_CHUNK = 1 << 20  # documents looked at together, so that memory does not grow with the corpus
 
 
 class DocumentSource:
@@ -24,36 +27,38 @@ class DocumentSource:
       folder: of a token cache.
       budget: places in a row.
 
-    Attributes:
-      lengths: int64 [num_documents], places that each document takes.
-
-    `source[i]` is int32 [lengths[i] + 1], the tokens of document i with its end-of-document token.
+    `source[i]` is int32 [length + 1], the tokens of document i with its end-of-document token.
     Raises `DataError` if documents take more places than a row has; says which.
     """
 
     def __init__(self, folder: Path, budget: int):
         self.folder, self.budget = folder, budget
         self._cache = TokenCache(folder)
-        self.lengths = np.diff(self._cache.doc_ends, prepend=0) - 1
-        if len(too_long := np.flatnonzero(self.lengths > budget)):
-            raise DataError(
-                [self._too_long(int(document)) for document in too_long[:10]] + _and_more(len(too_long) - 10)
-            )
+        chunks = (np.arange(first, min(first + _CHUNK, len(self))) for first in range(0, len(self), _CHUNK))
+        too_long = [document for chunk in chunks for document in chunk[self.lengths(chunk) > budget].tolist()]
+        if too_long:
+            more = [f"and {len(too_long) - 10:,} documents more"] if len(too_long) > 10 else []
+            raise DataError([self._too_long(document) for document in too_long[:10]] + more)
 
     def _too_long(self, document: int) -> str:
-        length = int(self.lengths[document])
+        length = len(self[document]) - 1
         return (
             f"runner.max_tokens_per_mbs: {self._cache.origin(document)} has {length + 1:,} tokens, which need {length:,} "
             f"places, but max_tokens_per_mbs * context_parallel_size gives {self.budget:,}, and no document is cut: raise "
             f"one of them, or take the document out of the data"
         )
 
+    def lengths(self, documents: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Places that each of these documents takes."""
+        ends = self._cache.doc_ends
+        return ends[documents] - np.where(documents > 0, ends[documents - 1], 0) - 1
+
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._cache.doc_ends)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        end = int(self._cache.doc_ends[index])
-        return np.asarray(self._cache.tokens[end - int(self.lengths[index]) - 1 : end], np.int32)
+        end, (length,) = int(self._cache.doc_ends[index]), self.lengths(np.array([index]))
+        return np.asarray(self._cache.tokens[end - int(length) - 1 : end], np.int32)
 
     def __reduce__(self):
         return DocumentSource, (self.folder, self.budget)  # not the corpus
@@ -114,7 +119,7 @@ class _ReadPlanned:
     def __call__(self, batch: int) -> Batch:
         first = batch * self.global_batch_size
         numbers = np.array([self.numbers[first + i] for i in range(self.global_batch_size)])
-        lengths = self.source.lengths[numbers]
+        lengths = self.source.lengths(numbers)
         plan = plan_rows(lengths, self.source.budget, self.dp, self.cost)
         rows = [
             pack_row([self.source[number] for number in numbers[documents]], self.source.budget)
@@ -143,7 +148,3 @@ def pack_row(documents: Sequence[np.ndarray], budget: int) -> Batch:
         row["positions"][places] = np.arange(len(document) - 1)
         start = places.stop
     return row
-
-
-def _and_more(number: int) -> list[str]:
-    return [f"and {number:,} documents more"] if number > 0 else []

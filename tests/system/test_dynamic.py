@@ -2,16 +2,22 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
+from user_models import EMBED, GPT
 
 import jaxpar
-from jaxpar.data import build_loader
+from jaxpar.data import DocumentCost, build_loader, load_tokenizer, open_dataset
+from jaxpar.evaluation import Evaluation
+from jaxpar.metrics import model_flops_per_token
+from jaxpar.program import Program
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 JAXPAR = Path(sys.executable).parent / "jaxpar"
@@ -39,8 +45,12 @@ def dynamic(pp: int, cp: int, dp: int) -> list[str]:
 
 
 def train(output: Path, data: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [JAXPAR, "train", QUICKSTART, f"runner.output_dir={output}", f"data.train_data_paths=[{data}]"]
-    return subprocess.run([*command, *SMALL, *overrides], capture_output=True, text=True, env=dict(os.environ))
+    return subprocess.run(command(output, data, *overrides), capture_output=True, text=True)
+
+
+def command(output: Path, data: Path, *overrides: str) -> list:
+    paths = [f"runner.output_dir={output}", f"data.train_data_paths=[{data}]"]
+    return [JAXPAR, "train", QUICKSTART, *paths, *SMALL, *overrides]
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -80,9 +90,15 @@ def plain_rows(texts: list[bytes]) -> dict[str, np.ndarray]:
     return batch
 
 
+class Plain(NamedTuple):
+    losses: list[float]
+    tokens: list[int]
+    val_loss: float  # of the same documents, after the last step
+
+
 @pytest.fixture(scope="module")
-def plain(data) -> tuple[list[float], list[int]]:
-    """Losses and tokens of the same documents on one device, without dynamic batches."""
+def plain(data, tmp_path_factory) -> Plain:
+    """The same documents on one device, without dynamic batches."""
     one = ["pipeline_model_parallel_size=1", "context_parallel_size=1"]
     sizes = [f"runner.seq_length={LONGEST}", f"actor.micro_batch_size={DOCUMENTS}", "cluster.num_gpus_per_node=1"]
     config = jaxpar.load_config(QUICKSTART, [*SMALL, *sizes, *[f"actor.model.{size}" for size in one]])
@@ -93,7 +109,9 @@ def plain(data) -> tuple[list[float], list[int]]:
         losses.append(float(trainer.train_step(plain_rows(texts))["loss"]))
         tokens.append(sum(map(len, texts)))
     order.close()
-    return losses, tokens
+    cache = tmp_path_factory.mktemp("plain")
+    samples = open_dataset([data[0]], tokenizer=load_tokenizer(None), seq_length=LONGEST, cache_dir=cache)
+    return Plain(losses, tokens, Evaluation(trainer.program, samples, None).loss(trainer.state["params"]))
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +123,8 @@ def dp2_cp2(tmp_path_factory, data) -> tuple[Path, str]:
     return output, result.stdout
 
 
-def assert_same_as_plain(output: Path, plain: tuple[list[float], list[int]]) -> None:
-    losses, tokens = plain
+def assert_same_as_plain(output: Path, plain: Plain) -> None:
+    losses, tokens, _ = plain
     np.testing.assert_allclose([row["loss"] for row in metrics(output)], losses, rtol=0, atol=1e-5)
     assert [row["tokens"] for row in metrics(output)] == tokens
     assert losses[0] - losses[-1] > 0.1
@@ -118,8 +136,30 @@ def test_losses_on_dp2_cp2_are_those_of_plain_rows(dp2_cp2, plain):
 
 @pytest.mark.slow
 def test_losses_on_dp2_pp2_cp2_are_those_of_plain_rows(tmp_path, data, plain):
-    result = train(tmp_path, data[0], *dynamic(pp=2, cp=2, dp=2))
+    evaluation = [f"data.val_data_paths=[{data[0]}]", f"runner.val_check_interval={STEPS}"]
+    result = train(tmp_path, data[0], *dynamic(pp=2, cp=2, dp=2), *evaluation)
     assert result.returncode == 0, result.stderr
+    assert_same_as_plain(tmp_path, plain)
+    assert metrics(tmp_path)[-1]["val_loss"] == pytest.approx(plain.val_loss, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_reads_the_rows_of_its_own_dp_rank(tmp_path, data, plain):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        subprocess.Popen(
+            command(tmp_path, data[0], *dynamic(pp=1, cp=1, dp=2)),
+            env={**os.environ, **meet, "JAX_PROCESS_ID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    output = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], output
     assert_same_as_plain(tmp_path, plain)
 
 
@@ -154,6 +194,23 @@ def test_resume_in_the_middle_is_bitwise(tmp_path, dp2_cp2, data):
         assert [row[key] for row in metrics(tmp_path)] == [row[key] for row in metrics(dp2_cp2[0])]
     for one, other in zip(jax.tree.leaves(halves.state), jax.tree.leaves(whole.state), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_a_checkpoint_whose_position_counts_documents_is_not_read_for_sequences(dp2_cp2, data):
+    with pytest.raises(jaxpar.ConfigError, match="dynamic_batch_size: False, but .* with True, .* counts documents"):
+        fit(dp2_cp2[0], data[0], "runner.enable_dynamic_batch_size=False", "actor.micro_batch_size=1")
+
+
+def test_what_is_balanced_are_the_flops_of_the_model():
+    config = jaxpar.load_config(QUICKSTART, [*SMALL, *dynamic(pp=1, cp=2, dp=2)])
+    program = Program(config, jax.devices()[:4])
+    per_token = model_flops_per_token(program.architecture, program.num_params, 17)
+    assert DocumentCost(*program.document_flops)(np.array([17])) == [17 * per_token]
+    assert program.batch.shape == (DOCUMENTS, LONGEST) and program.dp_ranks == [0, 1]
+    assert program.batch.resized(6).rows == [*range(6)]
+    model = GPT()
+    program = Program(config, jax.devices()[:4], model)
+    assert program.document_flops == (6 * program.num_params, 6 * model.num_layers * EMBED, None)
 
 
 def test_a_document_over_the_budget_is_an_error_that_names_it(tmp_path, data):

@@ -284,7 +284,7 @@ RULES = {
         "microbatch on each cp rank, so that max_tokens_per_mbs * context_parallel_size holds the longest document",
     ),
     "budget": (
-        1,
+        4,
         dict(
             runner=dict(enable_dynamic_batch_size=True, max_tokens_per_mbs=30),
             model=dict(context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True),

@@ -7,7 +7,15 @@ import pickle
 import numpy as np
 import pytest
 
-from jaxpar.data import DataError, DocumentCost, DocumentSource, build_dynamic_loader, build_loader, load_tokenizer
+from jaxpar.data import (
+    DataError,
+    DocumentCost,
+    DocumentSource,
+    build_dynamic_loader,
+    build_loader,
+    dynamic_loader,
+    load_tokenizer,
+)
 from jaxpar.data.dynamic import plan_rows, row_counts
 from jaxpar.data.packing import token_cache
 
@@ -217,9 +225,11 @@ def test_workers_get_the_name_of_the_corpus_and_not_the_corpus(documents):
     assert len(pickle.dumps(documents[0])) < 500
 
 
-def test_documents_over_the_budget_are_named_before_training(tmp_path):
+@pytest.mark.parametrize("chunk", [1 << 20, 3])
+def test_documents_over_the_budget_are_named_before_training(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(dynamic_loader, "_CHUNK", chunk)
     source, _ = open_documents(tmp_path, [3, 8, 5], budget=8)
-    assert source.lengths.tolist() == [3, 8, 5]
+    assert source.lengths(np.arange(3)).tolist() == [3, 8, 5]
     with pytest.raises(DataError) as caught:
         open_documents(tmp_path, [3, 8, 0, 9, 5, *[10] * 12], budget=8)
     problems = caught.value.problems
