@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from jaxpar.config import Config, ConfigError
 
 _OVERRIDE = re.compile(r"[\w-]+(\.[\w-]+)+=.*", re.DOTALL)
-_PART = re.compile(r"(dp|pp|tp|sp|cp)=?([1-9]\d*)|(schedule)=(\w+)|(microbatches|chunks)=([1-9]\d*)|(zero)=([0-3])", re.ASCII)
+_PART = re.compile(
+    r"(dp|pp|tp|sp|cp)=?([1-9]\d*)|(schedule)=(\w+)|(microbatches|chunks)=([1-9]\d*)|(zero)=([0-3])", re.ASCII
+)
 _EXAMPLE = "pp4,dp2,schedule=1f1b,microbatches=8"
 
 
