@@ -33,15 +33,18 @@ from jaxpar.attention.types import (
 from jaxpar.collectives import MASKED
 
 MAX_TILE, MIN_TILE = 1024, 128  # tokens
+TOKENS = 3  # the tokens' dimension in here, see _inside
 TRIANGLE_TILES = 16  # along each side, within these limits: of a causal square 1/2 + 1/32 is computed
 
 
 def forward(kind: Kind, queries: Queries, keys: Keys, offset: Offset) -> Partial:
     def add(partial: Partial, more: Partial, query_start: jax.Array, _: jax.Array) -> Partial:
-        return put(partial, merge(take(partial, query_start, more.lse.shape[1]), more), query_start)
+        before = take(partial, query_start, more.lse.shape[TOKENS], TOKENS)
+        return put(partial, merge(before, more), query_start, TOKENS)
 
     functions = _Functions(_tile_forward, lambda queries, _: nothing(queries.query), add)
-    return _over_tiles(kind, queries, keys, offset, functions)
+    partial = _over_tiles(kind, _inside(queries), _inside(keys), offset, functions)
+    return Partial(*(jnp.moveaxis(x, TOKENS, 1) for x in partial))
 
 
 def backward(kind: Kind, queries: Queries, keys: Keys, offset: Offset, output_grads: OutputGrads) -> Grads:
@@ -49,10 +52,29 @@ def backward(kind: Kind, queries: Queries, keys: Keys, offset: Offset, output_gr
         return _tile_backward(kind, rows[0], keys, offset, rows[1])
 
     def add(grads: Grads, more: Grads, query_start: jax.Array, key_start: jax.Array) -> Grads:
-        return jax.tree.map(add_at, grads, more, Grads(query_start, key_start, key_start))
+        starts = Grads(query_start, key_start, key_start)
+        return jax.tree.map(lambda total, more, start: add_at(total, more, start, TOKENS), grads, more, starts)
 
     functions = _Functions(compute, lambda rows, keys: no_grads(rows[0], keys), add)
-    return _over_tiles(kind, (queries, output_grads), keys, offset, functions)
+    rows = _inside(queries), _inside(output_grads)
+    grads = _over_tiles(kind, rows, _inside(keys), offset, functions)
+    query, key, value = (jnp.moveaxis(x, TOKENS, 1) for x in grads)
+    return Grads(query, key[:, :, :, 0], value[:, :, :, 0])
+
+
+def _inside(tree: Any) -> Any:
+    """In here heads come first, as products want them: [b, k, g, q, d], keys [b, k, 1, s, d], segments [b, 1, 1, tokens].
+    Turned round once, and not for each tile."""
+
+    def move(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 1, TOKENS)
+
+    if isinstance(tree, Keys):
+        segments = None if tree.segments is None else tree.segments[:, None, None]
+        return Keys(move(tree.key[:, :, :, None]), move(tree.value[:, :, :, None]), segments)
+    if isinstance(tree, Queries):
+        return Queries(move(tree.query), None if tree.segments is None else tree.segments[:, None, None])
+    return jax.tree.map(move, tree)
 
 
 class _Functions(NamedTuple):
@@ -63,7 +85,7 @@ class _Functions(NamedTuple):
 
 def _over_tiles(kind: Kind, rows: Any, keys: Keys, offset: Offset, functions: _Functions) -> Any:
     """Adds up all tiles that the mask leaves something of. `rows`: all that has a query dimension."""
-    sides = jax.tree.leaves(rows)[0].shape[1], keys.key.shape[1]
+    sides = jax.tree.leaves(rows)[0].shape[TOKENS], keys.key.shape[TOKENS]
     sizes = tile_size(sides[0], masked=offset is not None), tile_size(sides[1], masked=offset is not None)
     columns = sides[1] // sizes[1]
     tiles = np.arange(sides[0] // sizes[0] * columns)  # the tiles of a query in a row
@@ -77,7 +99,7 @@ def _over_tiles(kind: Kind, rows: Any, keys: Keys, offset: Offset, functions: _F
 
     def step(masked: bool, total: Any, tile: jax.Array):
         query_start, key_start = corner(tile)
-        args = kind, take(rows, query_start, sizes[0]), take(keys, key_start, sizes[1])
+        args = kind, take(rows, query_start, sizes[0], TOKENS), take(keys, key_start, sizes[1], TOKENS)
         if not masked:
             result = functions.compute(*args, None)
         elif isinstance(offset, jax.Array):
@@ -121,7 +143,7 @@ def tile_size(tokens: int, *, masked: bool) -> int:
 
 def _scores(kind: Kind, queries: Queries, keys: Keys, distance: jax.Array | None):
     """Scaled scores of a tile, float32 [b, k, g, q, s], and its mask [b or 1, 1, 1, q, s] or None."""
-    scores = _product("bqkgd,bskd->bkgqs", queries.query, keys.key) * kind.scale
+    scores = _product("bkgqd,bksd->bkgqs", queries.query, keys.key[:, :, 0]) * kind.scale
     if distance is None and queries.segments is None:
         return scores, None
     places = distance is not None
@@ -129,8 +151,8 @@ def _scores(kind: Kind, queries: Queries, keys: Keys, distance: jax.Array | None
     mask = attention_mask(
         query_index,
         jnp.arange(scores.shape[-1]),
-        queries.segments,
-        keys.segments,
+        None if queries.segments is None else queries.segments[:, 0, 0],
+        None if keys.segments is None else keys.segments[:, 0, 0],
         causal=kind.causal and places,
         window=kind.window if places else None,
     )
@@ -145,25 +167,21 @@ def _tile_forward(kind: Kind, queries: Queries, keys: Keys, distance) -> Partial
     scores, mask = _scores(kind, queries, keys, distance)
     highest = _masked(mask, scores, MASKED).max(-1, keepdims=True)
     weights = _masked(mask, jnp.exp(scores - highest), 0)
-    total = weights.sum(-1)
-    lse = highest[..., 0] + jnp.log(jnp.maximum(total, 1e-30))
-    total, lse = (x.transpose(0, 3, 1, 2) for x in (total, lse))
-    output = _product("bkgqs,bskd->bqkgd", weights.astype(keys.value.dtype), keys.value)
-    # A fully masked row: output 0, log-sum-exp about MASKED.
-    return Partial(output / jnp.maximum(total, 1e-30)[..., None], lse)
+    total = jnp.maximum(weights.sum(-1), 1e-30)  # a fully masked row: output 0, log-sum-exp about MASKED
+    output = _product("bkgqs,bksd->bkgqd", weights.astype(keys.value.dtype), keys.value[:, :, 0])
+    return Partial(output / total[..., None], highest[..., 0] + jnp.log(total))
 
 
 def _tile_backward(kind: Kind, queries: Queries, keys: Keys, distance, of: OutputGrads) -> Grads:
-    like_scores = lambda x: x.transpose(0, 2, 3, 1)[..., None]  # noqa: E731  [b, q, k, g] → [b, k, g, q, 1]
     scores, mask = _scores(kind, queries, keys, distance)
-    weights = _masked(mask, jnp.exp(scores - like_scores(of.lse)), 0)
-    weights_grad = _product("bqkgd,bskd->bkgqs", of.grad, keys.value)
-    scores_grad = (weights * (weights_grad - like_scores(of.delta)) * kind.scale).astype(queries.query.dtype)
+    weights = _masked(mask, jnp.exp(scores - of.lse[..., None]), 0)
+    weights_grad = _product("bkgqd,bksd->bkgqs", of.grad, keys.value[:, :, 0])
+    scores_grad = (weights * (weights_grad - of.delta[..., None]) * kind.scale).astype(queries.query.dtype)
     weights = weights.astype(queries.query.dtype)
     return Grads(
-        query=_product("bkgqs,bskd->bqkgd", scores_grad, keys.key),
-        key=_product("bkgqs,bqkgd->bskd", scores_grad, queries.query),
-        value=_product("bkgqs,bqkgd->bskd", weights, of.grad),
+        query=_product("bkgqs,bksd->bkgqd", scores_grad, keys.key[:, :, 0]),
+        key=_product("bkgqs,bkgqd->bksd", scores_grad, queries.query)[:, :, None],
+        value=_product("bkgqs,bkgqd->bksd", weights, of.grad)[:, :, None],
     )
 
 

@@ -89,14 +89,14 @@ def tie(tree: Any, data: jax.Array) -> Any:
     return lax.optimization_barrier((tree, data))[0]
 
 
-def take(tree: Any, start: jax.Array, size: int) -> Any:
+def take(tree: Any, start: jax.Array, size: int, axis: int = 1) -> Any:
     """Tokens [start, start + size) of each array."""
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, 1), tree)
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis), tree)
 
 
-def put(tree: Any, part: Any, start: jax.Array) -> Any:
-    return jax.tree.map(lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, 1), tree, part)
+def put(tree: Any, part: Any, start: jax.Array, axis: int = 1) -> Any:
+    return jax.tree.map(lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, axis), tree, part)
 
 
-def add_at(total: jax.Array, more: jax.Array, start: jax.Array) -> jax.Array:
-    return put(total, take(total, start, more.shape[1]) + more, start)
+def add_at(total: jax.Array, more: jax.Array, start: jax.Array, axis: int = 1) -> jax.Array:
+    return put(total, take(total, start, more.shape[axis], axis) + more, start, axis)

@@ -112,7 +112,10 @@ PLACES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_PLACES]
 
 
 @pytest.mark.parametrize("kind", ["causal", "full", "packed", "window"])
-@pytest.mark.parametrize("heads", [EQUAL, GROUPED], ids=["as many kv heads", "grouped"])
+@pytest.mark.parametrize(
+    "heads",
+    [pytest.param(EQUAL, id="as many kv heads", marks=pytest.mark.slow), pytest.param(GROUPED, id="grouped")],
+)
 @pytest.mark.parametrize(("settings", "cp"), PLACES, ids=lambda x: getattr(x, "cp_comm_type", x))
 def test_output_and_gradients(settings, cp, heads, kind):
     check(cp, heads, kind, settings)
@@ -128,7 +131,9 @@ def test_a_cp_axis_of_one():
 
 
 @pytest.mark.parametrize("kind", list(KINDS)[4:])
-@pytest.mark.parametrize("settings", [P2P, ALL_GATHER], ids=lambda s: s.cp_comm_type)
+@pytest.mark.parametrize(
+    "settings", [P2P, pytest.param(ALL_GATHER, marks=pytest.mark.slow)], ids=lambda s: s.cp_comm_type
+)
 def test_other_masks(settings, kind):
     check(4, GROUPED, kind, settings)
 
@@ -224,7 +229,7 @@ HEADS = GROUPED[0]
 def executed_flops(cp, settings=P2P, seq=SEQ, **kind) -> float:
     """Of one device, forward and backward; one program runs on all, so that nobody can be busier than others."""
     values, segments = arrays(*GROUPED, seq=seq)
-    text = with_gradients(attention, cp, settings, **kind).lower(*values, segments).compile().as_text()
+    text = with_gradients(attention, cp, settings, **kind).lower(*values, segments).compile(QUICK).as_text()
     assert kind or not re.search(r"\bconditional\(", text)
     counted = count(text)
     assert counted.uncounted == []
@@ -262,7 +267,7 @@ def test_full_attention_is_the_whole_square(settings):
 def test_ring_steps_beyond_the_window_are_left_out(window, hops):
     assert set(ring._stops(Kind(True, window, 1.0, "xla"), ring.Ring(4), SEQ // 4)) == {0} | hops
     values, segments = arrays(*GROUPED)
-    text = with_gradients(attention, 4, window=window).lower(*values, segments).compile().as_text()
+    text = with_gradients(attention, 4, window=window).lower(*values, segments).compile(QUICK).as_text()
     pairs = re.findall(r"collective-permute\(.*source_target_pairs=\{(.*?)\}\}", text)
     distances = {(int(b) - int(a)) % 4 for found in pairs for a, b in re.findall(r"(\d),(\d)", found)}
     assert distances == ({1, 2} if hops == {1, 3} else {1} if hops else set())  # from step 1 to step 3 in one hop
@@ -286,7 +291,7 @@ def test_never_more_than_one_tile_of_scores(monkeypatch, backward, settings):
         if not backward:
             run = jax.jit(lambda *args, run=run: run(*args)[0])
         values, segments = arrays(heads, kv_heads, seq=(cp or 4) * SHARE)
-        return run.lower(*values, segments).compile()
+        return run.lower(*values, segments).compile(QUICK)
 
     program = compiled(attention, 4)
     shapes = array_shapes(program.as_text())
@@ -302,7 +307,7 @@ def test_never_more_than_one_tile_of_scores(monkeypatch, backward, settings):
 
 def sent(settings, cp=4):
     values, segments = arrays(*GROUPED)
-    text = with_gradients(attention, cp, settings).lower(*values, segments).compile().as_text()
+    text = with_gradients(attention, cp, settings).lower(*values, segments).compile(QUICK).as_text()
     counted = count(text, np.arange(cp).reshape(1, 1, 1, 1, cp))
     assert all(c.axes == ("cp",) and c.dtype == "f32" for c in counted.collectives)
     return {
