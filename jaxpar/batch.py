@@ -19,7 +19,7 @@ class GlobalBatch:
     """Shape and place of a global batch.
 
     Attributes:
-      shape: (global_batch_size, seq_length).
+      shape: (global_batch_size, seq_length); with dynamic batches the most rows that there may be.
       sharding: batch over dp, sequence over cp.
       order: int [seq_length], index in the sequence of the token at each place (see `jaxpar.attention.zigzag_order`).
       rows: rows of the global batch that this process's devices need, in order.
@@ -27,14 +27,18 @@ class GlobalBatch:
 
     def __init__(self, global_batch_size: int, seq_length: int, mesh: Mesh):
         self.shape = (global_batch_size, seq_length)
-        self.sharding = NamedSharding(mesh, BATCH_SPEC)
+        self._mesh, self.sharding = mesh, NamedSharding(mesh, BATCH_SPEC)
         self.order = zigzag_order(seq_length, mesh.shape["cp"])
         slices = self.sharding.addressable_devices_indices_map(self.shape).values()
         self.rows = sorted({row for index in slices if index for row in range(global_batch_size)[index[0]]})
 
     def place(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Arrays [len(self.rows), seq_length] of this process, tokens in natural order → global arrays on the mesh, tokens
-        in the order of their places. Labels, positions and masks travel with their tokens, so nothing after this minds."""
+        in the order of their places. Labels, positions and masks travel with their tokens, so nothing after this minds.
+        Dynamic batches may have fewer rows, the same number on each dp rank."""
+        if (num_rows := len(rows["tokens"])) != len(self.rows):
+            total = self.shape[0] * num_rows // len(self.rows)
+            return GlobalBatch(total, self.shape[1], self._mesh).place(rows)
 
         def place(array: np.ndarray) -> jax.Array:
             def shard(index: Any) -> np.ndarray:
@@ -59,8 +63,7 @@ class GlobalBatch:
         for key, array in batch.items():
             if np.shape(array) != self.shape:
                 raise ValueError(
-                    f"batch: {key} is {np.shape(array)}, but [actor.global_batch_size, runner.seq_length] is "
-                    f"{self.shape}"
+                    f"batch: {key} is {np.shape(array)}, but the rows and tokens of a global batch are {self.shape}"
                 )
         defaults = {
             "loss_mask": np.ones(self.shape),

@@ -1,7 +1,8 @@
-"""`jaxpar train | mesh | schedule`: reads the command line, prints, and turns errors into one line and an exit code."""
+"""`jaxpar train | mesh | compile | bench | schedule`: reads the command line, prints, and turns errors into one line and an exit code."""
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 
 from jaxpar.config import Config, ConfigError, load_config
+from jaxpar.pipeline.schedule import SCHEDULES, ScheduleError, build_schedule
 
 if TYPE_CHECKING:
     from jaxpar.trainer import Trainer
@@ -30,12 +32,19 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file,
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file's.")
 ]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[LAYOUT|KEY=VALUE]...", help="Layouts to compare, such as pp4,dp2; and settings."),
+]
 
 
 @app.command(epilog="Example: jaxpar train configs/quickstart.yaml runner.max_steps=20 actor.optim.lr=1e-3")
 def train(
     config_path: ConfigPath,
     overrides: Overrides = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="STEP:COUNT", help="Trace COUNT steps from step STEP on for xprof.")
+    ] = None,
     verbose: Annotated[bool, typer.Option(help="Show the XLA and NCCL settings, each with its reason.")] = False,
 ) -> None:
     """Train a model. Ctrl-C saves; the same command goes on where it was if runner.resume_dir is auto.
@@ -50,17 +59,15 @@ def train(
     settings = xla.apply(config.cluster.xla_flags, config.cluster.deterministic)
     if verbose:
         print("\n".join(settings))
-    from jaxpar.trainer import (
-        Interrupted,
-        NonFiniteError,
-        ReplicaError,
-        Trainer,
-    )  # after the config is known to be good: jax takes seconds to load
+    # After the config is known to be good: jax takes seconds to load.
+    from jaxpar.profile import Steps
+    from jaxpar.trainer import Interrupted, NonFiniteError, ReplicaError, Trainer
 
+    steps = Steps.parse(profile) if profile is not None else None
     trainer = Trainer(config)
     _print_head(trainer, config)
     try:
-        trainer.fit()
+        trainer.fit(steps)
     except Interrupted as stop:
         again = "run the same command to go on" if config.runner.resume_dir else "set runner.resume_dir=auto to go on"
         _error(f"{stop}: {again}")
@@ -82,6 +89,8 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
     from jaxpar import display, runtime
     from jaxpar.mesh import cross_host_warning
     from jaxpar.models import Decoder, FunctionalModel
+    from jaxpar.pipeline.drawing import placement_line
+    from jaxpar.placement import LayerPlacement
     from jaxpar.sharding import layout_tree
 
     console = _console()
@@ -106,6 +115,9 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
         model.shapes, model.dims, abstract, explicit=True, zero_stage=config.zero_stage, num_chunks=chunks
     )
     console.print(display.parameter_table(layouts, abstract.shape))
+    placement = LayerPlacement(model.num_layers, sizes.pp, chunks)
+    if placement.is_padded:
+        console.print(placement_line(placement), highlight=False)
 
 
 @app.command(
@@ -114,7 +126,7 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
 )
 def compile_(
     config_path: ConfigPath,
-    overrides: Overrides = None,
+    arguments: Arguments = None,
     gpu: Annotated[str, typer.Option(help="a100-40g, a100-80g, h100, h200 or b200.")] = "h100",
     tpu: Annotated[str | None, typer.Option(help="A TPU slice instead, such as v5e:4x4.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Default: cluster.num_nodes.")] = None,
@@ -123,16 +135,21 @@ def compile_(
     hlo_file: Annotated[Path | None, typer.Option("--hlo", help="Write the optimized program here.")] = None,
     verbose: Annotated[bool, typer.Option(help="Show the XLA flags, each with its reason.")] = False,
 ) -> None:
-    """Compile the train step for a whole cluster without having it; say what it needs and whether it fits."""
-    counts = [f"cluster.num_nodes={nodes}"] * bool(nodes) + [f"cluster.num_gpus_per_node={gpus_per_node}"] * bool(
-        gpus_per_node
-    )
-    config = load_config(config_path, [*(overrides or ()), *counts])
+    """Compile the train step for a whole cluster without having it; say what it needs and whether it fits. Several
+    layouts give a table."""
+    from jaxpar.layouts import layout_overrides, split_arguments
+
+    overrides, layouts = split_arguments(arguments or ())
+    overrides += [f"cluster.num_nodes={nodes}"] * bool(nodes)
+    overrides += [f"cluster.num_gpus_per_node={gpus_per_node}"] * bool(gpus_per_node)
+    config = load_config(config_path, overrides)
     from jaxpar import xla
-    from jaxpar.targets import GPUS, TPU_MEMORY
+    from jaxpar.targets import GPUS
 
     if tpu is None and gpu not in GPUS:
         raise ConfigError(f"--gpu: {gpu!r} is none of: {', '.join(GPUS)}")
+    if hlo_file and len(layouts) > 1:
+        raise ConfigError(f"--hlo: is for one program, but there are {len(layouts)} layouts: give one of them")
     # There is no GPU to try kernels on.
     flags = (
         xla.apply({"xla_gpu_autotune_level": 0, **config.cluster.xla_flags}, config.cluster.deterministic)
@@ -147,38 +164,124 @@ def compile_(
     if verbose:
         console.print("\n".join(flags), highlight=False)
     if tpu:
-        devices, capacity = tpu_devices(tpu), TPU_MEMORY.get(tpu.partition(":")[0], 0)
+        devices, capacity = tpu_devices(tpu)
     else:
         devices = gpu_devices(gpu, config.cluster.num_nodes, config.cluster.num_gpus_per_node or 8)
         capacity = GPUS[gpu].memory
-    console.print(f"mesh: {display.mesh_line(config.mesh_sizes(len(devices)))}, {tpu or gpu}", highlight=False)
-    _notes(console, config.notes)
-    report = compile_step(config, devices, capacity)
-    for line in display.report_lines(report):
-        console.print(line, highlight=False)
-    console.print(display.collective_table(report))
+    configs = {
+        layout: load_config(config_path, [*overrides, *layout_overrides(layout, config, len(devices))])
+        for layout in layouts
+    } or {"": config}
+    if len(configs) > 1:
+        _notes(console, config.notes)
+        reports = {layout: compile_step(one, devices, capacity) for layout, one in configs.items()}
+        console.print(display.report_table(reports, tpu or gpu))
+        figures: Any = {layout: report.to_json() for layout, report in reports.items()}
+    else:
+        (one,) = configs.values()
+        console.print(f"mesh: {display.mesh_line(one.mesh_sizes(len(devices)))}, {tpu or gpu}", highlight=False)
+        _notes(console, one.notes)
+        report = compile_step(one, devices, capacity)
+        for line in display.report_lines(report):
+            console.print(line, highlight=False)
+        console.print(display.collective_table(report))
+        figures = report.to_json()
+        if hlo_file:
+            hlo_file.write_text(report.hlo)
     if json_file:
-        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
-    if hlo_file:
-        hlo_file.write_text(report.hlo)
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-@app.command(epilog="Example: jaxpar schedule 1f1b --stages 4 --microbatches 8")
-def schedule(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A schedule: gpipe or 1f1b.")],
-    stages: Annotated[int, typer.Option(help="Pipeline stages (pipeline_model_parallel_size).")] = 4,
-    microbatches: Annotated[int, typer.Option(help="global_batch_size / (micro_batch_size x dp).")] = 8,
+@app.command(
+    epilog="Example: jaxpar bench configs/bench_small.yaml dp8 tp2,dp4 pp4,dp2,schedule=1f1b,microbatches=8",
+)
+def bench(
+    config_path: ConfigPath,
+    arguments: Arguments = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps to time: 20; of each layout 3.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
-    """Draw a pipeline schedule; say its bubble and how many microbatches each stage holds."""
-    from jaxpar import display
-    from jaxpar.pipeline.schedule import build_schedule
+    """Time the train step on the devices here, with random tokens: step time, tokens/s, MFU and memory; or, with
+    layouts, each of them beside one device and beside plain data-parallel JAX."""
+    from jaxpar.layouts import layout_overrides, one_device, split_arguments
 
+    overrides, layouts = split_arguments(arguments or ())
+    config = load_config(config_path, overrides)
+    from jaxpar import xla
+
+    xla.apply(config.cluster.xla_flags)
+    import jax
+
+    from jaxpar import display, runtime
+    from jaxpar.bench import PLAIN, compare, measure
+
+    runtime.start(config)
+    devices, console = runtime.devices(config), _console()
+    console.quiet = jax.process_index() > 0
+    where = "simulated on the CPU" if jax.default_backend() == "cpu" else devices[0].device_kind
+    _notes(console, config.notes)
+    if layouts:
+        if jax.process_count() > 1:
+            raise ConfigError("jaxpar bench: layouts are compared in one process; this is one of several")
+
+        def on(settings: list[str]) -> Config:
+            return load_config(config_path, [*overrides, *settings])
+
+        configs = {layout: on(layout_overrides(layout, config, len(devices))) for layout in layouts}
+        console.print(f"{len(devices)} devices, {where}", highlight=False)
+        rows = compare(configs, on(one_device(config)), devices, steps or 3, lambda text: _notes(console, [text]))
+        console.print(display.comparison_table(rows, PLAIN.format(len(devices))))
+        figures: Any = [vars(row) for row in rows]
+    else:
+        console.print(f"mesh: {display.mesh_line(config.mesh_sizes(len(devices)))}, {where}", highlight=False)
+        measured = measure(config, devices, steps or 20)
+        for line in display.measurement_lines(measured):
+            console.print(line, highlight=False)
+        figures = measured.to_json()
+    if json_file and jax.process_index() == 0:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+@app.command(epilog="Example: jaxpar schedule zb1p --stages 4 --microbatches 8 --chunks 2 --svg zb1p.svg")
+def schedule(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"{', '.join(SCHEDULES)}.")],
+    stages: Annotated[int, typer.Option(help="P: pipeline_model_parallel_size.")] = 4,
+    microbatches: Annotated[int, typer.Option(help="M: global_batch_size / (micro_batch_size x dp).")] = 8,
+    chunks: Annotated[int, typer.Option(help="V: virtual_pipeline_model_parallel_size.")] = 1,
+    forward_cost: Annotated[float, typer.Option(help="Time of a microbatch's F on a stage, in any unit.")] = 1.0,
+    backward_cost: Annotated[float, typer.Option(help="That of B, the gradient of the activations.")] = 1.0,
+    weight_cost: Annotated[float, typer.Option(help="That of W, the gradient of the weights.")] = 1.0,
+    layers: Annotated[int | None, typer.Option(help="num_hidden_layers, to see how they are placed.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write a picture here.")] = None,
+) -> None:
+    """Draw a pipeline schedule; say its bubble, memory and messages, and what papers publish for them."""
+    from jaxpar.pipeline import drawing
+    from jaxpar.placement import LayerPlacement
+
+    table = build_schedule(name, stages, microbatches, chunks)
+    costs = (forward_cost, backward_cost, weight_cost)
+    if not (all(0 <= cost < math.inf for cost in costs) and sum(costs) > 0):
+        raise ConfigError(
+            f"--forward-cost {costs[0]:g}, --backward-cost {costs[1]:g}, --weight-cost {costs[2]:g}: choose numbers from 0 "
+            "on that are not all 0"
+        )
+    if layers is not None and layers < stages * chunks:
+        raise ConfigError(
+            f"--layers: {layers} layers are too few for {stages} stages x {chunks} chunks = {stages * chunks} parts of the "
+            "pipeline: lower a size so that each part has a layer"
+        )
     console = _console()
-    table = build_schedule(name, stages, microbatches)
-    for line in display.schedule_lines(table, console.width):
+    for line in drawing.terminal_lines(table, console.width):
         console.print(line, no_wrap=True, crop=False, overflow="ignore")
-    for text in display.schedule_summary(table):
-        console.print(text, highlight=False)
+    for text in drawing.summary_lines(table, costs):
+        console.print(text, highlight=False, markup=False)
+    if layers is not None:
+        console.print(drawing.placement_line(LayerPlacement(layers, stages, chunks)), highlight=False)
+    if svg:
+        try:
+            svg.write_text(drawing.svg(table, costs))
+        except OSError as error:
+            raise ConfigError(f"--svg {svg}: cannot be written: {error.strerror}") from None
 
 
 @checkpoint_app.command(epilog="Example: jaxpar checkpoint inspect results/quickstart/checkpoints/global_step_200")
@@ -209,8 +312,6 @@ def main() -> None:
     # Orbax logs with a traceback what it then raises, and what it raises is told once, in words.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
-    from jaxpar.pipeline.schedule import ScheduleError
-
     try:
         app()
     except ConfigError as error:
@@ -245,9 +346,10 @@ def _print_head(trainer: "Trainer", config: Config) -> None:
     sizes = config.mesh_sizes(program.mesh.size)
     console.print(f"mesh: {display.mesh_line(sizes)}, {where}", highlight=False)
     bubble = f", bubble {schedule.bubble_fraction():.1%}" if sizes.pp > 1 else ""
+    most = "up to " if config.runner.enable_dynamic_batch_size else ""
     console.print(
         f"model: {program.num_params:,} parameters in {config.actor.model.precision}; "
-        f"{schedule.num_microbatches} microbatches a step, schedule {schedule.name}{bubble}",
+        f"{most}{schedule.num_microbatches} microbatches a step, schedule {schedule.name}{bubble}",
         highlight=False,
     )
     _notes(console, config.notes + trainer.warnings)

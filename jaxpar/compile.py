@@ -4,7 +4,9 @@ XLA's GPU compiler needs a description of the GPUs, not the GPUs: with the CUDA 
 `jax.experimental.topologies` gives devices that can be compiled for. What a layout needs is then read from the program.
 """
 
+import math
 import os
+import re
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,8 +20,9 @@ from jaxpar.config import Config, ConfigError
 from jaxpar.hlo import Collective, count
 from jaxpar.mesh import AXES
 from jaxpar.metrics import model_flops_per_token
+from jaxpar.plain import PlainProgram
 from jaxpar.program import Program
-from jaxpar.targets import GPUS
+from jaxpar.targets import GPUS, TPU_MEMORY
 
 MEMORY_FRACTION = 0.92  # of a GPU that XLA may take; the rest is for CUDA, NCCL and cuBLAS
 
@@ -87,19 +90,30 @@ def gpu_devices(gpu: str, nodes: int, gpus_per_node: int) -> list[jax.Device]:
     return list(topology.devices)
 
 
-def tpu_devices(name: str) -> list[jax.Device]:
-    """Compile-only devices of a TPU slice, such as "v5e:4x4".
+def tpu_devices(name: str) -> tuple[list[jax.Device], int]:
+    """Compile-only devices of a TPU slice, such as "v5e:4x4", and the bytes of memory of one.
 
     Raises:
-      ConfigError: libtpu is not installed, or knows no such slice.
+      ConfigError: libtpu is not installed, or there is no such slice.
     """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name, re.ASCII)
+    if not found or found[1] not in TPU_MEMORY:
+        raise ConfigError(
+            f"--tpu: {name!r} is not KIND:CHIPS, such as v5e:4x4; kinds: {', '.join(TPU_MEMORY)}, chips: 2x4, or 2x2x4 for "
+            f"a kind with a torus of three dimensions"
+        )
+    # There is no TPU here whose metadata libtpu could ask the cloud for.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # libtpu raises whatever it likes
         raise ConfigError(
-            f"--tpu {name}: needs libtpu (pip install libtpu), and a slice that it knows: {error}"
+            f"--tpu {name}: needs libtpu (pip install -e '.[tpu]'), and a slice that it knows: {str(error).splitlines()[0]}"
         ) from None
+    # Of some kinds libtpu gives each half of a chip as a device of its own.
+    chips = math.prod(int(size) for size in found[2].split("x"))
+    return devices, TPU_MEMORY[found[1]] * chips // len(devices)
 
 
 def compile_step(config: Config, devices: list[jax.Device], capacity: int) -> Report:
@@ -112,6 +126,11 @@ def compile_step(config: Config, devices: list[jax.Device], capacity: int) -> Re
       ConfigError: the config does not suit these devices.
     """
     program = Program(config, devices)
+    return read_report(config, program, *compile_train_step(program), capacity)
+
+
+def compile_train_step(program: Program | PlainProgram) -> tuple[jax.stages.Compiled, float]:
+    """Its train step for its own devices, and the seconds that it took to trace and compile."""
     state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         program.state_shapes,
@@ -121,31 +140,40 @@ def compile_step(config: Config, devices: list[jax.Device], capacity: int) -> Re
     batch = {key: jax.ShapeDtypeStruct(place.shape, dtype, sharding=place.sharding) for key, dtype in DTYPES.items()}
     start = time.perf_counter()
     compiled = program.train_step.lower(state, batch).compile()
-    seconds = time.perf_counter() - start
-    text = compiled.as_text() or ""
+    return compiled, time.perf_counter() - start
+
+
+def read_report(
+    config: Config, program: Program, compiled: jax.stages.Compiled, seconds: float, capacity: int
+) -> Report:
+    """What a compiled train step needs; arguments as in `compile_step` and from `compile_train_step`."""
+    text, devices = compiled.as_text() or "", program.mesh.size
     # Programs name devices by their place in the mesh, not by their ids.
     counted = count(text, np.arange(program.mesh.size).reshape(tuple(program.mesh.shape.values())), AXES)
     model_flops = None
     if program.architecture:
-        tokens = config.actor.global_batch_size * config.runner.seq_length
-        per_token = model_flops_per_token(program.architecture, program.num_params, config.runner.seq_length)
-        model_flops = per_token * tokens / len(devices)
+        tokens = math.prod(program.batch.shape)
+        per_token = model_flops_per_token(program.architecture, program.num_params, config.row_length)
+        model_flops = per_token * tokens / devices
     return Report(
-        devices=len(devices),
+        devices=devices,
         mesh=dict(program.mesh.shape),
         compile_seconds=seconds,
         bubble_fraction=program.schedule.bubble_fraction(),
         flops=counted.flops,
         model_flops=model_flops,
-        memory=_memory(compiled.memory_analysis(), capacity),
+        memory=read_memory(compiled, capacity),
         collectives=counted.collectives,
         hlo=text,
         uncounted=counted.uncounted,
     )
 
 
-def _memory(analysis: Any, capacity: int) -> Memory:
+def read_memory(compiled: jax.stages.Compiled, capacity: int) -> Memory:
+    analysis: Any = compiled.memory_analysis()
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
     aliased, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
-    peak = getattr(analysis, "peak_memory_in_bytes", 0) or arguments + outputs - aliased + temporaries
+    together = arguments + outputs - aliased + temporaries
+    peak = getattr(analysis, "peak_memory_in_bytes", 0)
+    peak = peak if peak >= temporaries else together  # XLA for CPU knows no peak, and says one that is too small
     return Memory(arguments, outputs, aliased, temporaries, peak, capacity, peak <= MEMORY_FRACTION * capacity)

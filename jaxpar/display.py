@@ -1,4 +1,4 @@
-"""Text and tables for people: what `jaxpar mesh` and `jaxpar schedule` print, and the head of a training run."""
+"""Text and tables for people: what `jaxpar mesh` and `jaxpar compile` print, and the head of a training run."""
 
 import math
 from collections.abc import Mapping
@@ -9,13 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 from rich.table import Table
-from rich.text import Text
 
 from jaxpar.config import MeshSizes
 from jaxpar.mesh import AXES, device_grid
-from jaxpar.pipeline.schedule import IDLE, Schedule
 
 if TYPE_CHECKING:
+    from jaxpar.bench import Comparison, Measurement
     from jaxpar.compile import Report
 
 
@@ -42,12 +41,77 @@ def report_lines(report: "Report") -> list[str]:
     return lines + [f"not counted: {text}" for text in report.uncounted]
 
 
+def report_table(reports: "Mapping[str, Report]", device: str) -> Table:
+    """What several layouts need, beside each other."""
+    count = next(iter(reports.values())).devices
+    table = Table("layout", title=f"one step on {count} of {device}; memory and FLOPs a device", title_justify="left")
+    for column in ("peak GB", "fits", "arguments GB", "temporaries GB", "FLOPs", "useful", "bubble", "compiled in s"):
+        table.add_column(column, justify="right")
+    for layout, report in reports.items():
+        gb = {key: f"{value / 1e9:.1f}" for key, value in vars(report.memory).items()}
+        useful = f"{report.model_flops / report.flops:.1%}" if report.model_flops and report.flops else "?"
+        table.add_row(
+            layout,
+            gb["peak"],
+            "yes" if report.memory.fits else "no",
+            gb["arguments"],
+            gb["temporaries"],
+            f"{report.flops:.3g}" + ("*" if report.uncounted else ""),
+            useful,
+            f"{report.bubble_fraction:.1%}",
+            f"{report.compile_seconds:.0f}",
+        )
+    if any(report.uncounted for report in reports.values()):
+        table.caption = "* not everything could be counted: compile that layout alone to see what"
+    return table
+
+
 def collective_table(report: "Report") -> Table:
     table = Table("collective", "axes", title="collectives a step", title_justify="left")
     for column in ("count", "GiB a device"):
         table.add_column(column, justify="right")
     for c in report.collectives:
         table.add_row(c.kind, " ".join(c.axes) or "?", f"{c.count:,}", f"{c.bytes / 2**30:.3f}")
+    return table
+
+
+def measurement_lines(m: "Measurement") -> list[str]:
+    """What a config's train step cost, in words."""
+    ms = {name: 1000 * seconds for name, seconds in m.step_seconds.items()}
+    mfu = "MFU not known (no peak is known of this device)" if m.mfu is None else f"MFU {m.mfu:.1%}"
+    peak = "" if m.measured_peak is None else f"; measured peak {m.measured_peak / 2**30:.2f} GiB"
+    gib = {key: value / 2**30 for key, value in vars(m.memory).items()}
+    return [
+        f"step: {ms['median']:,.1f} ms (median of {m.steps}; 10% below {ms['p10']:,.1f}, 10% above {ms['p90']:,.1f})",
+        f"rate: {m.tokens_per_second:,.0f} tokens/s, {m.tokens_per_second / m.devices:,.0f} a device; {mfu}",
+        f"memory of a device: arguments {gib['arguments']:.2f}, temporaries {gib['temporaries']:.2f}, compiled peak "
+        f"{gib['peak']:.2f} GiB{peak}",
+        f"FLOPs of a device: {m.flops:.4g} executed"
+        + (f", {m.model_flops:.4g} useful ({m.model_flops / m.flops:.1%})" if m.model_flops and m.flops else ""),
+        f"loss: {m.loss:.4f} after {m.steps} steps; compiled in {m.compile_seconds:.1f} s",
+    ]
+
+
+def comparison_table(rows: "list[Comparison]", base: str) -> Table:
+    """Layouts beside each other; in brackets what they take of the row `base`."""
+    table = Table("layout", title="a step; in brackets times plain JAX", title_justify="left")
+    for column in ("microbatches", "CPU seconds", "wall seconds", "temporaries, MB a device", "TFLOP in all", "loss"):
+        table.add_column(column, justify="right")
+    one = next(row for row in rows if row.name == base)
+
+    def cell(value: float, base: float, form: str) -> str:
+        return f"{value:{form}} ({value / base:.2f})" if base else f"{value:{form}}"
+
+    for row in rows:
+        table.add_row(
+            row.name,
+            "-" if row.microbatches is None else str(row.microbatches),
+            cell(row.cpu_seconds, one.cpu_seconds, ".2f"),
+            cell(row.wall_seconds, one.wall_seconds, ".2f"),
+            cell(row.temporaries / 1e6, one.temporaries / 1e6, ".1f"),
+            cell(row.flops / 1e12, one.flops / 1e12, ".4f"),
+            f"{row.loss:.6f}",
+        )
     return table
 
 
@@ -94,44 +158,6 @@ def parameter_table(layouts: Any, mesh_shape: Mapping[str, int]) -> Table:
     return table
 
 
-def schedule_lines(schedule: Schedule, width: int) -> list[Text]:
-    """The table, a line for each stage, cut into blocks that fit `width` characters."""
-    digits = len(str(schedule.num_microbatches - 1))
-    columns: list[list[Text]] = []
-    for segment in schedule.segments:
-        for tick in range(schedule.num_ticks)[segment.ticks]:
-            slots = [("F", schedule.forward, "green")] * segment.forward + [
-                ("B", schedule.backward, "blue")
-            ] * segment.backward
-            columns += [
-                [_cell(name, table[tick, s], digits, style) for s in range(schedule.num_stages)]
-                for name, table, style in slots
-            ]
-    label = len(f"stage {schedule.num_stages - 1} ")
-    per_block = max(1, (width - label) // (digits + 2))
-    lines = []
-    for start in range(0, len(columns), per_block):
-        for stage in range(schedule.num_stages):
-            line = Text(f"stage {stage}".ljust(label))
-            for column in columns[start : start + per_block]:
-                line.append(column[stage])
-                line.append(" ")
-            lines.append(line)
-        lines.append(Text())
-    return lines[:-1]
-
-
-def schedule_summary(schedule: Schedule) -> list[str]:
-    """Bubble and memory, in words."""
-    stages, microbatches = schedule.num_stages, schedule.num_microbatches
-    idle, total = stages - 1, microbatches + stages - 1
-    return [
-        f"{schedule.name}: {stages} stages, {microbatches} microbatches, {schedule.num_ticks} ticks",
-        f"bubble: {schedule.bubble_fraction():.1%} of the time ((P-1)/(M+P-1) = {idle}/{total} = {idle / total:.1%})",
-        "microbatches in flight: " + ", ".join(f"stage {s}: {n}" for s, n in enumerate(schedule.in_flight)),
-    ]
-
-
 def checkpoint_lines(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     """A checkpoint's manifest, in words."""
     mesh = "  ".join(f"{axis} {size}" for axis, size in manifest["mesh"].items())
@@ -166,12 +192,6 @@ def checkpoint_table(manifest: Mapping[str, Any]) -> Table:
     for part, bytes_ in others.items():
         table.add_row(part, f"{len(bytes_)} arrays", "", f"{sum(bytes_):,}")
     return table
-
-
-def _cell(slot: str, microbatch: int, digits: int, style: str) -> Text:
-    if microbatch == IDLE:
-        return Text("." * (digits + 1), style="dim")
-    return Text(f"{slot}{microbatch}".ljust(digits + 1), style=style)
 
 
 def _spec(spec: PartitionSpec) -> str:

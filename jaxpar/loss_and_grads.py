@@ -131,12 +131,12 @@ class StepSetup:
     def _num_loss_parts(self, embed: Callable[[Params, Batch], jax.Array], params: Params, batch: Batch) -> int:
         """The least number of parts of a microbatch's tokens whose logits are small enough."""
 
-        def logits() -> tuple[jax.Array, jax.Array]:
+        def head() -> tuple[jax.Array, jax.Array]:
             outer = {part: self.gather(part, params[part]) for part in ("embed", "head")}
             x = embed(outer["embed"], jax.tree.map(lambda a: a[0], batch))
             return x, self.model.head(outer, x)
 
-        x, logits = jax.eval_shape(logits)
+        x, logits = jax.eval_shape(head)
         # Of an automatic model XLA splits the logits over the tensor group, and each stage takes a share of the tokens.
         axes = () if self.model.explicit else ("pp", *TENSOR_AXES)
         size = math.prod(logits.shape) * 4 // math.prod(self.mesh.shape[axis] for axis in axes)
@@ -203,7 +203,8 @@ def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.
     token_losses: float32 [global_batch, seq], -log p(target) of each token, in nats, tokens in natural order.
     """
     evaluating = replace(
-        setup, schedule=forward_only(setup.schedule.num_stages, setup.schedule.num_microbatches, setup.schedule.num_chunks)
+        setup,
+        schedule=forward_only(setup.schedule.num_stages, setup.schedule.num_microbatches, setup.schedule.num_chunks),
     )
 
     def local(params: Params, batch: Batch) -> dict[str, jax.Array]:
@@ -216,7 +217,9 @@ def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.
         return {
             "loss": sum_over(loss, varying_axes(loss)),
             "tokens": sum_over(batch["loss_mask"].sum(), REPLICA_AXES),
-            "token_losses": _join(losses, math.prod(lax.axis_size(axis) for axis in manual("sp")), batch["tokens"].shape),
+            "token_losses": _join(
+                losses, math.prod(lax.axis_size(axis) for axis in manual("sp")), batch["tokens"].shape
+            ),
         }
 
     on_mesh = evaluating.on_mesh(local, {"loss": P(), "tokens": P(), "token_losses": BATCH_SPEC})
@@ -254,9 +257,7 @@ def _from_all_stages(shares: jax.Array) -> jax.Array:
     return sum_over(jnp.where(mine, jnp.tile(shares, stages), 0), ("pp",))
 
 
-def _token_losses(
-    model: FunctionalModel, params: Params, x: jax.Array, batch: Batch
-) -> tuple[jax.Array, jax.Array]:
+def _token_losses(model: FunctionalModel, params: Params, x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(loss, weight) of each token, with the head's work spread over all stages.
 
     An explicit model splits its vocabulary over the stages. An automatic one cannot (pp is manual), so its tokens are

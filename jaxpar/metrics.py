@@ -1,13 +1,14 @@
-"""What a step cost and gave: `metrics.jsonl`, and model FLOPs utilization."""
+"""What a step cost and gave: `metrics.jsonl`, TensorBoard's files, and model FLOPs utilization."""
 
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+from tensorboardX import SummaryWriter
 
-from jaxpar.config import Architecture
+from jaxpar.config import Architecture, Config
 from jaxpar.targets import GPUS
 
 
@@ -15,17 +16,33 @@ def model_flops_per_token(architecture: Architecture, num_params: int, seq_lengt
     """FLOPs that a training step needs for one token: 6 for each parameter of a matrix product, and for attention
     6 · layers · heads · head_dim · seq, which counts the causal half (Chowdhery et al., 2022, arXiv:2204.02311,
     appendix B, halved)."""
+    per_token, per_pair = flops_coefficients(architecture, num_params)
+    return per_token + per_pair * min(seq_length, architecture.sliding_window or seq_length)
+
+
+def flops_coefficients(architecture: Architecture, num_params: int) -> tuple[float, float]:
+    """FLOPs that a training step needs for a token outside of attention, and for a token and one that it may see."""
     a = architecture
     lookups = 0 if a.tie_word_embeddings else a.padded_vocab_size * a.hidden_size
-    attention = (
-        6 * a.num_hidden_layers * a.num_attention_heads * a.head_dim * min(seq_length, a.sliding_window or seq_length)
-    )
-    return 6 * (num_params - lookups) + attention
+    return 6 * (num_params - lookups), 6 * a.num_hidden_layers * a.num_attention_heads * a.head_dim
 
 
 def peak_flops(device: jax.Device) -> float | None:
     """Dense bf16 peak of one device in FLOP/s, or None where it is not known (a CPU, a GPU not in `jaxpar.targets`)."""
     return next((gpu.peak_flops for gpu in GPUS.values() if gpu.description == device.device_kind), None)
+
+
+class MetricsWriter(Protocol):
+    def write(self, row: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+def metrics_writers(config: Config, first_step: int) -> list[MetricsWriter]:
+    """Those that the config asks for; `first_step`: the step that the run starts from, 0 for a new one."""
+    writers: list[MetricsWriter] = [MetricsFile(config.output_path, first_step)]
+    if "tensorboard" in (config.runner.logger.logger_backends or ()):
+        writers.append(TensorBoardFile(config.output_path, first_step))
+    return writers
 
 
 class MetricsFile:
@@ -56,6 +73,27 @@ class MetricsFile:
 
     def _lines(self) -> list[str]:
         return self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+
+
+class TensorBoardFile:
+    """`tensorboard/events.out.tfevents…`: each number of a row as the scalar `train/<its name>`.
+
+    Args:
+      folder: of the experiment.
+      first_step: TensorBoard is told to forget what an earlier run wrote about steps after this one.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        purge_step = first_step + 1 if first_step else None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
+
+    def write(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(f"train/{name}", value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _step(line: str) -> float:

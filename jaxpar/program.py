@@ -1,7 +1,9 @@
 """From a config and devices to compiled-to-be programs: everything that a run, a benchmark or a compile without devices
 needs, and nothing that runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,9 +19,10 @@ from jaxpar.config import Architecture, Config, ConfigError, checks
 from jaxpar.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grads
 from jaxpar.loss_scale import DynamicLossScale
 from jaxpar.mesh import build_mesh, cross_host_warning
+from jaxpar.metrics import flops_coefficients
 from jaxpar.models import Decoder, FunctionalModel, Model
 from jaxpar.optimizer import build_optimizer, learning_rate_schedule
-from jaxpar.pipeline.schedule import ScheduleError, build_schedule
+from jaxpar.pipeline.schedule import Schedule, ScheduleError, build_schedule
 from jaxpar.recompute import Recompute
 from jaxpar.sharding import layout_tree
 from jaxpar.train_step import LossScale, State, build_train_step, init_state, state_shardings
@@ -39,7 +42,7 @@ class Program:
     Attributes:
       architecture: the built-in decoder's; None for a user's own model.
       mesh, layouts, schedule, batch: the mesh, the `ParamLayout` of each parameter, the pipeline's table, the place of
-        a global batch.
+        a global batch. With dynamic batches the last two are the largest; the programs take any number of rows.
       state_shapes, state_shardings: of the whole training state.
       train_step: jitted (state, batch) → (state, metrics), see `jaxpar.train_step`; the state is donated.
       loss_and_grads: jitted (params, batch, loss_scale=None) → (loss, grads).
@@ -71,7 +74,7 @@ class Program:
             sizes = config.mesh_sizes(len(devices))
             config.check_train(sizes, None)
         self.mesh = build_mesh(sizes, devices)
-        self.model = FunctionalModel(model, _attention_settings(config))
+        self.model = FunctionalModel(model, _attention_settings(config, devices[0].platform))
         if problems := list(checks.schedule_problems(config.actor.model, self.model.num_layers)):
             raise ConfigError(problems)
         chunks = config.actor.model.virtual_pipeline_model_parallel_size or 1
@@ -84,20 +87,20 @@ class Program:
             num_chunks=chunks,
         )
         self.num_params = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.model.shapes))
+        self._schedule = partial(_schedule, config.actor.model.pipeline_schedule, sizes.pp, chunks)
         try:
-            self.schedule = build_schedule(
-                config.actor.model.pipeline_schedule, sizes.pp, config.num_microbatches(sizes), chunks
-            )
+            self.schedule = self._schedule(config.num_microbatches(sizes))
         except ScheduleError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError([str(error)]) from None
+        self._rows = sizes.dp * config.rows_per_microbatch  # of a microbatch on all dp ranks
         self.warnings = [w for w in [cross_host_warning(sizes, len(devices) // config.cluster.num_nodes)] if w]
-        self.batch = GlobalBatch(config.actor.global_batch_size, config.runner.seq_length, self.mesh)
+        self.batch = GlobalBatch(self._rows * self.schedule.num_microbatches, config.row_length, self.mesh)
         optimizer = build_optimizer(config, self.layouts)
         self.loss_scale = loss_scale = _loss_scale(config)
         self.state_shapes, self.state_shardings = state_shardings(
             self.model, optimizer, self.layouts, self.mesh, loss_scale
         )
-        setup = StepSetup(
+        self._setup = StepSetup(
             self.model,
             self.mesh,
             self.layouts,
@@ -107,11 +110,12 @@ class Program:
             zero_stage=config.zero_stage,
             reduce_dtype=DTYPES[config.actor.optim.grad_reduce_dtype],
         )
-        loss_and_grads = build_loss_and_grads(setup)
-        self.evaluate = jax.jit(build_evaluate(setup))
-        self.loss_and_grads = jax.jit(loss_and_grads)
+        self.evaluate = jax.jit(self._for_its_microbatches(build_evaluate))
+        self.loss_and_grads = jax.jit(self._for_its_microbatches(build_loss_and_grads))
         self.train_step = jax.jit(
-            build_train_step(loss_and_grads, optimizer, learning_rate_schedule(config), loss_scale),
+            build_train_step(
+                self._for_its_microbatches(build_loss_and_grads), optimizer, learning_rate_schedule(config), loss_scale
+            ),
             in_shardings=(self.state_shardings, self.batch.sharding),
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, P())),
             donate_argnums=0,
@@ -122,11 +126,46 @@ class Program:
 
         self.init = jax.jit(init, out_shardings=self.state_shardings, donate_argnums=0)
 
+    @property
+    def dp_ranks(self) -> list[int]:
+        """Those that this process's devices have a part in."""
+        rows = self.batch.shape[0] // self.mesh.shape["dp"]
+        return sorted({row // rows for row in self.batch.rows})
 
-def _attention_settings(config: Config) -> AttentionSettings:
+    @property
+    def document_flops(self) -> tuple[float, float, int | None]:
+        """FLOPs that training on a document needs: for each token, for each token and one that it may see in it, and how
+        many it may see (None: all). Of a user's own model an estimate: attention as wide as its "embed"."""
+        if self.architecture:
+            return *flops_coefficients(self.architecture, self.num_params), self.architecture.sliding_window
+        layers = jax.tree.leaves(self.layouts["layers"])
+        width = next((x.shape[x.dims.index("embed")] for x in layers if "embed" in x.dims), 0)
+        return 6 * self.num_params, 6 * self.model.num_layers * width, None
+
+    def _for_its_microbatches(self, build: Callable[[StepSetup], Callable]) -> Callable:
+        """What `build` makes, for as many microbatches as the batch given to it has: dynamic batches differ in that, and
+        jax compiles once for each number."""
+
+        def function(params: Any, batch: Mapping[str, jax.Array], *args: Any) -> Any:
+            schedule = self._schedule(batch["tokens"].shape[0] // self._rows)
+            return build(replace(self._setup, schedule=schedule))(params, batch, *args)
+
+        return function
+
+
+def _schedule(name: str, num_stages: int, num_chunks: int, num_microbatches: int) -> Schedule:
+    return build_schedule(name, num_stages, num_microbatches, num_chunks)
+
+
+def _attention_settings(config: Config, platform: str) -> AttentionSettings:
     model = config.actor.model
+    if model.attention_backend == "pallas" and platform not in ("gpu", "cuda"):
+        raise ConfigError(
+            f"actor.model.attention_backend: pallas is a kernel for GPUs, and the devices are of {platform}: set auto or xla"
+        )
     a2a_size, _ = model.hierarchical_context_parallel_sizes or (1, 1)
-    return AttentionSettings(model.cp_comm_type, a2a_size)
+    # auto is plain JAX until the kernel has run on a GPU: it has been compiled for H100s, and run in Pallas' interpreter.
+    return AttentionSettings(model.cp_comm_type, a2a_size, "pallas" if model.attention_backend == "pallas" else "xla")
 
 
 def _loss_scale(config: Config) -> LossScale:

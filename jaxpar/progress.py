@@ -69,6 +69,9 @@ def summary(row: dict[str, Any]) -> str:
     mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
     more = f"  val loss {row['val_loss']:.4f}" if "val_loss" in row else ""
     more += "  skipped" if row["skipped"] else ""
+    if "dp_balance" in row:
+        more += f"  microbatches {row['num_microbatches']}  balance {row['dp_balance']:.3f}"
+        more += f"  padding {row['padding_fraction']:.1%}"
     return (
         f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
         f"{row['tokens_per_second']:,.0f} tokens/s{mfu}{more}"

@@ -134,10 +134,10 @@ def param_layout(
     stages = None
     if placement and moves:
         held = [size // math.prod(mesh_shape[axis] for axis in axes) for size, axes in zip(shape, rest, strict=True)]
-        dimension = _stage_dimension(held, gather[1] if gather else None, mesh_shape["pp"])
-        stages = (placement, dimension)
-        if dimension is not None:
-            rest[dimension] += ("pp",)
+        moved = _stage_dimension(held, gather[1] if gather else None, mesh_shape["pp"])
+        stages = (placement, moved)
+        if moved is not None:
+            rest[moved] += ("pp",)
         spec[0] = ("pp",)
     return ParamLayout(name, tuple(shape), tuple(dims), P(*spec), P(*rest), gather, stages, repeated)
 

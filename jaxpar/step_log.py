@@ -1,7 +1,8 @@
 """What a run writes down about its steps: the metrics file, the progress line, and the batches of skipped steps."""
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxpar.config import Config
-from jaxpar.metrics import MetricsFile, model_flops_per_token, peak_flops
+from jaxpar.metrics import MetricsWriter, model_flops_per_token, peak_flops
 from jaxpar.program import Program
 from jaxpar.progress import Reporter
 
@@ -22,27 +23,34 @@ class StepLog:
     """Reports each step one step late, so that the devices never wait for the host to read a number.
 
     Args:
-      metrics: on the process that writes them, else None.
+      writers: of the process that writes metrics, else none.
     """
 
-    def __init__(self, config: Config, program: Program, report: Reporter, metrics: MetricsFile | None):
-        self._config, self._report, self._metrics = config, report, metrics
-        self._pending: tuple[int, dict[str, jax.Array], Mapping[str, np.ndarray]] | None = None
+    def __init__(self, config: Config, program: Program, report: Reporter, writers: Sequence[MetricsWriter]):
+        self._config, self._report, self._writers = config, report, writers
+        self._pending: tuple[int, dict[str, jax.Array], Mapping[str, np.ndarray], Mapping[str, float]] | None = None
         self._skipped_in_a_row = 0
         self._rows = program.batch.rows
         devices = program.mesh.devices.flatten()
         peak = peak_flops(devices[0])
-        self._mfu_per_rate = None
+        self._mfu_per_flops = None
         if program.architecture and peak:
-            flops = model_flops_per_token(program.architecture, program.num_params, config.runner.seq_length)
-            self._mfu_per_rate = flops / (peak * len(devices))
-        self._tokens = config.actor.global_batch_size * config.runner.seq_length
+            self._flops_per_token = model_flops_per_token(program.architecture, program.num_params, config.row_length)
+            self._mfu_per_flops = 1 / (peak * len(devices))
+        self._tokens = math.prod(program.batch.shape)
         self._before = time.perf_counter()
 
-    def enter(self, step: int, values: dict[str, jax.Array], batch: Mapping[str, np.ndarray]) -> None:
-        """A step was begun: its metrics, from `train_step`, and this process's rows of its batch."""
+    def enter(
+        self,
+        step: int,
+        values: dict[str, jax.Array],
+        batch: Mapping[str, np.ndarray],
+        figures: Mapping[str, float],
+    ) -> None:
+        """A step was begun: its metrics, from `train_step`, this process's rows of its batch, and the batch's figures, see
+        `jaxpar.data.BatchLoader`."""
         self.flush()
-        self._pending = (step, values, batch)
+        self._pending = (step, values, batch, figures)
 
     def wait(self) -> float:
         """Until the pending step is done; returns the seconds that it took."""
@@ -62,11 +70,14 @@ class StepLog:
         """
         if self._pending is None:
             return
-        step, values, batch = self._pending
+        step, values, batch, figures = self._pending
         self._pending = None
         numbers = {key: float(value) for key, value in values.items()}  # waits for the step to end
         seconds = time.perf_counter() - self._before if seconds is None else seconds
-        rate = self._tokens / seconds
+        rate = (numbers["tokens"] if figures else self._tokens) / seconds  # of dynamic batches without padding
+        mfu = None
+        if self._mfu_per_flops is not None:
+            mfu = rate * figures.get("flops_per_token", self._flops_per_token) * self._mfu_per_flops
         skipped = bool(numbers["skipped"])
         row: dict[str, Any] = {
             "step": step,
@@ -77,13 +88,14 @@ class StepLog:
             "skipped": skipped,
             "step_seconds": seconds,
             "tokens_per_second": rate,
-            "mfu": None if self._mfu_per_rate is None else rate * self._mfu_per_rate,
+            "mfu": mfu,
+            **figures,
             **({"loss_scale": numbers["loss_scale"]} if "loss_scale" in numbers else {}),
             **more,
         }
         self._report.step(row)
-        if self._metrics:
-            self._metrics.write(row)
+        for writer in self._writers:
+            writer.write(row)
         if skipped and not self._is_overflow(numbers):
             self._reject(step, batch)
         else:

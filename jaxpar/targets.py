@@ -44,7 +44,8 @@ device_description_str: "{self.description}"
 """
 
 
-TPU_MEMORY = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}  # bytes of a chip
+# Bytes of a chip, by libtpu's names of the kinds; from the pages of each at https://cloud.google.com/tpu/docs.
+TPU_MEMORY = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30, "tpu7x": 192 * 2**30}
 
 _MIB = 2**20
 GPUS = {

@@ -12,11 +12,21 @@ from jaxtyping import Array, Float
 from jaxpar import runtime
 from jaxpar.checkpoint import Checkpoints
 from jaxpar.config import Config, ConfigError
-from jaxpar.data import BatchLoader, PackedSource, build_loader, load_tokenizer, open_dataset
+from jaxpar.data import (
+    BatchLoader,
+    DocumentCost,
+    DocumentSource,
+    PackedSource,
+    build_dynamic_loader,
+    build_loader,
+    load_tokenizer,
+    token_cache,
+)
 from jaxpar.evaluation import Evaluation
-from jaxpar.metrics import MetricsFile
+from jaxpar.metrics import metrics_writers
 from jaxpar.models import Model
 from jaxpar.models.hugging_face import has_weights, load_params
+from jaxpar.profile import Profiler, Steps
 from jaxpar.program import Program
 from jaxpar.progress import Reporter, reporter
 from jaxpar.replicas import ReplicaError, check_replicas
@@ -94,10 +104,13 @@ class Trainer:
         `jaxpar.train_step.build_train_step`."""
         return self._advance(self.program.batch.complete(batch))
 
-    def fit(self) -> None:
+    def fit(self, profile: Steps | None = None) -> None:
         """Trains from the start, or from where `runner.resume_dir` says, to `max_steps` or `max_epochs`.
 
         Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves, and raises `Interrupted`.
+
+        Args:
+          profile: steps to trace for xprof, into `profile` beside the metrics.
 
         Raises:
           ConfigError: of the config, the data (`jaxpar.data.DataError`) or a checkpoint (`CheckpointError`), as they
@@ -106,9 +119,9 @@ class Trainer:
           NonFiniteError, ReplicaError: the run has gone wrong and must not go on.
         """
         with Watchdog(self.config.runner.stall_timeout) as watchdog:
-            self._fit(watchdog)
+            self._fit(watchdog, profile)
 
-    def _fit(self, watchdog: Watchdog) -> None:
+    def _fit(self, watchdog: Watchdog, profile: Steps | None) -> None:
         runner, first_process = self.config.runner, jax.process_index() == 0
         watchdog.enter(0, "opening the data")
         loader, evaluation = self._open_data(), self._open_evaluation()
@@ -118,8 +131,12 @@ class Trainer:
         self._resume(checkpoints, loader, report)
         step = int(self.state["step"])
         last = min(n for n in (runner.max_steps if runner.max_steps > 0 else None, loader.num_batches) if n)
-        metrics = MetricsFile(self.config.output_path, step) if first_process else None
-        log = StepLog(self.config, self.program, report, metrics)
+        if profile:
+            profile.check(step, last)
+        writers = metrics_writers(self.config, step) if first_process else []
+        log = StepLog(self.config, self.program, report, writers)
+        folder = self.config.output_path / "profile"
+        profiler = Profiler(profile, folder, lambda: jax.block_until_ready(self._state), report.say)
         with Signals() as signals:
             report.start(step, last)
             val_loss: float | None = None
@@ -131,7 +148,8 @@ class Trainer:
                     watchdog.enter(step + 1, "reading the batch")
                     batch = next(loader)
                     watchdog.enter(step + 1, "training")
-                    log.enter(step + 1, self._advance(batch), batch)
+                    with profiler.step(step + 1):
+                        log.enter(step + 1, self._advance(batch), batch, loader.figures)
                     step += 1
                     val_loss = None
                     if evaluation and step % runner.val_check_interval == 0:
@@ -154,10 +172,11 @@ class Trainer:
                 checkpoints.wait()  # for what was begun before
                 raise
             finally:
+                profiler.stop()
                 report.stop()
                 loader.close()
-                if metrics:
-                    metrics.close()
+                for writer in writers:
+                    writer.close()
         if signals.received and step < last:
             raise Interrupted(step, last, signals.received)
         report.say(f"done: step {step}, checkpoint in {checkpoints.folder}")
@@ -182,24 +201,23 @@ class Trainer:
         return metrics
 
     def _open_data(self) -> BatchLoader:
-        config = self.config
-        return build_loader(
-            self._open_dataset("train_data_paths"),
-            global_batch_size=config.actor.global_batch_size,
-            rows=self.program.batch.rows,
-            seed=config.data.seed,
-            shuffle=config.data.shuffle,
-            num_epochs=config.runner.max_epochs if config.runner.max_epochs > 0 else None,
-            num_workers=config.data.num_workers,
-        )
+        config, program = self.config, self.program
+        folder = self._token_cache("train_data_paths")
+        order: dict[str, Any] = {
+            "global_batch_size": config.actor.global_batch_size,
+            "seed": config.data.seed,
+            "shuffle": config.data.shuffle,
+            "num_epochs": config.runner.max_epochs if config.runner.max_epochs > 0 else None,
+            "num_workers": config.data.num_workers,
+        }
+        if config.runner.enable_dynamic_batch_size:
+            documents, cost = DocumentSource(folder, config.row_length), DocumentCost(*program.document_flops)
+            return build_dynamic_loader(
+                documents, dp=program.mesh.shape["dp"], ranks=program.dp_ranks, cost=cost, **order
+            )
+        return build_loader(PackedSource.read(folder, config.runner.seq_length), rows=program.batch.rows, **order)
 
-    def _open_evaluation(self) -> Evaluation | None:
-        runner, paths = self.config.runner, self.config.data.val_data_paths
-        if not paths or runner.val_check_interval <= 0:
-            return None
-        return Evaluation(self.program, self._open_dataset("val_data_paths"), runner.limit_val_batches)
-
-    def _open_dataset(self, key: str) -> PackedSource:
+    def _token_cache(self, key: str) -> Path:
         config = self.config
         tokenizer = load_tokenizer(config.actor.tokenizer.tokenizer_model)
         architecture = self.program.architecture
@@ -208,11 +226,17 @@ class Trainer:
                 f"actor.tokenizer.tokenizer_model: {tokenizer.name} has {tokenizer.vocab_size} tokens, but the model's "
                 f"vocab_size is {architecture.vocab_size}: choose the model's own tokenizer, or raise vocab_size"
             )
-        return open_dataset(
+        return token_cache(
             getattr(config.data, key),
             setting=f"data.{key}",
             tokenizer=tokenizer,
             text_key=config.data.text_key,
-            seq_length=config.runner.seq_length,
             cache_dir=Path(config.runner.output_dir) / "token_cache",
         )
+
+    def _open_evaluation(self) -> Evaluation | None:
+        runner, paths = self.config.runner, self.config.data.val_data_paths
+        if not paths or runner.val_check_interval <= 0:
+            return None
+        samples = PackedSource.read(self._token_cache("val_data_paths"), self.config.row_length)
+        return Evaluation(self.program, samples, runner.limit_val_batches)

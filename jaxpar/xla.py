@@ -8,7 +8,7 @@ Sources: [jax] https://docs.jax.dev/en/latest/gpu_performance_tips.html, [xla] t
 import importlib.util
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from jaxpar.config import ConfigError
@@ -22,15 +22,24 @@ XLA_FLAGS: dict[str, tuple[str, str]] = {
         "true",
         "moves collectives away from the compute that needs them [jax]",
     ),
-    # Not the pipelined all-gather, reduce-scatter and all-reduce of [jax]. Parameters are gathered and gradients reduced
-    # once a step, outside of all loops; to pipeline the tensor group's own collectives XLA 0.10.2 runs each microbatch
-    # twice (Llama-3-8B compiled for 64 H100s, dp 8, SP 8: 1.21e15 FLOPs instead of 6.1e14, 15.3 GiB instead of 11.0).
     "xla_gpu_all_gather_combine_threshold_bytes": (str(512 * MIB), "one large transfer instead of many small [jax]"),
     "xla_gpu_reduce_scatter_combine_threshold_bytes": (str(512 * MIB), "the same for the gradient reduction [jax]"),
     "xla_gpu_all_reduce_combine_threshold_bytes": (str(512 * MIB), "the same for replicated parameters [jax]"),
-    # Off: permutes with several cycles, as a cp ring beside other axes is, can be zeroed (openxla/xla issue 45222).
+    # The pipelined all-gather, reduce-scatter and all-reduce of [jax] stay off. Parameters are gathered and gradients
+    # reduced once a step, outside of all loops; to pipeline the tensor group's own collectives XLA 0.10.2 runs each
+    # microbatch twice (Llama-3-8B compiled for 64 H100s, dp 8, SP 8: 1.21e15 FLOPs instead of 6.1e14, 15.3 GiB instead
+    # of 11.0).
+    "xla_gpu_enable_pipelined_all_gather": ("false", "would run each microbatch twice, see jaxpar/xla.py"),
+    "xla_gpu_enable_pipelined_reduce_scatter": ("false", "the same"),
+    "xla_gpu_enable_pipelined_all_reduce": ("false", "the same"),
+    # Permutes with several cycles, as a cp ring beside other axes is, can be zeroed.
     "xla_gpu_enable_pipelined_p2p": ("false", "wrong numbers with several rings (openxla/xla issue 45222)"),
+    "xla_gpu_enable_command_buffer": (
+        "-collectives",
+        "CUDA graphs of compute as XLA has them by default, never of collectives: 30% slower with them (openxla/xla issue 35360)",
+    ),
 }
+# NCCL chooses its protocol and buffers itself: nothing here could time the values that [jax] has for them from 2023.
 ENVIRONMENT: dict[str, tuple[str, str]] = {
     "XLA_PYTHON_CLIENT_MEM_FRACTION": (
         "0.92",
@@ -54,7 +63,7 @@ def apply(overrides: Mapping[str, str | bool | int], deterministic: bool = False
       deterministic: adds what makes a GPU's sums the same in every run.
 
     Returns:
-      A line for each setting with its reason, for `--verbose`.
+      A line for each setting with its reason or origin, for `--verbose`.
 
     Raises:
       ConfigError: a flag that the installed jaxlib does not know; jaxlib itself would abort.
@@ -66,17 +75,26 @@ def apply(overrides: Mapping[str, str | bool | int], deterministic: bool = False
     environment = ENVIRONMENT | dict([DETERMINISTIC_ENVIRONMENT] if deterministic else [])
     values = {flag: value for flag, (value, _) in flags.items()}
     values |= {flag.removeprefix("--"): _text(value) for flag, value in overrides.items()}
-    if unknown := [flag for flag in values if not _is_known(flag)]:
-        where = "cluster.xla_flags" if set(unknown) <= {f.removeprefix("--") for f in overrides} else "XLA_FLAGS"
-        raise ConfigError([f"{where}: the installed jaxlib knows no flag {flag}: remove it" for flag in unknown])
     mine = os.environ.get("XLA_FLAGS", "").split()
-    given = {flag.removeprefix("--").partition("=")[0] for flag in mine}
+    given = {flag.removeprefix("--").partition("=")[0] for flag in mine if flag.startswith("--")}
+    if unknown := _unknown([*values, *given]):
+        from_config = {flag.removeprefix("--") for flag in overrides}
+        raise ConfigError(
+            [
+                f"{'cluster.xla_flags' if flag in from_config else 'XLA_FLAGS'}: the installed jaxlib knows no flag {flag}: "
+                f"remove it"
+                for flag in unknown
+            ]
+        )
     os.environ["XLA_FLAGS"] = " ".join([f"--{f}={v}" for f, v in values.items() if f not in given] + mine)
     for name, (value, _) in environment.items():
         os.environ.setdefault(name, value)
     lines = [
-        f"{flag}={value}  {flags[flag][1] if flag in flags else 'cluster.xla_flags'}" for flag, value in values.items()
+        f"{flag}={value}  {flags[flag][1] if value == flags.get(flag, ('',))[0] else 'cluster.xla_flags'}"
+        for flag, value in values.items()
+        if flag not in given
     ]
+    lines += [f"{flag.removeprefix('--')}  XLA_FLAGS of the environment" for flag in mine]
     return lines + [f"{name}={os.environ[name]}  {reason}" for name, (_, reason) in environment.items()]
 
 
@@ -90,13 +108,13 @@ def _text(value: str | bool | int) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _is_known(flag: str) -> bool:
+def _unknown(flags: Iterable[str]) -> list[str]:
     """jaxlib has no list of its flags, but their names stand in its binary."""
+    unknown = list(flags)
     for library in _libraries():
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            if text.find(flag.encode() + b"\0") >= 0:
-                return True
-    return False
+            unknown = [flag for flag in unknown if text.find(flag.encode() + b"\0") < 0]
+    return unknown
 
 
 def _libraries() -> list[Path]:

@@ -11,6 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,7 +27,7 @@ from jaxpar.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grad
 from jaxpar.mesh import build_mesh
 from jaxpar.models import Decoder, FunctionalModel, TokenInfo
 from jaxpar.models import decoder as decoder_module
-from jaxpar.pipeline.schedule import build_schedule
+from jaxpar.pipeline.schedule import IDLE, Schedule, build_schedule
 from jaxpar.recompute import Recompute
 from jaxpar.sharding import BATCH_SPEC, layout_tree
 
@@ -92,6 +93,13 @@ def random_params(model: FunctionalModel, seed: int = 3) -> Any:
         return value.astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(one, model.shapes)
+
+
+def readme_example(word: str) -> str:
+    """The Python of the README that has `word` in it."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if word in code)
+    return code
 
 
 # --- one device ---------------------------------------------------------------------------------------------------------
@@ -233,6 +241,42 @@ def check_step(
     model.attention = attention
     loss, grads = Step(model, sizes, **kwargs)(case.params, case.batch)
     assert_parity(loss, grads, case.loss, case.grads)
+
+
+def random_schedule(
+    num_stages: int, num_microbatches: int, num_chunks: int, *, split_weight: bool, seed: int
+) -> Schedule:
+    """Any valid table: in each slot every stage does one of the items that it could do, or none."""
+    rng, items = np.random.default_rng(seed), num_chunks * num_microbatches
+    slots, num_virtual = "FBW" if split_weight else "FB", num_stages * num_chunks
+    done: dict[tuple[str, int, int], int] = {}  # (slot, virtual stage, microbatch) → tick
+    rows: dict[str, list[list[int]]] = {slot: [] for slot in slots}
+
+    def ready(slot: str, virtual: int, microbatch: int, tick: int) -> bool:
+        needs = {
+            "F": [("F", virtual - 1, 1)] * (virtual > 0),
+            "B": [("F", virtual, 0)] + [("B", virtual + 1, 1)] * (virtual < num_virtual - 1),
+            "W": [("B", virtual, 0)],
+        }
+        return (slot, virtual, microbatch) not in done and all(
+            done.get((source, needed, microbatch), tick + 1) + delay <= tick for source, needed, delay in needs[slot]
+        )
+
+    for tick in itertools.count():
+        if len(done) == len(slots) * num_stages * items:
+            tables = [np.array(rows[slot]) for slot in slots]
+            return Schedule("random", num_chunks, num_microbatches, *tables)
+        for slot in slots:
+            row = []
+            for stage in range(num_stages):
+                works = [divmod(item, num_microbatches) for item in range(items)]
+                can = [(c, m) for c, m in works if ready(slot, c * num_stages + stage, m, tick)]
+                chunk, microbatch = can[rng.integers(len(can))] if can and rng.random() < 0.7 else (None, None)
+                row.append(IDLE if chunk is None else chunk * num_microbatches + microbatch)
+                if chunk is not None:
+                    done[slot, chunk * num_stages + stage, microbatch] = tick
+            rows[slot].append(row)
+    raise AssertionError
 
 
 # --- a look inside a program --------------------------------------------------------------------------------------------

@@ -3,12 +3,10 @@ pass. More memory than the ring, one large transfer instead of many; nothing hid
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jaxpar.attention.placement import zigzag_chunks
 from jaxpar.attention.products import Products, attend, attend_backward, output_grads_of
-from jaxpar.attention.types import Keys, Kind, Queries, no_grads, nothing
+from jaxpar.attention.types import Keys, Kind, Queries, no_grads, nothing, tie
 
 
 def all_gather_attention(kind: Kind, size: int, query: jax.Array, keys: Keys) -> jax.Array:
@@ -21,8 +19,9 @@ def _output(kind: Kind, size: int, query: jax.Array, keys: Keys) -> jax.Array:
 
 
 def _forward(kind: Kind, size: int, query: jax.Array, keys: Keys):
-    queries, partial, gathered = Queries(query, keys.segments), nothing(query), _gather(keys)
-    for products in _products(kind, size, query.shape[1]):
+    rank, segments = tie((lax.axis_index("cp"), keys.segments), query)
+    queries, partial, gathered = Queries(query, segments), nothing(query), _gather(keys._replace(segments=segments))
+    for products in _products(kind, size, rank, query.shape[1]):
         partial = attend(kind, queries, gathered, products, partial)
     output = partial.output.astype(query.dtype)
     return output, (query, keys, output, partial.lse)
@@ -30,9 +29,10 @@ def _forward(kind: Kind, size: int, query: jax.Array, keys: Keys):
 
 def _backward(kind: Kind, size: int, residuals, grad: jax.Array):
     query, keys, output, lse = residuals
-    queries, gathered = Queries(query, keys.segments), _gather(keys)
+    rank, segments = tie((lax.axis_index("cp"), keys.segments), query)
+    queries, gathered = Queries(query, segments), _gather(keys._replace(segments=segments))
     grads, output_grads = no_grads(queries, gathered), output_grads_of(grad, output, lse)
-    for products in _products(kind, size, query.shape[1]):
+    for products in _products(kind, size, rank, query.shape[1]):
         grads = attend_backward(kind, queries, gathered, products, output_grads, grads)
     key_grad, value_grad = (lax.psum_scatter(x, "cp", scatter_dimension=1, tiled=True) for x in grads[1:])
     keys_grad = Keys(key_grad.astype(keys.key.dtype), value_grad.astype(keys.value.dtype), None)
@@ -48,7 +48,7 @@ def _gather(keys: Keys) -> Keys:
     return jax.tree.map(lambda x: lax.all_gather(x, "cp", axis=1, tiled=True), keys)
 
 
-def _products(kind: Kind, size: int, seq: int) -> list[Products]:
+def _products(kind: Kind, size: int, rank: jax.Array, seq: int) -> list[Products]:
     """The blocks of this rank's two chunks of queries, the same number on every rank.
 
     Causal: on rank r the early chunk has r whole chunks of keys before it, the late one 2·size-1-r; each has one on the
@@ -56,19 +56,23 @@ def _products(kind: Kind, size: int, seq: int) -> list[Products]:
     """
     if not kind.causal and kind.window is None:
         return [Products(seq, None, None)]
-    rank, chunk, last = lax.axis_index("cp"), seq // 2, 2 * size - 1
-    places = jnp.array(np.argsort(zigzag_chunks(size)))  # of each chunk among the gathered ones
+    chunk, last = seq // 2, 2 * size - 1
     if kind.window is None:
         diagonal = jnp.array([[0, 2 * rank], [1, 2 * rank + 1]])
         number = jnp.arange(last)
         early = number < rank
-        before = jnp.stack([jnp.where(early, 0, 1), places[jnp.where(early, number, number - rank)]], -1)
+        before = jnp.stack([jnp.where(early, 0, 1), _place(jnp.where(early, number, number - rank), size)], -1)
         return [Products(chunk, diagonal * chunk, 0), Products(chunk, before * chunk, None)]
     reach = min(last, -(-max(kind.window - 1, 0) // chunk))  # chunks that a causal query may look back over
     distance = jnp.arange(reach + 1) if kind.causal else jnp.arange(-last, last + 1)
     half, distance = (x.ravel() for x in jnp.meshgrid(jnp.arange(2), distance))
     key_chunk = jnp.where(half == 0, rank, last - rank) - distance
     exists = (key_chunk >= 0) & (key_chunk <= last)
-    starts = jnp.stack([half, places[jnp.clip(key_chunk, 0, last)]], -1)
+    starts = jnp.stack([half, _place(jnp.clip(key_chunk, 0, last), size)], -1)
     too_far = -2 * chunk if kind.causal else 2 * chunk + kind.window  # all of it is masked
     return [Products(chunk, starts * chunk, jnp.where(exists, distance * chunk, too_far))]
+
+
+def _place(chunk: jax.Array, size: int) -> jax.Array:
+    """Where a chunk of the sequence is among the gathered ones (`placement.zigzag_chunks`, turned round)."""
+    return jnp.where(chunk < size, 2 * chunk, 2 * (2 * size - 1 - chunk) + 1)

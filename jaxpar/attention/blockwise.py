@@ -4,7 +4,7 @@ Tiles that the mask empties are not computed, and tiles that it leaves whole com
 Dao et al., 2022, FlashAttention (arXiv:2205.14135), algorithm 4.
 """
 
-import itertools
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from jaxpar.attention.types import (
     nothing,
     put,
     take,
+    tie,
 )
 from jaxpar.collectives import MASKED
 
@@ -64,33 +65,39 @@ def _over_tiles(kind: Kind, rows: Any, keys: Keys, offset: Offset, functions: _F
     """Adds up all tiles that the mask leaves something of. `rows`: all that has a query dimension."""
     sides = jax.tree.leaves(rows)[0].shape[1], keys.key.shape[1]
     sizes = tile_size(sides[0], masked=offset is not None), tile_size(sides[1], masked=offset is not None)
-    corners = (range(0, n, size) for n, size in zip(sides, sizes, strict=True))
-    starts = np.array(list(itertools.product(*corners)), np.int32)  # [tiles, (query, key)]
+    columns = sides[1] // sizes[1]
+    tiles = np.arange(sides[0] // sizes[0] * columns)  # the tiles of a query in a row
 
-    def add(total: Any, start: jax.Array, distance: Any):
-        tile = take(rows, start[0], sizes[0]), take(keys, start[1], sizes[1])
-        if not isinstance(offset, jax.Array):
-            return functions.add(total, functions.compute(kind, *tile, distance), *start), None
-        some, _ = mask_leaves(kind, distance, sizes)
-        result = lax.cond(some, lambda: functions.compute(kind, *tile, distance), lambda: functions.empty(*tile))
-        return functions.add(total, result, *start), None
+    def corner(tile: Any) -> tuple[Any, Any]:
+        return tile // columns * sizes[0], tile % columns * sizes[1]
 
-    def unmasked(total: Any, start: jax.Array):
-        return add(total, start, None)
+    def leaves(tile: Any) -> tuple[Any, Any]:
+        query_start, key_start = corner(tile)
+        return mask_leaves(kind, offset + query_start - key_start, sizes)
 
-    def masked(total: Any, start: jax.Array):
-        assert offset is not None
-        return add(total, start, offset + start[0] - start[1])
+    def step(masked: bool, total: Any, tile: jax.Array):
+        query_start, key_start = corner(tile)
+        args = kind, take(rows, query_start, sizes[0]), take(keys, key_start, sizes[1])
+        if not masked:
+            result = functions.compute(*args, None)
+        elif isinstance(offset, jax.Array):
+            compute = lambda: functions.compute(*args, offset + query_start - key_start)  # noqa: E731
+            result = lax.cond(leaves(tile)[0], compute, lambda: functions.empty(*args[1:]))
+        else:
+            assert offset is not None
+            result = functions.compute(*args, offset + query_start - key_start)
+        return functions.add(total, result, query_start, key_start), None
 
     total = functions.empty(rows, keys)
-    if offset is None:
-        return lax.scan(unmasked, total, jnp.array(starts))[0]
-    if isinstance(offset, jax.Array):
-        return lax.scan(masked, total, jnp.array(starts))[0]
-    some, all_ = mask_leaves(kind, offset + starts[:, 0] - starts[:, 1], sizes)
-    for step, chosen in ((unmasked, starts[all_]), (masked, starts[some & ~all_])):
-        if len(chosen):
-            total, _ = lax.scan(step, total, jnp.array(chosen))
+    if offset is None or isinstance(offset, jax.Array):
+        return lax.scan(functools.partial(step, offset is not None), total, jnp.arange(len(tiles)))[0]
+    for masked in (False, True):
+        # The list is made in the program: a constant array would be one more thing that the backward pass keeps.
+        chosen = lambda tile, masked=masked: leaves(tile)[0] & ~leaves(tile)[1] if masked else leaves(tile)[1]  # noqa: E731
+        if number := chosen(tiles).sum():
+            index = jnp.arange(len(tiles))
+            index = jnp.sort(jnp.where(chosen(index), index, len(tiles)))[:number]
+            total, _ = lax.scan(functools.partial(step, masked), total, index)
     return total
 
 
@@ -117,18 +124,13 @@ def _scores(kind: Kind, queries: Queries, keys: Keys, distance: jax.Array | None
     scores = _product("bqkgd,bskd->bkgqs", queries.query, keys.key) * kind.scale
     if distance is None and queries.segments is None:
         return scores, None
-    # The mask must seem to depend on the data. JAX would otherwise hoist it out of the scan over layers, for all tiles at
-    # once: a matrix of sequence x sequence.
-    _, distance, segments, key_segments = lax.optimization_barrier(
-        (queries.query, distance, queries.segments, keys.segments)
-    )
     places = distance is not None
-    query_index = jnp.arange(scores.shape[-2]) + (distance if places else 0)
+    query_index = jnp.arange(scores.shape[-2]) + (tie(distance, queries.query) if places else 0)
     mask = attention_mask(
         query_index,
         jnp.arange(scores.shape[-1]),
-        segments,
-        key_segments,
+        queries.segments,
+        keys.segments,
         causal=kind.causal and places,
         window=kind.window if places else None,
     )

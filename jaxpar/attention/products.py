@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpar.attention import blockwise
+from jaxpar.attention import blockwise, flash
 from jaxpar.attention.types import (
     Grads,
     Keys,
@@ -25,6 +25,8 @@ from jaxpar.attention.types import (
     put,
     take,
 )
+
+BACKENDS = {"xla": blockwise, "pallas": flash}
 
 
 class Products(NamedTuple):
@@ -84,7 +86,11 @@ def _for_each(one: Any, total: Any, products: Products) -> Any:
 
 def _forward(kind: Kind, queries: Queries, keys: Keys, offset: Offset) -> Partial:
     return _unless_apart(
-        queries, keys, offset, lambda: blockwise.forward(kind, queries, keys, offset), lambda: nothing(queries.query)
+        queries,
+        keys,
+        offset,
+        lambda: BACKENDS[kind.backend].forward(kind, queries, keys, offset),
+        lambda: nothing(queries.query),
     )
 
 
@@ -93,7 +99,7 @@ def _backward(kind: Kind, queries: Queries, keys: Keys, offset: Offset, output_g
         queries,
         keys,
         offset,
-        lambda: blockwise.backward(kind, queries, keys, offset, output_grads),
+        lambda: BACKENDS[kind.backend].backward(kind, queries, keys, offset, output_grads),
         lambda: no_grads(queries, keys),
     )
 

@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxpar.attention.blockwise import mask_leaves
 from jaxpar.attention.products import Products, attend, attend_backward, output_grads_of
-from jaxpar.attention.types import Keys, Kind, Queries, no_grads, nothing
+from jaxpar.attention.types import Keys, Kind, Queries, no_grads, nothing, tie
 
 
 @dataclass(frozen=True)
@@ -50,31 +50,35 @@ def _output(kind: Kind, ring: Ring, query: jax.Array, keys: Keys) -> jax.Array:
 
 
 def _forward(kind: Kind, ring: Ring, query: jax.Array, keys: Keys):
-    queries, seq = Queries(query, keys.segments), query.shape[1]
+    rank, segments = tie((ring.rank, keys.segments), query)
+    queries, seq = Queries(query, segments), query.shape[1]
 
     def step(carry, stop, _, hop: int):
-        keys, partial = carry
-        coming = ring.pass_on(keys, hop)
-        return coming, attend(kind, queries, keys, _products(kind, ring, stop, seq), partial)
+        travelling, partial = carry
+        coming = ring.pass_on(travelling, hop)
+        products = _products(kind, ring, rank, stop, seq)
+        return coming, attend(kind, queries, _unpack(travelling), products, partial)
 
-    _, partial = _go_round(_stops(kind, ring, seq), step, (keys, nothing(query)))
+    _, partial = _go_round(_stops(kind, ring, seq), step, (_pack(keys._replace(segments=segments)), nothing(query)))
     output = partial.output.astype(query.dtype)
     return output, (query, keys, output, partial.lse)
 
 
 def _backward(kind: Kind, ring: Ring, residuals, grad: jax.Array):
     query, keys, output, lse = residuals
-    queries, seq, stops = Queries(query, keys.segments), query.shape[1], _stops(kind, ring, query.shape[1])
+    rank, segments = tie((ring.rank, keys.segments), query)
+    queries, seq, stops = Queries(query, segments), query.shape[1], _stops(kind, ring, query.shape[1])
     output_grads, none = output_grads_of(grad, output, lse), no_grads(queries, keys)
 
     def step(carry, stop, last_hop: int, hop: int):
-        keys, query_grad, keys_grads = carry
-        coming, arrived = ring.pass_on(keys, hop), ring.pass_on(keys_grads, last_hop)
-        grads = none._replace(query=query_grad)
-        grads = attend_backward(kind, queries, keys, _products(kind, ring, stop, seq), output_grads, grads)
-        return coming, grads.query, jax.tree.map(jnp.add, arrived, grads[1:])
+        travelling, query_grad, keys_grads = carry
+        coming, arrived = ring.pass_on(travelling, hop), ring.pass_on(keys_grads, last_hop)
+        grads, products = none._replace(query=query_grad), _products(kind, ring, rank, stop, seq)
+        grads = attend_backward(kind, queries, _unpack(travelling), products, output_grads, grads)
+        return coming, grads.query, arrived + jnp.stack(grads[1:])
 
-    _, query_grad, keys_grads = _go_round(stops, step, (keys, none.query, none[1:]))
+    carry = (_pack(keys._replace(segments=segments)), none.query, jnp.stack(none[1:]))
+    _, query_grad, keys_grads = _go_round(stops, step, carry)
     key_grad, value_grad = ring.pass_on(keys_grads, ring.size - stops[-1])  # the rest of the way home
     keys_grad = Keys(key_grad.astype(keys.key.dtype), value_grad.astype(keys.value.dtype), None)
     return query_grad.astype(query.dtype), keys_grad
@@ -92,7 +96,7 @@ def _go_round(stops: list[int], step: Callable, carry: Any) -> Any:
     first, middle, last = around[:1], around[1:-1], around[1:][-1:]
     carry = step(carry, *first[0])
     if middle and all(hop == 1 for hop in hops[1:-1]):
-        carry, _ = lax.scan(lambda carry, stop: (step(carry, stop, 1, 1), None), carry, jnp.array(stops[1:-1]))
+        carry, _ = lax.scan(lambda carry, stop: (step(carry, stop, 1, 1), None), carry, jnp.arange(1, stops[-1]))
     else:
         last = around[1:]
     for one in last:
@@ -107,9 +111,19 @@ def _stops(kind: Kind, ring: Ring, seq: int) -> list[int]:
     return [stop for stop in range(ring.size) if stop == 0 or _chunk_pairs(kind, ring, stop, seq)]
 
 
-def _products(kind: Kind, ring: Ring, stop: Any, seq: int) -> Products:
+def _pack(keys: Keys) -> tuple[jax.Array, jax.Array | None]:
+    """One array to send: XLA has one permute under way at a time, and a second would not hide behind the work."""
+    return jnp.stack([keys.key, keys.value]), keys.segments
+
+
+def _unpack(travelling: tuple[jax.Array, jax.Array | None]) -> Keys:
+    key_value, segments = travelling
+    return Keys(key_value[0], key_value[1], segments)
+
+
+def _products(kind: Kind, ring: Ring, rank: Any, stop: Any, seq: int) -> Products:
     """The blocks of the local queries with the keys of the rank `stop` places before, of `seq` tokens each."""
-    rank, chunk = ring.rank, seq // 2
+    chunk = seq // 2
     if not kind.causal and kind.window is None:
         return Products(seq, None, None)
     if ring.size == 1 or (kind.window is None and isinstance(stop, int) and stop == 0):
@@ -117,9 +131,13 @@ def _products(kind: Kind, ring: Ring, stop: Any, seq: int) -> Products:
     if kind.window is None:
         other = jnp.where(stop <= rank, 0, chunk)
         return Products(chunk, jnp.array([[chunk, 0], [other, other]]), None)
-    pairs = _chunk_pairs(kind, ring, stop if isinstance(stop, int) else None, seq)
-    offsets = [_chunk(ring, rank, a) - _chunk(ring, (rank - stop) % ring.size, b) for a, b in pairs]
-    return Products(chunk, jnp.array(pairs) * chunk, jnp.array(offsets) * chunk)
+    blocks = jnp.array(
+        [
+            [a, b, _chunk(ring, rank, a) - _chunk(ring, (rank - stop) % ring.size, b)]
+            for a, b in _chunk_pairs(kind, ring, stop if isinstance(stop, int) else None, seq)
+        ]
+    )
+    return Products(chunk, blocks[:, :2] * chunk, blocks[:, 2] * chunk)
 
 
 def _chunk(ring: Ring, rank: Any, half: int) -> Any:

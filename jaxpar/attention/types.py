@@ -80,6 +80,15 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(output, lse)
 
 
+def tie(tree: Any, data: jax.Array) -> Any:
+    """`tree`, as if it depended on `data`.
+
+    JAX hoists what depends on no activation out of the scan over layers, for all turns of the loops inside at once: of
+    masks that would be a matrix of sequence x sequence.
+    """
+    return lax.optimization_barrier((tree, data))[0]
+
+
 def take(tree: Any, start: jax.Array, size: int) -> Any:
     """Tokens [start, start + size) of each array."""
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, 1), tree)

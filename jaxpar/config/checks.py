@@ -11,7 +11,6 @@ from jaxpar.config.keys import Actor, Model, Runner, divisors, must_divide, one_
 
 # key → (values that are there, what else would mean). They load, so that `jaxpar mesh` shows the mesh.
 LIMITS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "runner.enable_dynamic_batch_size": ((False,), "dynamic batch sizes are not there yet"),
     "actor.model.expert_model_parallel_size": ((1,), "mixture of experts is not there yet"),
     "actor.model.expert_tensor_parallel_size": ((None, 1), "mixture of experts is not there yet"),
     "actor.model.num_moe_experts": ((None, 1), "mixture of experts is not there yet"),
@@ -88,8 +87,8 @@ def all_to_all_problem(heads: int, kv_heads: int, ranks: int) -> str | None:
 def train_problems(runner: Runner, actor: Actor, dp: int | None, architecture: Architecture | None) -> Iterator[str]:
     """`dp` None: not known, as the mesh itself has problems. `architecture` None: a user's own model."""
     yield from _limit_problems(runner, actor)
-    yield from batch_problems(actor, dp)
-    yield from _sequence_problems(runner, actor.model)
+    yield from batch_problems(runner, actor, dp)
+    yield from (_budget_problems if runner.enable_dynamic_batch_size else _sequence_problems)(runner, actor.model)
     yield from _optimizer_problems(runner, actor)
     if architecture is not None:
         yield from _architecture_problems(actor.model, architecture)
@@ -136,8 +135,17 @@ def schedule_problems(model: Model, num_layers: int | None) -> Iterator[str]:
         )
 
 
-def batch_problems(actor: Actor, dp: int | None) -> Iterator[str]:
+def batch_problems(runner: Runner, actor: Actor, dp: int | None) -> Iterator[str]:
     micro, total = actor.micro_batch_size, actor.global_batch_size
+    if runner.enable_dynamic_batch_size:
+        if not total:
+            yield "actor.global_batch_size: not given: set the number of documents in an optimizer step"
+        elif dp and total < dp:
+            yield (
+                f"actor.global_batch_size: {total} documents are fewer than dp = {dp} ranks, some of which would have "
+                f"none: choose at least {dp}"
+            )
+        return
     for key, value, unit in (("micro", micro, "a microbatch"), ("global", total, "an optimizer step")):
         if not value:
             yield f"actor.{key}_batch_size: not given: set the number of sequences in {unit}"
@@ -145,6 +153,20 @@ def batch_problems(actor: Actor, dp: int | None) -> Iterator[str]:
         yield from _must_be_multiple(
             "actor.global_batch_size", total, [("micro_batch_size", micro)] + ([] if dp is None else [("dp", dp)])
         )
+
+
+def _budget_problems(runner: Runner, model: Model) -> Iterator[str]:
+    key, budget = "runner.max_tokens_per_mbs", runner.max_tokens_per_mbs
+    if budget is None:
+        yield (
+            f"{key}: not given, but runner.enable_dynamic_batch_size needs it: set the tokens of a microbatch on each cp "
+            f"rank, so that {key.split('.')[1]} * context_parallel_size holds the longest document"
+        )
+        return
+    factors = [("2", 2)] if model.context_parallel_size > 1 else []  # as in _sequence_problems
+    if model.sequence_parallel:
+        factors.append(("tensor_model_parallel_size", model.tensor_model_parallel_size))
+    yield from _must_be_multiple(key, budget, factors)
 
 
 def _sequence_problems(runner: Runner, model: Model) -> Iterator[str]:

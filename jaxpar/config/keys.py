@@ -89,6 +89,13 @@ class Cluster(Section):
     deterministic: bool = False  # ours: only XLA GPU kernels that give the same bits each time; a CPU's always do
 
 
+class Logger(Section):
+    # Beside metrics.jsonl, which is always written. RLinf's other two load, and a note says that they are not there.
+    logger_backends: Annotated[list[Literal["tensorboard", "wandb", "swanlab"]], BeforeValidator(_paths)] | None = [
+        "tensorboard"
+    ]
+
+
 class Runner(Section):
     seq_length: Count = 0  # tokens; 0: not given
     max_steps: Interval = -1  # optimizer steps; 0 or -1: no limit, max_epochs ends the run
@@ -105,11 +112,12 @@ class Runner(Section):
     val_check_interval: Interval = -1  # steps; 0 or -1: never
     limit_val_batches: Count | None = None  # Lightning's name: global batches of an evaluation; null: all
     log_interval: Count = 1
+    logger: Logger = Logger()
     output_dir: Text = "results"
     experiment_name: Text = "jaxpar"
     resume_dir: Text | None = None  # null: start anew; "auto": newest checkpoint of this experiment; or a path
-    enable_dynamic_batch_size: bool = False
-    max_tokens_per_mbs: Count | None = None
+    enable_dynamic_batch_size: bool = False  # microbatches of whole documents, packed into rows of a token budget
+    max_tokens_per_mbs: Count | None = None  # that budget, for each cp rank
 
 
 class Data(Section):
@@ -209,7 +217,7 @@ class Megatron(Section):
 
 class Actor(Section):
     micro_batch_size: Count = 0  # sequences a device group takes at once; 0: not given
-    global_batch_size: Count = 0  # sequences an optimizer step; 0: not given
+    global_batch_size: Count = 0  # sequences an optimizer step, documents with dynamic batches; 0: not given
     seed: Seed = 1234
     model: Model = Model()
     optim: Optim = Optim()
@@ -237,7 +245,8 @@ FOREIGN_KEYS: dict[str, frozenset[str]] = {
         auto_scheduler component_placement node_groups recreate_nccl_groups use_pre_process_policy
         use_wait_before_last_iter_policy
     """),
-    "runner": _names("logger only_eval task_type"),
+    "runner": _names("only_eval task_type"),
+    "runner.logger": _names("experiment_name log_path project_name"),
     "data": _names("""
         answer_key answer_separator apply_chat_template apply_chat_template_kwargs choice_key data_size dataset_name
         eval_data_paths filter_prompt_by_length image_keys is_hybrid is_markdown lazy_loading max_prompt_length

@@ -80,6 +80,16 @@ class Config(Section):
         notes = [_ignored_note(self._ignored)] if self._ignored else []
         if sched.lr_decay_style != "constant" and sched.lr_decay_iters is None and self.runner.max_steps > 0:
             notes.append(f"actor.lr_sched.lr_decay_iters is not given: it is runner.max_steps, {self.runner.max_steps}")
+        if absent := [name for name in self.runner.logger.logger_backends or () if name != "tensorboard"]:
+            notes.append(
+                f"runner.logger.logger_backends: {', '.join(absent)} is not there: metrics go to metrics.jsonl, and with "
+                f"tensorboard in the list to its files"
+            )
+        if self.runner.enable_dynamic_batch_size:
+            notes.append(
+                f"runner.enable_dynamic_batch_size: a microbatch is a row of max_tokens_per_mbs * context_parallel_size = "
+                f"{self.row_length} tokens; runner.seq_length and actor.micro_batch_size have no effect"
+            )
         try:
             architecture, more = read_architecture(self.actor)
         except ConfigError:  # check_train and architecture() report it
@@ -99,9 +109,10 @@ class Config(Section):
                 f"kv heads are repeated: each of {kv_heads} is held by {tensor // kv_heads} of "
                 f"{tensor} tensor-parallel devices"
             )
-        if 0 < architecture.max_position_embeddings < self.runner.seq_length:
+        if 0 < architecture.max_position_embeddings < self.row_length:
+            length = "documents up to" if self.runner.enable_dynamic_batch_size else "runner.seq_length"
             notes.append(
-                f"runner.seq_length {self.runner.seq_length} is beyond the model's max_position_embeddings "
+                f"{length} {self.row_length} is beyond the model's max_position_embeddings "
                 f"{architecture.max_position_embeddings}"
             )
         return notes
@@ -111,6 +122,18 @@ class Config(Section):
         """Stage of ZeRO, 0 to 3."""
         optim = self.actor.optim
         return int(optim.use_distributed_optimizer) if optim.zero_stage is None else optim.zero_stage
+
+    @property
+    def row_length(self) -> int:
+        """Tokens in a row of a batch: `seq_length`, or with dynamic batches the budget of all cp ranks together."""
+        if not self.runner.enable_dynamic_batch_size:
+            return self.runner.seq_length
+        return (self.runner.max_tokens_per_mbs or 0) * self.actor.model.context_parallel_size
+
+    @property
+    def rows_per_microbatch(self) -> int:
+        """Of one dp rank."""
+        return 1 if self.runner.enable_dynamic_batch_size else self.actor.micro_batch_size
 
     def num_configured_devices(self) -> int | None:
         """Devices that the file asks for; None if `cluster.num_gpus_per_node` is null: then ask the runtime."""
@@ -136,15 +159,16 @@ class Config(Section):
         return MeshSizes(dp=num_devices // (tensor * pp * cp), pp=pp, tp=tp, sp=sp, cp=cp)
 
     def num_microbatches(self, sizes: MeshSizes) -> int:
-        """Microbatches that each pipeline runs in one optimizer step: global batch / (micro batch * dp).
+        """Microbatches that each pipeline runs in one optimizer step: global batch / (micro batch * dp). With dynamic
+        batches the most that it may run: as many as a dp rank has documents.
 
         Raises:
           ConfigError: a batch size is missing, or they do not divide.
         """
-        problems = list(checks.batch_problems(self.actor, sizes.dp))
+        problems = list(checks.batch_problems(self.runner, self.actor, sizes.dp))
         if problems:
             raise ConfigError(problems)
-        return self.actor.global_batch_size // (self.actor.micro_batch_size * sizes.dp)
+        return -(-self.actor.global_batch_size // (self.rows_per_microbatch * sizes.dp))
 
     def architecture(self) -> Architecture | None:
         """The decoder that the file describes; None if it gives neither `model_path` nor Hugging Face fields.

@@ -1,17 +1,23 @@
 """Training data: documents -> tokens -> packed samples -> global batches in an order that no layout changes."""
 
+from jaxpar.data.dynamic import DocumentCost
+from jaxpar.data.dynamic_loader import DocumentSource, build_dynamic_loader
 from jaxpar.data.loader import BatchLoader, build_loader
-from jaxpar.data.packing import PackedSource, open_dataset
+from jaxpar.data.packing import PackedSource, open_dataset, token_cache
 from jaxpar.data.text import DataError, documents
 from jaxpar.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "BatchLoader",
     "DataError",
+    "DocumentCost",
+    "DocumentSource",
     "PackedSource",
     "Tokenizer",
+    "build_dynamic_loader",
     "build_loader",
     "documents",
     "load_tokenizer",
     "open_dataset",
+    "token_cache",
 ]

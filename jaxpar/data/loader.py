@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -39,11 +39,13 @@ class BatchLoader(Iterator[Batch]):
     Each item is a dict of arrays [len(rows), ...], one for each key of the samples, rows in the order asked for.
 
     Attributes:
+      figures: numbers about the batch that came last, by name; only dynamic batches have any.
       batches_per_epoch: whole global batches in one pass, num_samples // global_batch_size.
       num_batches: global batches in all epochs, or None without an end.
     """
 
     def __init__(self, batches: grain.MapDataset, batches_per_epoch: int, num_batches: int | None, num_workers: int):
+        self.figures: dict[str, float] = {}
         self.batches_per_epoch = batches_per_epoch
         self.num_batches = num_batches
         self._batches = batches
@@ -60,7 +62,9 @@ class BatchLoader(Iterator[Batch]):
             _running.add(self)
         batch = next(self._iterator)
         self._next += 1
-        return {key: np.asarray(value) for key, value in batch.items()}  # workers send an ndarray subclass
+        arrays = {key: np.asarray(value) for key, value in batch.items()}  # workers send an ndarray subclass
+        self.figures = {key: array.item() for key, array in arrays.items() if array.ndim == 0}
+        return {key: array for key, array in arrays.items() if key not in self.figures}
 
     def get_state(self) -> dict[str, int]:
         """`{"batch": t}`: t batches were handed out, batch t is next. The same for every layout and process."""
@@ -136,25 +140,51 @@ def build_loader(
     Raises:
       DataError: fewer samples than one global batch, a row outside of it, or a negative number.
     """
-    num_samples, size = len(source), global_batch_size
+    size = global_batch_size
     rows = list(range(size)) if rows is None else list(rows)
     if not rows or not all(0 <= row < size for row in rows):
         raise DataError(f"rows {rows} are not rows of a global batch of {size} (0 ... {size - 1})")
-    if seed < 0 or num_workers < 0 or (num_epochs is not None and num_epochs < 1):
-        raise DataError(f"bad data.seed={seed} (from 0), data.num_workers={num_workers} (from 0), epochs={num_epochs}")
-    if num_samples < size:
+    if len(source) < size:
         raise DataError(
-            f"{num_samples} samples < actor.global_batch_size = {size}: {source!r} does not fill one global batch; "
+            f"{len(source)} samples < actor.global_batch_size = {size}: {source!r} does not fill one global batch; "
             "give more data, a smaller runner.seq_length or a smaller actor.global_batch_size"
         )
-    samples = grain.MapDataset.source(source)
-    if shuffle:
-        # Grain orders epoch e by seed + e. Hashed first, or seed 1 would begin with the second epoch of seed 0.
-        samples = samples.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    num_batches = None if num_epochs is None else num_epochs * num_samples // size
-    batches = grain.MapDataset.range(sys.maxsize // size if num_batches is None else num_batches)
-    batches = batches.map(_ReadRows(samples.repeat(num_epochs), size, rows))
-    return BatchLoader(batches, num_samples // size, num_batches, num_workers)
+    order = BatchOrder(size, seed, shuffle, num_epochs)
+    return order.loader(grain.MapDataset.source(source), lambda samples: _ReadRows(samples, size, rows), num_workers)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchOrder:
+    """Which samples are in which global batch; fields as in `build_loader`."""
+
+    global_batch_size: int
+    seed: int
+    shuffle: bool
+    num_epochs: int | None
+
+    def loader(
+        self,
+        samples: grain.MapDataset,
+        reader: Callable[[grain.MapDataset], Callable[[int], Batch]],
+        num_workers: int,
+    ) -> BatchLoader:
+        """Loader of `reader(endless)(t)` for t = 0, 1, …: global batch t is `endless[t * B : (t + 1) * B]`.
+
+        Raises:
+          DataError: a negative number.
+        """
+        size, seed, num_samples = self.global_batch_size, self.seed, len(samples)
+        if seed < 0 or num_workers < 0 or (self.num_epochs is not None and self.num_epochs < 1):
+            raise DataError(
+                f"bad data.seed={seed} (from 0), data.num_workers={num_workers} (from 0), epochs={self.num_epochs}"
+            )
+        if self.shuffle:
+            # Grain orders epoch e by seed + e. Hashed first, or seed 1 would begin with the second epoch of seed 0.
+            samples = samples.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        num_batches = None if self.num_epochs is None else self.num_epochs * num_samples // size
+        batches = grain.MapDataset.range(sys.maxsize // size if num_batches is None else num_batches)
+        batches = batches.map(reader(samples.repeat(self.num_epochs)))
+        return BatchLoader(batches, num_samples // size, num_batches, num_workers)
 
 
 @dataclasses.dataclass(frozen=True)

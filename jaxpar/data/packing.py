@@ -11,14 +11,44 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxpar.data.text import DataError, corpus_files, documents
+from jaxpar.data.text import PYTHON_SCHEME, DataError, corpus_files, documents
 from jaxpar.data.tokenizer import Tokenizer
 
-_FORMAT = 1  # of the cache; raise it when the meaning of the files changes
+_FORMAT = 2  # of the cache; raise it when the meaning of the files changes
 _BATCH_CHARACTERS = 1 << 22  # text tokenized at a time, so that memory does not grow with the corpus
+
+
+class TokenCache:
+    """The documents of a corpus, mapped into memory from a folder that `token_cache` made.
+
+    Attributes:
+      tokens: [num_tokens] uint16 or uint32; every document with its end-of-document token.
+      doc_ends: [num_documents] int64, ascending: one past the last token of each document.
+
+    Raises:
+      DataError: a file is missing or too short.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            counts = json.loads((folder / "counts.json").read_text())
+            documents = counts["num_documents"]
+            self.tokens = np.memmap(folder / "tokens", counts["dtype"], mode="r", shape=(counts["num_tokens"],))
+            self.doc_ends = np.memmap(folder / "doc_ends", np.int64, mode="r", shape=(documents,))
+            self._records = np.memmap(folder / "records", np.int64, mode="r", shape=(documents, 2))
+            self._files = counts["files"]
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"the token cache {folder} is damaged ({error}); delete that folder") from error
+
+    def origin(self, document: int) -> str:
+        """Where a document was read: its file, and which record of it, from 1."""
+        file, record = self._records[document]
+        return f"{self._files[file]}, record {record + 1}"
 
 
 class PackedSource:
@@ -57,13 +87,8 @@ class PackedSource:
     @classmethod
     def read(cls, folder: Path, seq_length: int) -> "PackedSource":
         """Maps the folder of a token cache into memory. Raises `DataError` if a file is missing or too short."""
-        try:
-            counts = json.loads((folder / "counts.json").read_text())
-            tokens = np.memmap(folder / "tokens", counts["dtype"], mode="r", shape=(counts["num_tokens"],))
-            doc_ends = np.memmap(folder / "doc_ends", np.int64, mode="r", shape=(counts["num_documents"],))
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"the token cache {folder} is damaged ({error}); delete that folder") from error
-        return cls(tokens, doc_ends, seq_length, folder=folder)
+        cache = TokenCache(folder)
+        return cls(cache.tokens, cache.doc_ends, seq_length, folder=folder)
 
     def __len__(self) -> int:
         return self._num_samples
@@ -114,15 +139,27 @@ def open_dataset(
     cache_dir: str | Path,
     setting: str = "data.train_data_paths",
 ) -> PackedSource:
-    """Packs the documents of `paths` (see `documents`), in order, into samples of `seq_length` tokens.
+    """Packs the documents of `paths`, in order, into samples of `seq_length` tokens; the rest is `token_cache`'s."""
+    folder = token_cache(paths, tokenizer=tokenizer, text_key=text_key, cache_dir=cache_dir, setting=setting)
+    return PackedSource.read(folder, seq_length)
 
-    The corpus is tokenized once, into a folder of `cache_dir` whose name is a hash of the files (absolute path, size,
-    time of change), the tokenizer and `text_key`; it is memory-mapped from there. `seq_length` is not in the hash.
+
+def token_cache(
+    paths: Sequence[str | Path],
+    *,
+    tokenizer: Tokenizer,
+    text_key: str = "text",
+    cache_dir: str | Path,
+    setting: str = "data.train_data_paths",
+) -> Path:
+    """Tokenizes the documents of `paths` (see `documents`), in order, once; returns the folder of a `TokenCache`.
+
+    It is in `cache_dir`, under a hash of the files (absolute path, size, time of change), the tokenizer and `text_key`.
     The folder is filled under another name and renamed: processes may race for it, and one that is killed leaves
     nothing that looks finished. Memory does not grow with the corpus, only with its largest document.
 
     Raises:
-      DataError: as `documents` does; no paths; no text in them; a cache folder that was damaged.
+      DataError: as `documents` does; no paths; no text in them.
     """
     files = [file.resolve() for path in paths for file in corpus_files(path, setting=setting)]
     if not files:
@@ -133,30 +170,51 @@ def open_dataset(
     folder = cache_dir / key
     if not folder.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
-        texts = (text for path in paths for text in documents(path, text_key, setting=setting))
+        records = _records(paths, text_key, setting)
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f"{key}-unfinished-") as temporary:
             unfinished = Path(temporary) / key  # not the temporary folder itself, which nobody else may read
             unfinished.mkdir()
-            _write(unfinished, texts, tokenizer, setting)
+            _write(unfinished, records, tokenizer, setting)
             _publish(unfinished, folder)
-    return PackedSource.read(folder, seq_length)
+    return folder
 
 
-def _write(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, setting: str) -> None:
+class _Record(NamedTuple):
+    file: str
+    number: int  # in its file, from 0
+    text: str
+
+
+def _records(paths: Sequence[str | Path], text_key: str, setting: str) -> Iterator[_Record]:
+    for path in paths:
+        is_module = str(path).startswith(PYTHON_SCHEME)
+        for file in [path] if is_module else corpus_files(path, setting=setting):
+            for number, text in enumerate(documents(file, text_key, setting=setting)):
+                yield _Record(str(file), number, text)
+
+
+def _write(folder: Path, records: Iterable[_Record], tokenizer: Tokenizer, setting: str) -> None:
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     end = num_documents = 0
-    with open(folder / "tokens", "wb") as tokens_file, open(folder / "doc_ends", "wb") as doc_ends_file:
-        for batch in _batched(texts):
-            for ids in tokenizer.encode_batch(batch):
+    files: dict[str, int] = {}
+    with (
+        open(folder / "tokens", "wb") as tokens_file,
+        open(folder / "doc_ends", "wb") as doc_ends_file,
+        open(folder / "records", "wb") as records_file,
+    ):
+        for batch in _batched(records):
+            for record, ids in zip(batch, tokenizer.encode_batch([record.text for record in batch]), strict=True):
                 if not len(ids):
                     continue  # an empty document teaches nothing
                 tokens_file.write(np.append(ids, tokenizer.eos_id).astype(dtype).tobytes())
                 end += len(ids) + 1
                 num_documents += 1
                 doc_ends_file.write(np.int64(end).tobytes())
+                file = files.setdefault(record.file, len(files))
+                records_file.write(np.array([file, record.number], np.int64).tobytes())
     if not num_documents:
         raise DataError(f"{setting}: there is no text in it, every document is empty")
-    counts = {"num_tokens": end, "num_documents": num_documents, "dtype": dtype}
+    counts = {"num_tokens": end, "num_documents": num_documents, "dtype": dtype, "files": list(files)}
     (folder / "counts.json").write_text(json.dumps(counts))
 
 
@@ -169,11 +227,11 @@ def _publish(unfinished: Path, folder: Path) -> None:
         # Another process was first. Its files, which it may have mapped by now, hold the same and stay.
 
 
-def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batched(records: Iterable[_Record]) -> Iterator[list[_Record]]:
     batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
+    for record in records:
+        batch.append(record)
+        characters += len(record.text)
         if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 
 from jaxpar.hlo.flops import (
+    FLASH_KERNELS,
     KERNELS,
     KernelFlops,
     convolution_flops,
@@ -27,7 +28,8 @@ _PRODUCTS = ("ragged-dot", "triangular-solve", "cholesky", "fft")
 # Calls that move or order data and multiply nothing.
 _NO_PRODUCTS = re.compile(
     r"Sharding|SPMD\w+Shape|MoveTo(Host|Device)|AllocateBuffer|annotate_device_placement|nop|PinToDevice|"
-    r".*(TopK|RadixSort|cub_sort|LayoutConstraint|AssumeGatherIndicesInBound|ConsumeBuffer|CreateBuffer).*"
+    r".*(TopK|RadixSort|cub_sort|LayoutConstraint|AssumeGatherIndicesInBound|ConsumeBuffer|CreateBuffer).*|"
+    r"AsyncCollective(Start|Done)"
 )
 
 
@@ -77,7 +79,7 @@ def count(
     grid: np.ndarray | None = None,
     axes: Sequence[str] = ("dp", "pp", "tp", "sp", "cp"),
     *,
-    kernels: Mapping[str, KernelFlops] = KERNELS,
+    kernels: Mapping[str, KernelFlops] = {**KERNELS, **FLASH_KERNELS},
 ) -> Count:
     """Count an optimized program, `jax.jit(f).lower(…).compile().as_text()`, for CPU, GPU or TPU.
 
@@ -139,6 +141,15 @@ class _Total:
         return self.flops, sum(size for _, size in self.sent.values())
 
 
+def _goes_on(here: Computation, collective: Instruction) -> bool:
+    """A later piece of a collective that XLA for TPU spread over several fusions: each repeats it, and the first one hands
+    it to AsyncCollectiveStart."""
+    return "chain_id=" in collective.attributes and not any(
+        custom_call_target(user) == "AsyncCollectiveStart" and collective.name in user.operands
+        for user in here.instructions.values()
+    )
+
+
 class _Walker:
     def __init__(self, module: Module, mesh: MeshAxes | None, kernels: Mapping[str, KernelFlops]):
         self.module, self.mesh, self.kernels = module, mesh, kernels
@@ -174,7 +185,7 @@ class _Walker:
             total.flops += convolution_flops(instruction, lhs, kernel, instruction.result[0])
         elif opcode == "custom-call":
             self._custom_call(total, here, instruction)
-        elif opcode in KINDS:
+        elif opcode in KINDS and not _goes_on(here, instruction):
             self._collective(total, here, instruction, opcode)
         elif opcode in _SENDING or opcode in _PRODUCTS:
             total.notes[f"{opcode}: not counted"] += 1

@@ -92,12 +92,31 @@ def _mha(backward: bool) -> KernelFlops:
     return flops
 
 
+def _flash(products: int, causal: bool = False) -> KernelFlops:
+    def flops(operands: Sequence[Array], results: Sequence[Array]) -> float | None:
+        if len(operands) < 3 or len(operands[0].dims) != 5 or len(operands[1].dims) != 4:
+            return None
+        (batch, queries, kv_heads, group, dim), keys = operands[0].dims, operands[1].dims[1]
+        return 2 * products * batch * kv_heads * group * queries * keys * dim * (0.5 if causal else 1)
+
+    return flops
+
+
 # Pallas kernels by the name that they are given (`pallas_call(…, name=…)`), here those of
 # jax.experimental.pallas.ops.gpu.attention. A call shows its operands and not its mask: these count the whole square.
 KERNELS: Mapping[str, KernelFlops] = {
     "mha_forward": _mha(backward=False),
     "mha_preprocess_backward": lambda operands, results: 0.0,
     "mha_backward": _mha(backward=True),
+}
+
+# Those of jaxpar.attention.flash, whose names tell the mask: "_causal" walks over half of the square, "_masked" has a
+# window or an offset of its own and counts whole. The backward pass is two kernels, which both compute the scores and
+# their gradients.
+FLASH_KERNELS: Mapping[str, KernelFlops] = {
+    f"attention_{name}{mask}": _flash(products, causal=mask == "_causal")
+    for name, products in (("forward", 2), ("query_grad", 3), ("key_grad", 4))
+    for mask in ("", "_masked", "_causal")
 }
 
 

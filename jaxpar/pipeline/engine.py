@@ -51,7 +51,7 @@ class StageFunctions(NamedTuple):
 class _Carry(NamedTuple):
     from_below: jax.Array  # [places, ...]: activations that arrived from the virtual stage below
     from_above: jax.Array  # [places, ...]: gradients that arrived from the one above
-    kept: Buffers | None
+    kept: Buffers
     pending: Buffers
     outputs: jax.Array  # [places, ...]: on the last stage, outputs that wait for the loss
     loss: jax.Array
@@ -74,17 +74,13 @@ def loss_and_grads(
     return _Engine(schedule, functions, params, batch, recompute).loss_and_grads()
 
 
-def evaluate(
-    schedule: Schedule, functions: StageFunctions, params: Any, batch: Any
-) -> tuple[jax.Array, jax.Array]:
+def evaluate(schedule: Schedule, functions: StageFunctions, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
     """(losses, weights) of each token, [microbatches, parts, batch, any] each, with a table that only runs forward."""
     return _Engine(schedule, functions, params, batch, Recompute()).evaluate()
 
 
 class _Engine:
-    def __init__(
-        self, schedule: Schedule, functions: StageFunctions, params: Any, batch: Any, recompute: Recompute
-    ):
+    def __init__(self, schedule: Schedule, functions: StageFunctions, params: Any, batch: Any, recompute: Recompute):
         self.schedule, self.functions, self.params, self.batch = schedule, functions, params, batch
         self.stage, _ = rank_and_size("pp")
         self.last = schedule.num_stages - 1
@@ -124,7 +120,7 @@ class _Engine:
         carry = zeros(self.example, sizes["from_below"])
 
         def tick(from_below: jax.Array, row: Row, segment: Segment) -> tuple[jax.Array, Any]:
-            y, _ = self._forward(from_below, None, row, segment)
+            y, _ = self._forward(from_below, self.layers.nothing(), row, segment)
             leaving = self._chunk_and_microbatch(row["F"][self.last])[1]
             losses = self._when("head", segment, row, lambda: self._token_losses(y, leaving))
             return self._pass_up(from_below, y, row), losses
@@ -161,16 +157,14 @@ class _Engine:
             outputs=_put(carry.outputs, y, row["outputs_write"][self.last]),
         )
 
-    def _forward(
-        self, from_below: jax.Array, kept: Buffers | None, row: Row, segment: Segment
-    ) -> tuple[jax.Array, Buffers]:
+    def _forward(self, from_below: jax.Array, kept: Buffers, row: Row, segment: Segment) -> tuple[jax.Array, Buffers]:
         chunk, microbatch = self._chunk_and_microbatch(row["F"][self.stage])
         entering = self._chunk_and_microbatch(row["F"][0])[1]
         x = self._when("embed", segment, row, lambda: self._embed(self.params["embed"], entering))
         if self.num_virtual > 1:
             arrived = _take(from_below, row["from_below_read_F"][self.stage])
             x = jnp.where((self.stage == 0) & (chunk == 0), x, arrived)
-        place = row["kept_write"][self.stage] if kept is not None else 0
+        place = row["kept_write"][self.stage] if "kept_write" in row else 0
         return self.layers.forward(self.params["layers"], chunk, x, self._microbatch(microbatch), kept, place)
 
     def _backward_slot(self, carry: _Carry, row: Row, segment: Segment) -> _Carry:

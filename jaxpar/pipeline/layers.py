@@ -54,7 +54,7 @@ class Layers:
         self._num_real, self._gather, self._reduce, self._split = num_real, gather, reduce, split
         self._runs: list[tuple[Run, Pullback]] = []
         for run in recompute.runs(self._per_chunk):
-            group = _group(recompute.wrap(block), run.size, unrolled=split)
+            group = _group(block, run.size, unrolled=split)
             example = self._group_params(params, run, 0, 0), x, self._group_info(info, run, 0, 0)
             self._runs.append((run, Pullback(group, *example, recompute=run.recompute, split=split)))
 
@@ -62,14 +62,18 @@ class Layers:
         """Buffers for what `forward` keeps."""
         return [[zeros(aval, num_places, run.count) for aval in pullback.kept] for run, pullback in self._runs]
 
+    def nothing(self) -> Buffers:
+        """No buffers, for an evaluation."""
+        return [[] for _ in self._runs]
+
     def pending(self, num_places: int) -> Buffers:
         """Buffers for what `backward` leaves to `weight_grad`."""
         return [[zeros(aval, num_places, run.count) for aval in pullback.pending] for run, pullback in self._runs]
 
     def forward(
-        self, params: Any, chunk: Any, x: jax.Array, info: Any, kept: Buffers | None, place: Any
+        self, params: Any, chunk: Any, x: jax.Array, info: Any, kept: Buffers, place: Any
     ) -> tuple[jax.Array, Buffers]:
-        """(the chunk's output, kept with what its backward pass needs at `place`); with kept None, nothing is kept."""
+        """(the chunk's output, kept with what its backward pass needs at `place`); nothing is, if kept has no buffers."""
         result = []
         for index, (run, pullback) in enumerate(self._runs):
 
@@ -79,7 +83,7 @@ class Layers:
                 x, values = pullback.forward(group, x, self._group_info(info, run, chunk, i))
                 return (x, _put(buffers, values, place, i)), None
 
-            (x, buffers), _ = lax.scan(body, (x, [] if kept is None else kept[index]), jnp.arange(run.count))
+            (x, buffers), _ = lax.scan(body, (x, kept[index]), jnp.arange(run.count))
             result.append(buffers)
         return x, result
 

@@ -1,25 +1,35 @@
 """A function's backward pass, taken apart: what to keep for it, and its two halves B and W.
 
-`jax.vjp` returns a function that is a pytree. Its leaves are what the backward pass needs, and a trace tells where they
-come from: leaves that depend on the activations are kept; those that follow from parameters and tokens alone (masks,
-rotary angles, weights in another dtype) are computed again.
+`jax.vjp` returns a function that is a pytree; its leaves are what the backward pass needs. The traced forward pass tells
+how they are made, and what is kept is the fewest bytes from which elementwise work alone leads to all of them: the
+smallest cut of that graph (as in PyTorch's AOTAutograd, min_cut_rematerialization_partition). So norms, activation
+functions, rotations and masks are computed again, products and attention are not.
 
 B and W are found in the traced backward pass: W is the products that nothing but a parameter's gradient waits for, B is
 the rest (Qi et al., 2023, "Zero Bubble Pipeline Parallelism", arXiv:2401.10241). So any model's backward pass splits.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.extend import core
 
 from jaxpar.collectives import zeros
+from jaxpar.pipeline.cut import smallest_cut
 
 PRODUCTS = {"dot_general", "ragged_dot_general", "conv_general_dilated"}
 INLINED = {"jit", "pjit", "closed_call", "checkpoint", "remat2"}
-# Done again in W where they follow from what is kept, rather than handed over from B.
-CHEAP = {"transpose", "reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "pvary", "slice"}
+ELEMENTWISE = {
+    "abs", "add", "add_any", "and", "broadcast_in_dim", "clamp", "concatenate", "convert_element_type", "copy", "cos", "div",
+    "eq", "erf", "exp", "exp2", "expand_dims", "expm1", "ge", "gt", "integer_pow", "is_finite", "iota", "le", "log", "log1p",
+    "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pad", "pow", "pvary", "reshape", "rev", "round",
+    "rsqrt", "select_n", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze", "sub", "tanh", "transpose", "xor",
+}  # fmt: skip
+# Gathered sequences are not kept but gathered again (Korthikanti et al., 2022, arXiv:2205.05198, section 4.2.2).
+CHEAP = ELEMENTWISE | {"all_gather"}
+# Loops and kernels without a parameter: attention's core.
+CORE = {"scan", "while", "pallas_call"}
 
 
 class Pullback:
@@ -27,7 +37,8 @@ class Pullback:
 
     Args:
       params, x, info: examples, to trace with.
-      recompute: keep x alone; the backward pass runs the function again first.
+      recompute: "cheap": what elementwise work leads to. "core": also the results of loops and kernels, attention's
+        core. "all": keep x alone; the backward pass runs the function again first.
       split: prepare `input_grad` and `weight_grad`.
 
     Attributes:
@@ -42,12 +53,12 @@ class Pullback:
         x: jax.Array,
         info: Any,
         *,
-        recompute: bool,
+        recompute: Literal["cheap", "core", "all"],
         split: bool,
     ):
         self._function, self._recompute = function, recompute
         self.kept: list[Any] = [jax.typeof(x)]
-        if not recompute:
+        if recompute != "all":
             self._find_residuals(params, x, info)
         self.pending: list[Any] = []
         if split:
@@ -55,19 +66,17 @@ class Pullback:
 
     def forward(self, params: Any, x: jax.Array, info: Any) -> tuple[jax.Array, list[jax.Array]]:
         """(y, what to keep for the backward pass)."""
-        if self._recompute:
+        if self._recompute == "all":
             return self._function(params, x, info), [x]
-        y, leaves, _ = self._differentiate(params, x, info)
-        return y, [leaves[i] for i in self._kept_leaves]
+        y, *kept = self._forward(*jax.tree.leaves((params, info)), x)
+        return y, kept
 
     def grads(self, kept: Sequence[jax.Array], params: Any, info: Any, y_grad: jax.Array) -> tuple[Any, jax.Array]:
         """(gradients of params, of x)."""
-        if self._recompute:
-            _, leaves, tree = self._differentiate(params, kept[0], info)
+        if self._recompute == "all":
+            leaves, tree = self._differentiate(params, kept[0], info)[1:]
         else:
-            inputs = jax.tree.leaves((params, info))
-            pools = {"kept": kept, "input": inputs, "derived": self._derived(*inputs)}
-            leaves, tree = [pools[pool][i] for pool, i in self._sources], self._tree
+            leaves, tree = self._residuals(*jax.tree.leaves((params, info)), *kept), self._tree
         return jax.tree.unflatten(tree, leaves)(y_grad)
 
     def input_grad(
@@ -88,40 +97,22 @@ class Pullback:
         return y, *jax.tree.flatten(backward)
 
     def _find_residuals(self, params: Any, x: jax.Array, info: Any) -> None:
-        def leaves(params: Any, info: Any, x: jax.Array) -> list[jax.Array]:
-            _, leaves, self._tree = self._differentiate(params, x, info)
-            return leaves
+        def residuals(params: Any, info: Any, x: jax.Array) -> list[jax.Array]:
+            y, leaves, self._tree = self._differentiate(params, x, info)
+            return [y, *leaves]
 
-        traced = jax.make_jaxpr(leaves)(params, info, x)
-        *inputs, x_var = traced.jaxpr.invars
-        of_x = _depending(traced.jaxpr.eqns, {x_var})
-        places = {var: ("input", i) for i, var in enumerate(inputs)}
-        counts = {"kept": 0, "derived": 0}
-        self._sources, self._kept_leaves, self.kept, derived = [], [], [], []
-        for i, var in enumerate(traced.jaxpr.outvars):
-            if isinstance(var, core.Literal) or var not in places:
-                pool = "kept" if not isinstance(var, core.Literal) and var in of_x else "derived"
-                place = (pool, counts[pool])
-                counts[pool] += 1
-                if pool == "kept":
-                    self._kept_leaves.append(i)
-                    self.kept.append(var.aval)
-                else:
-                    derived.append(var)
-                if isinstance(var, core.Literal):
-                    self._sources.append(place)
-                    continue
-                places[var] = place
-            self._sources.append(places[var])
-        self._derived = _part(traced, _needed(traced.jaxpr.eqns, derived), inputs, derived)
+        traced = _inlined(residuals, params, info, x)
+        eqns, (*inputs, x_var), (y, *leaves) = traced.jaxpr.eqns, traced.jaxpr.invars, traced.jaxpr.outvars
+        cheap = CHEAP | CORE if self._recompute == "core" else CHEAP
+        kept = smallest_cut(eqns, x_var, leaves, lambda eqn: eqn.primitive.name in cheap)
+        self.kept = [var.aval for var in kept]
+        self._forward = _part(traced, _needed(eqns, [y, *kept]), [*inputs, x_var], [y, *kept])
+        self._residuals = _part(traced, _needed(eqns, leaves, given=kept), [*inputs, *kept], leaves)
 
     def _find_halves(self, params: Any, x: jax.Array, info: Any) -> None:
         examples = [zeros(aval) for aval in self.kept], params, info, x
 
-        def grads(*args: Any) -> Any:
-            return _inline(jax.make_jaxpr(self.grads)(*args), jax.tree.leaves(args))
-
-        traced = jax.make_jaxpr(grads)(*examples)
+        traced = _inlined(self.grads, *examples)
         *given, y_grad = traced.jaxpr.invars
         *param_grads, x_grad = traced.jaxpr.outvars
         eqns = _needed(traced.jaxpr.eqns, traced.jaxpr.outvars)
@@ -131,7 +122,9 @@ class Pullback:
         late = {i for i, var in enumerate(param_grads) if var in late_vars}
         self._late, self._early = sorted(late), [i for i in range(len(param_grads)) if i not in late]
         again = _cheap(eqns, set(given))
-        last = _needed([e for e in eqns if again(e) or late_vars & set(e.outvars)], [param_grads[i] for i in self._late])
+        last = _needed(
+            [e for e in eqns if again(e) or late_vars & set(e.outvars)], [param_grads[i] for i in self._late]
+        )
         made = {*given, *(var for eqn in last for var in eqn.outvars)}
         pending = list(dict.fromkeys(v for eqn in last for v in _inputs(eqn) if v not in made))
         self.pending = [var.aval for var in pending]
@@ -154,13 +147,14 @@ def _inputs(eqn: Any) -> list[core.Var]:
     return [var for var in eqn.invars if isinstance(var, core.Var)]
 
 
-def _needed(eqns: Sequence[Any], outvars: Iterable[Any]) -> list[Any]:
-    """The equations that lead to `outvars`."""
-    wanted, result = {var for var in outvars if isinstance(var, core.Var)}, []
+def _needed(eqns: Sequence[Any], outvars: Iterable[Any], given: Iterable[Any] = ()) -> list[Any]:
+    """The equations that lead to `outvars` from what is given."""
+    known = set(given)
+    wanted, result = {var for var in outvars if isinstance(var, core.Var)} - known, []
     for eqn in reversed(eqns):
         if wanted & set(eqn.outvars):
             result.append(eqn)
-            wanted.update(_inputs(eqn))
+            wanted |= set(_inputs(eqn)) - known
     return result[::-1]
 
 
@@ -185,8 +179,17 @@ def _cheap(eqns: Sequence[Any], given: set[Any]) -> Callable[[Any], bool]:
 
 def _part(traced: core.ClosedJaxpr, eqns: list[Any], invars: list[Any], outvars: list[Any]) -> Callable:
     """A function (values of invars) → values of outvars that runs these equations."""
-    part = core.Jaxpr(traced.jaxpr.constvars, invars, outvars, eqns)
-    return core.jaxpr_as_fun(core.ClosedJaxpr(part, traced.consts))
+    constants = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
+    used = {var: value for var, value in constants.items() if var not in invars}
+    debug_info = traced.jaxpr.debug_info.with_unknown_names()
+    part = core.Jaxpr(list(used), invars, outvars, eqns, debug_info=debug_info)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(part, list(used.values())))
+
+
+def _inlined(function: Callable, *args: Any) -> core.ClosedJaxpr:
+    """The function traced, with the functions that it calls in place."""
+    traced = jax.make_jaxpr(function)(*args)
+    return jax.make_jaxpr(lambda *args: _inline(traced, args))(*jax.tree.leaves(args))
 
 
 def _inline(traced: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
@@ -199,6 +202,6 @@ def _inline(traced: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
             inner = inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
             found = _inline(inner, [v.val if isinstance(v, core.Literal) else values[v] for v in eqn.invars])
         else:
-            found = _part(core.ClosedJaxpr(traced.jaxpr, ()), [eqn], invars, eqn.outvars)(*[values[v] for v in invars])
+            found = _part(traced, [eqn], invars, eqn.outvars)(*[values[v] for v in invars])
         values.update(zip(eqn.outvars, found, strict=True))
     return [v.val if isinstance(v, core.Literal) else values[v] for v in traced.jaxpr.outvars]

@@ -9,18 +9,15 @@ until its turn in a later tick.
 A new schedule is one function that returns a table, and an entry in SCHEDULES.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
 import numpy as np
 
-IDLE = -1  # instead of an item
-
-
-class ScheduleError(ValueError):
-    """A table that cannot be run; the message points at tick, slot and stage."""
+from jaxpar.pipeline.buffers import Buffers, plan_buffers
+from jaxpar.pipeline.check import IDLE, ScheduleError, Tables
 
 
 @dataclass(frozen=True)
@@ -33,22 +30,6 @@ class Segment:
     weight: bool
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """Places for what waits, the fewest that fit; the same number on all stages because all run one program.
-
-    Attributes:
-      sizes: how many places each kind needs: "kept" (what backward needs of an item, from its F to its last slot),
-        "pending" (what W needs of B), "from_below" and "from_above" (arrived, not yet used), "outputs" (of the last
-        virtual stage, waiting for the loss).
-      tables: int arrays [ticks, stages], the place that a slot reads or writes, named by kind and slot. An unused slot
-        runs too, and scribbles on a free place.
-    """
-
-    sizes: Mapping[str, int]
-    tables: Mapping[str, np.ndarray]
-
-
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """A pipeline schedule.
@@ -59,6 +40,7 @@ class Schedule:
       forward, backward, weight: int arrays [ticks, stages], chunk · M + microbatch of the item that each stage works
         on, or IDLE. `weight` is None where B computes the gradient of the weights too; a table without any B only
         evaluates.
+      ticks_of: for each slot in use the tick of each item, int [virtual stages, microbatches].
 
     Raises:
       ScheduleError: on creation, where the table is not runnable.
@@ -72,7 +54,17 @@ class Schedule:
     weight: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        _check(self)
+        _ = self.ticks_of
+
+    @cached_property
+    def ticks_of(self) -> dict[str, np.ndarray]:
+        return self.tables.ticks()
+
+    @cached_property
+    def tables(self) -> Tables:
+        weight = {} if self.weight is None else {"W": self.weight}
+        slots = {"F": self.forward, "B": self.backward, **weight}
+        return Tables(self.name, self.num_chunks, self.num_microbatches, slots)
 
     @property
     def num_ticks(self) -> int:
@@ -85,28 +77,18 @@ class Schedule:
     @property
     def slots(self) -> dict[str, np.ndarray]:
         """The tables in use, by slot: F, B and W in the order in which a tick runs them."""
-        tables = {"F": self.forward, "B": self.backward, "W": self.weight}
-        return {slot: table for slot, table in tables.items() if table is not None and (table != IDLE).any()}
-
-    @cached_property
-    def ticks_of(self) -> dict[str, np.ndarray]:
-        """For each slot in use the tick of each item, int [virtual stages, microbatches]."""
-        result = {}
-        for slot, table in self.slots.items():
-            ticks = np.full((self.num_chunks, self.num_stages, self.num_microbatches), IDLE)
-            for tick, stage in np.argwhere(table != IDLE):
-                chunk, microbatch = divmod(table[tick, stage], self.num_microbatches)
-                ticks[chunk, stage, microbatch] = tick
-            result[slot] = ticks.reshape(-1, self.num_microbatches)
-        return result
+        return {slot: self.tables.slots[slot] for slot in self.ticks_of}
 
     @cached_property
     def runs(self) -> dict[str, np.ndarray]:
-        """bool [ticks] for each slot, and for "head" (the loss), "embed" and "embed_grad": ticks that execute it."""
+        """bool [ticks] for each slot, and for "head" (the loss), "embed" and "embed_grad": ticks that execute it.
+
+        A slot runs from its first item to its last without a gap, so that the program has few loops; ticks in between
+        that no stage uses cost time all the same.
+        """
         first, last = self.num_microbatches, (self.num_chunks - 1) * self.num_microbatches
-        runs = {slot: _filled((table != IDLE).any(1)) for slot, table in self.slots.items()}
         none = np.zeros(self.num_ticks, bool)
-        runs = {slot: runs.get(slot, none) for slot in "FBW"}
+        runs = dict.fromkeys("FBW", none) | {s: _filled((table != IDLE).any(1)) for s, table in self.slots.items()}
         entering = {slot: (t[:, 0] != IDLE) & (t[:, 0] < first) for slot, t in self.slots.items()}
         leaving = self.slots.get("B", self.forward)[:, -1]
         # With one chunk the embedding runs along with the layers; with more, only where a microbatch enters.
@@ -120,6 +102,10 @@ class Schedule:
 
     @cached_property
     def segments(self) -> list[Segment]:
+        """The loops of the program. Their number does not grow with that of the microbatches.
+
+        Ticks before the first loss and after the last have loops of their own, which need not look whether there is one.
+        """
         runs, segments, start = self.runs, [], 0
         for flags, ticks in groupby(zip(runs["F"], runs["B"], runs["W"], _filled(runs["head"]), strict=True)):
             stop = start + len(list(ticks))
@@ -127,94 +113,44 @@ class Schedule:
             start = stop
         return segments
 
+    @property
+    def timeline(self) -> list[tuple[int, str]]:
+        """(tick, slot) of all slots that the program executes, one after the other."""
+        return [(tick, slot) for tick in range(self.num_ticks) for slot in self.slots if self.runs[slot][tick]]
+
     @cached_property
     def in_flight(self) -> list[int]:
         """For each stage, the most items (microbatches, or microbatches of a chunk) whose forward is done and whose
         last slot is not, the one in work included: what it must keep activations for."""
-        last = self.ticks_of[list(self.slots)[-1]]
         counts = np.zeros((self.num_ticks + 1, self.num_stages), int)
-        for virtual, microbatch in np.ndindex(last.shape):
-            counts[self.ticks_of["F"][virtual, microbatch], virtual % self.num_stages] += 1
-            counts[last[virtual, microbatch] + 1, virtual % self.num_stages] -= 1
+        stages = np.arange(self.num_stages * self.num_chunks)[:, None] % self.num_stages
+        np.add.at(counts, (self.ticks_of["F"], stages), 1)
+        np.add.at(counts, (self.ticks_of[list(self.slots)[-1]] + 1, stages), -1)
         return [int(n) for n in counts.cumsum(0).max(0)]
 
     @cached_property
     def buffers(self) -> Buffers:
-        ticks, order, virtual = self.ticks_of, list(self.slots), range(self.num_chunks * self.num_stages)
-        lifetimes: dict[tuple[str, str, str], list[tuple[int, int]]] = {}  # kind, writer, reader: virtual stages
-        for reader in order[1:]:
-            lifetimes["kept", "F", reader] = [(v, v) for v in virtual]
-        if "W" in order:
-            lifetimes["pending", "B", "W"] = [(v, v) for v in virtual]
-        lifetimes["from_below", "F", "F"] = [(v, v + 1) for v in virtual[:-1]]
-        if "B" in order:
-            lifetimes["from_above", "B", "B"] = [(v, v - 1) for v in virtual[1:]]
-            lifetimes["outputs", "F", "B"] = [(virtual[-1], virtual[-1])]
-        sizes: dict[str, int] = {}
-        tables: dict[str, np.ndarray] = {}
-        for kind in dict.fromkeys(kind for kind, _, _ in lifetimes):
-            readers = [key for key in lifetimes if key[0] == kind]
-            places = _Places(self, writer=readers[0][1], own=kind in ("from_below", "from_above"))
-            for _, writer, reader in readers:
-                for source, target in lifetimes[kind, writer, reader]:
-                    places.hold(source, target, ticks[writer][source], reader, ticks[reader][target])
-            sizes[kind], found = places.allocate()
-            tables |= {f"{kind}_{name}": table for name, table in found.items()}
-        return Buffers(sizes, tables)
+        return plan_buffers(self.ticks_of, self.runs, self.num_stages)
 
-    def slot_time(self, forward_cost: float = 1.0, backward_cost: float = 1.0, weight_cost: float = 1.0) -> float:
-        """Time of the whole table, in units in which one microbatch's F, B and W take these costs on a whole stage. A
-        slot costs the same to all as soon as one stage uses it."""
+    def slot_costs(
+        self, forward_cost: float = 1.0, backward_cost: float = 1.0, weight_cost: float = 1.0
+    ) -> dict[str, float]:
+        """Time of each slot in use, in units in which one microbatch's F, B and W take these costs on a whole stage."""
         costs = {"F": forward_cost, "B": backward_cost, "W": weight_cost}
         if self.weight is None:
-            costs["B"] += costs.pop("W")
-        return sum(self.runs[slot].sum() * cost for slot, cost in costs.items()) / self.num_chunks
+            costs["B"] += costs["W"]
+        return {slot: costs[slot] / self.num_chunks for slot in self.slots}
 
-    def bubble_fraction(
-        self, forward_cost: float = 1.0, backward_cost: float = 1.0, weight_cost: float = 1.0
-    ) -> float:
+    def slot_time(self, forward_cost: float = 1.0, backward_cost: float = 1.0, weight_cost: float = 1.0) -> float:
+        """Time of the whole table, in the units of `slot_costs`. A slot costs the same to all stages, and costs it to those
+        that have nothing to do in it."""
+        costs = self.slot_costs(forward_cost, backward_cost, weight_cost)
+        return float(sum(self.runs[slot].sum() * cost for slot, cost in costs.items()))
+
+    def bubble_fraction(self, forward_cost: float = 1.0, backward_cost: float = 1.0, weight_cost: float = 1.0) -> float:
         """Share of a stage's time in which it does nothing useful."""
-        useful = forward_cost + ((backward_cost + weight_cost) if "B" in self.slots else 0)
-        return float(1 - self.num_microbatches * useful / self.slot_time(forward_cost, backward_cost, weight_cost))
-
-
-class _Places:
-    """Gives what waits a place. Times are counted in half slots, so that a slot reads before, or writes after, others."""
-
-    def __init__(self, schedule: Schedule, *, writer: str, own: bool):
-        self.schedule, self.writer = schedule, writer
-        # A message is written when its slot ends, after the same slot's reads; what a stage itself produces, at once.
-        self.written_at = 1 if own else 0
-        self.ends: dict[tuple[int, int], int] = {}  # (stage, tick of writing) → time of the last read
-        self.reads: dict[str, list[tuple[int, int, int]]] = {}  # reader → (stage, tick of writing, tick of reading)
-
-    def _time(self, tick: int, slot: str) -> int:
-        return (tick * 3 + "FBW".index(slot)) * 2
-
-    def hold(self, source: int, target: int, written: np.ndarray, reader: str, read: np.ndarray) -> None:
-        stage = target % self.schedule.num_stages
-        for start, end in zip(written.tolist(), read.tolist(), strict=True):
-            key = (stage, start)
-            self.ends[key] = max(self.ends.get(key, 0), self._time(end, reader))
-            self.reads.setdefault(reader, []).append((stage, start, end))
-
-    def allocate(self) -> tuple[int, dict[str, np.ndarray]]:
-        shape, used = self.schedule.forward.shape, self.schedule.runs[self.writer]
-        writes = np.zeros(shape, int)
-        for stage in range(shape[1]):
-            free_from: list[int] = []  # of each place
-            for tick in np.flatnonzero(used).tolist():
-                start = self._time(tick, self.writer) + self.written_at
-                end = self.ends.get((stage, tick), start)
-                place = next((i for i, free in enumerate(free_from) if free < start), len(free_from))
-                free_from[place : place + 1] = [end]
-                writes[tick, stage] = place
-        tables = {"write": writes}
-        for reader, reads in self.reads.items():
-            tables[f"read_{reader}"] = np.zeros(shape, int)
-            for stage, start, end in reads:
-                tables[f"read_{reader}"][end, stage] = writes[start, stage]
-        return int(writes.max()) + 1, tables
+        useful = sum(self.slot_costs(forward_cost, backward_cost, weight_cost).values()) * self.num_chunks
+        return 1 - self.num_microbatches * useful / self.slot_time(forward_cost, backward_cost, weight_cost)
 
 
 def gpipe(num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
@@ -260,7 +196,7 @@ def build_schedule(name: str, num_stages: int, num_microbatches: int, num_chunks
     """The table called `name` (a key of SCHEDULES).
 
     Raises:
-      ScheduleError: no such schedule, or a size below 1.
+      ScheduleError: no such schedule, a size below 1, or several chunks on one stage.
     """
     if name not in SCHEDULES:
         raise ScheduleError(f"actor.model.pipeline_schedule: {name!r} is none of: {', '.join(SCHEDULES)}")
@@ -269,7 +205,11 @@ def build_schedule(name: str, num_stages: int, num_microbatches: int, num_chunks
             f"a schedule needs at least one stage, microbatch and chunk, not {num_stages}, {num_microbatches} and "
             f"{num_chunks}"
         )
-    return SCHEDULES[name](num_stages, num_microbatches, num_chunks)
+    if num_chunks > 1 and num_stages == 1:
+        raise ScheduleError(
+            f"{num_chunks} chunks need at least two stages: with one there is no pipeline to interleave"
+        )
+    return replace(SCHEDULES[name](num_stages, num_microbatches, num_chunks), name=name)
 
 
 def _waves(
@@ -327,65 +267,3 @@ def _wave(start: np.ndarray, items: list[int]) -> np.ndarray:
 def _filled(used: np.ndarray) -> np.ndarray:
     """True from the first to the last True."""
     return np.maximum.accumulate(used) & np.maximum.accumulate(used[::-1])[::-1]
-
-
-def _check(schedule: Schedule) -> None:
-    """Each item once in each slot, after what it needs."""
-    tables = {"F": schedule.forward, "B": schedule.backward, "W": schedule.weight}
-    for slot, table in tables.items():
-        if table is None:
-            continue
-        if table.shape != schedule.forward.shape or table.ndim != 2:
-            raise ScheduleError(
-                f"{schedule.name}: tables F and {slot} of shapes {schedule.forward.shape} and {table.shape} do not match"
-            )
-        if slot in schedule.slots or slot == "F":
-            _check_complete(schedule, slot, table)
-    ticks, virtual = schedule.ticks_of, range(schedule.num_chunks * schedule.num_stages)
-    needs = [("F", v, "F", v - 1, 1) for v in virtual[1:]]
-    if "B" in ticks:
-        needs += [("B", v, "F", v, 0) for v in virtual] + [("B", v, "B", v + 1, 1) for v in virtual[:-1]]
-    if "W" in ticks:
-        needs += [("W", v, "B", v, 0) for v in virtual]
-    for slot, v, source, u, delay in needs:
-        late = np.flatnonzero(ticks[slot][v] - ticks[source][u] < delay)
-        if late.size:
-            m = int(late[0])
-            tick, stage = int(ticks[slot][v, m]), v % schedule.num_stages
-            raise ScheduleError(
-                f"{schedule.name}: tick {tick}, stage {stage}: {slot} of microbatch {m}{_chunk(schedule, v)} needs "
-                f"{source} of stage {u % schedule.num_stages}{_chunk(schedule, u)}, which is in tick "
-                f"{ticks[source][u, m]}; it must be in {'an earlier tick' if delay else 'the same tick or earlier'}\n"
-                f"{_excerpt(schedule, tick, stage, slot)}"
-            )
-
-
-def _check_complete(schedule: Schedule, slot: str, table: np.ndarray) -> None:
-    items = schedule.num_chunks * schedule.num_microbatches
-    for stage, done in enumerate(table.T):
-        found, counts = np.unique(done[done != IDLE], return_counts=True)
-        if list(found) != list(range(items)) or (counts != 1).any():
-            raise ScheduleError(
-                f"{schedule.name}: stage {stage} does {slot} of items {done[done != IDLE].tolist()}, not of each of 0 "
-                f"to {items - 1} (chunk x {schedule.num_microbatches} + microbatch) once"
-            )
-
-
-def _chunk(schedule: Schedule, virtual: int) -> str:
-    return f", chunk {virtual // schedule.num_stages}" if schedule.num_chunks > 1 else ""
-
-
-def _excerpt(schedule: Schedule, tick: int, stage: int, slot: str) -> str:
-    """The ticks around a fault, drawn, with a mark at the fault."""
-    ticks = range(max(0, tick - 2), min(schedule.num_ticks, tick + 3))
-    width = 2 + len(str(schedule.num_chunks * schedule.num_microbatches))
-    lines = ["  " + "tick".ljust(9) + "".join(str(t).ljust(width * len(schedule.slots) + 1) for t in ticks)]
-    for s in range(schedule.num_stages):
-        line = f"  stage {s}".ljust(11)
-        for t in ticks:
-            for name, table in schedule.slots.items():
-                text = "." if table[t, s] == IDLE else f"{name}{table[t, s]}"
-                line += (text + ("!" if (t, s, name) == (tick, stage, slot) else "")).ljust(width)
-            line += " "
-        lines.append(line.rstrip())
-    return "\n".join(lines)

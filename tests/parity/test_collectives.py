@@ -56,7 +56,11 @@ def test_two_all_reduces_a_layer_forward_and_two_backward(arch, sizes):
 @pytest.mark.parametrize("arch", [PLAIN, DECODER], ids=["plain", "biases and norms"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 2, 1), (2, 1, 1, 2, 2), (1, 1, 1, 4, 1)], ids=mesh_id)
 def test_with_sequence_parallelism_their_twins(arch, sizes):
-    assert in_layers(collectives(arch, sizes), "sp", layers=4) == [{"all-gather": 2, "reduce-scatter": 2}] * 2
+    """Backward, the gathered sequences that the products' weights need are gathered again instead of kept, as in Megatron-LM
+    (Korthikanti et al., 2022, section 4.2.2)."""
+    forward, backward = in_layers(collectives(arch, sizes), "sp", layers=4)
+    assert forward == {"all-gather": 2, "reduce-scatter": 2}
+    assert backward == {"all-gather": 2 + 2, "reduce-scatter": 2}
 
 
 def test_no_other_tensor_collective_in_a_layer():

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -26,9 +27,19 @@ def jaxpar(*arguments: str | Path) -> subprocess.CompletedProcess:
             "/no/x",
         ),
         (["train", CONFIGS / "quickstart.yaml", "actor.model.pipeline_schedule=zigzag"], "none of: gpipe, 1f1b"),
+        (["train", CONFIGS / "quickstart.yaml", "--profile", "10"], "'10' is not STEP:COUNT"),
+        (["train", CONFIGS / "quickstart.yaml", "--profile", "0:3"], "'0:3' is not STEP:COUNT"),
         (["mesh", CONFIGS / "quickstart.yaml", "actor.model.context_parallel_size=3"], "does not divide 16 devices"),
+        (["bench", CONFIGS / "bench_small.yaml", "pp4,dp4"], "dp 4 * pp 4 = 16 devices, but there are 8"),
+        (["bench", CONFIGS / "bench_small.yaml", "actor.micro_batch_size=3"], "16 is not a multiple of"),
+        (["compile", CONFIGS / "quickstart.yaml", "--tpu", "v9z:2x2"], "'v9z:2x2' is not KIND:CHIPS"),
+        (["compile", CONFIGS / "quickstart.yaml", "dp1", "dp2", "--hlo", "x"], "but there are 2 layouts"),
         (["schedule", "zigzag"], "none of: gpipe, 1f1b"),
         (["schedule", "1f1b", "--stages", "0"], "at least one stage"),
+        (["schedule", "1f1b", "--stages", "1", "--chunks", "2"], "2 chunks need at least two stages"),
+        (["schedule", "1f1b", "--layers", "3"], "3 layers are too few for 4 stages x 1 chunks = 4 parts"),
+        (["schedule", "1f1b", "--forward-cost=-1"], "--forward-cost -1, --backward-cost 1"),
+        (["schedule", "1f1b", "--svg", "/no/such/folder.svg"], "--svg /no/such/folder.svg: cannot be written"),
     ],
 )
 def test_a_mistake_is_one_clear_error(tmp_path, arguments, words):
@@ -59,41 +70,39 @@ def test_mesh_says_that_a_tensor_group_crosses_hosts():
     assert "crosses hosts [0, 1]" in jaxpar("mesh", CONFIGS / "quickstart.yaml", *sizes).stdout
 
 
+def test_mesh_says_what_uneven_stages_cost():
+    quickstart = CONFIGS / "quickstart.yaml"
+    assert "only pad" not in jaxpar("mesh", quickstart).stdout
+    result = jaxpar("mesh", quickstart, "actor.model.num_hidden_layers=5")
+    assert "layers: 5 on 2 stages: 3, 2; all stages run as many" in result.stdout
+    assert "1 of 6 layer slots only pad: 20.0% more time in layers" in result.stdout
+
+
 def test_schedule_is_drawn_in_plain_lines():
     result = jaxpar("schedule", "1f1b", "--stages", "4", "--microbatches", "8")
     lines = result.stdout.splitlines()
-    assert lines[0].split() == [
-        "stage",
-        "0",
-        "F0",
-        "F1",
-        "F2",
-        "F3",
-        "..",
-        "F4",
-        "..",
-        "F5",
-        "..",
-        "F6",
-        "B0",
-        "F7",
-        "B1",
-        "..",
-        "B2",
-        "..",
-        "B3",
-        "..",
-        "B4",
-        "B5",
-        "B6",
-        "B7",
+    assert lines[:2] == [
+        "stage 0 F0 F1 F2 F3 .. F4 .. F5 .. F6 B0 F7 B1 .. B2 .. B3 .. B4 B5 B6 B7",
+        "stage 1 .. F0 F1 F2 .. F3 .. F4 B0 F5 B1 F6 B2 F7 B3 .. B4 .. B5 B6 B7 ..",
     ]
     assert "bubble: 27.3%" in result.stdout
-    assert "stage 0: 7, stage 1: 5, stage 2: 3, stage 3: 1" in result.stdout
+    assert "in flight: 7, 5, 3, 1 microbatches" in result.stdout
     assert "\x1b" not in result.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "mesh", "schedule"])
+def test_schedule_with_costs_chunks_layers_and_a_picture(tmp_path):
+    options = ["--stages", "2", "--microbatches", "4", "--chunks", "2", "--weight-cost", "0.5", "--layers", "6"]
+    result = jaxpar("schedule", "zb1p", *options, "--svg", tmp_path / "picture.svg")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("stage 0 F0a F1a F0b F1b ")
+    # ((M V + P - 1)(F + B) + M V W) / V = (9 x 2 + 8 x 0.5) / 2
+    assert "time: 11, with F 1, B 1, W 0.5 for a microbatch on a stage; work 10, bubble 1" in result.stdout
+    assert "layers: 6 on 2 stages x 2 chunks: 2+1, 2+1;" in result.stdout
+    picture = ElementTree.parse(tmp_path / "picture.svg").getroot()
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+
+
+@pytest.mark.parametrize("command", ["train", "mesh", "compile", "bench", "schedule"])
 def test_help_has_an_example(command):
     result = jaxpar(command, "--help")
     assert result.returncode == 0

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from support import readme_example
 
 import jaxpar
+from jaxpar.layouts import layout_overrides, split_arguments
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
 def example() -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    return code
+    return readme_example("class MyModel")
 
 
 def test_the_example_model_is_short():
@@ -54,6 +55,24 @@ def test_the_example_has_the_same_gradients_on_pp2_tp2_cp2():
         results.append(jax.tree.map(np.asarray, trainer.loss_and_grads(batch)))
     for one, many in zip(*map(jax.tree.leaves, results), strict=True):
         assert np.linalg.norm(one - many) <= 1e-5 * np.linalg.norm(one)
+
+
+def test_the_schedule_is_what_the_command_draws():
+    ((command, shown),) = re.findall(r"```bash\n(jaxpar schedule [^\n]*)\n```\n\n```\n(.*?)```", README, re.DOTALL)
+    script = Path(sys.executable).parent / "jaxpar"
+    result = subprocess.run([script, *command.split()[1:]], capture_output=True, text=True, timeout=120)
+    assert result.stdout == shown
+
+
+def test_the_layouts_of_the_readme_fit_their_configs():
+    found = 0
+    for path, rest in re.findall(r"^jaxpar (?:compile|bench) (\S+\.yaml)(.*)$", README, re.MULTILINE):
+        nodes = re.search(r"--nodes (\d+)", rest)
+        config = jaxpar.load_config(ROOT / path, [f"cluster.num_nodes={nodes[1]}"] if nodes else [])
+        for layout in split_arguments(re.sub(r"--\w+ \S+", "", rest).split())[1]:
+            jaxpar.load_config(ROOT / path, layout_overrides(layout, config, config.num_configured_devices()))
+            found += 1
+    assert found >= 10
 
 
 def test_the_readme_commands_parse():

@@ -1,5 +1,6 @@
 """Whole training runs: real data, real checkpoints, real processes."""
 
+import shutil
 import signal
 import subprocess
 import time
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import yaml
 from runs import JAXPAR, QUICKSTART, SMALL, environment, fit, layout, losses, metrics, start_two
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import jaxpar
 from jaxpar.models.hugging_face import save_params
+from jaxpar.profile import Steps
 
 
 def test_quickstart_has_the_same_losses_on_1_and_on_16_devices(tmp_path):
@@ -32,6 +35,40 @@ def test_metrics_have_one_object_a_step(tmp_path):
     assert [list(row) for row in rows] == [keys] * 3
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["mfu"] is None and row["tokens"] <= 16 * 32 and row["step_seconds"] > 0 for row in rows)
+
+
+def test_tensorboard_reads_the_same_numbers_also_after_a_step_was_run_again(tmp_path):
+    run = [*SMALL, *layout("one")]
+    fit(tmp_path, "runner.max_steps=4", "runner.save_interval=2", *run)
+    shutil.rmtree(tmp_path / "quickstart/checkpoints/global_step_4")
+    fit(tmp_path, "runner.max_steps=3", "runner.resume_dir=auto", *run)
+    board = EventAccumulator(str(tmp_path / "quickstart/tensorboard")).Reload()
+    assert set(board.Tags()["scalars"]) == {f"train/{key}" for key in metrics(tmp_path)[0]} - {
+        "train/step",
+        "train/mfu",
+    }
+    scalars = board.Scalars("train/loss")
+    assert [scalar.step for scalar in scalars] == [1, 2, 3]
+    np.testing.assert_array_equal([scalar.value for scalar in scalars], np.float32(losses(tmp_path)))
+
+
+def test_tensorboard_can_be_left_out(tmp_path):
+    fit(tmp_path, "runner.max_steps=1", "runner.logger.logger_backends=[]", *SMALL, *layout("one"))
+    assert {path.name for path in (tmp_path / "quickstart").iterdir()} == {"metrics.jsonl", "checkpoints"}
+
+
+def test_a_profile_is_of_the_steps_asked_for(tmp_path, capsys):
+    run = [f"runner.output_dir={tmp_path}", "runner.max_steps=4", *SMALL, *layout("dp4")]
+    trainer = jaxpar.Trainer(jaxpar.load_config(QUICKSTART, run))
+    with pytest.raises(jaxpar.ConfigError, match="3:3 are steps 3 to 5, but this run has steps 1 to 4"):
+        trainer.fit(Steps(3, 3))
+    trainer.fit(Steps(2, 2))
+    folder = tmp_path / "quickstart/profile"
+    assert f"xprof --port 8791 {folder}" in capsys.readouterr().out
+    (trace,) = folder.rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    traced = [dict(event.stats).get("step_num") for plane in planes for line in plane.lines for event in line.events]
+    assert sorted(number for number in traced if number is not None) == [2, 3]
 
 
 def test_resume_from_a_path_and_its_mistakes(tmp_path):

@@ -118,6 +118,18 @@ def test_a_good_config_has_no_problems():
     assert train_config().num_microbatches(MeshSizes(2, 1, 1, 1, 1)) == 4
 
 
+def test_dynamic_batches_need_neither_sequence_length_nor_micro_batch():
+    config = train_config(
+        runner=dict(enable_dynamic_batch_size=True, max_tokens_per_mbs=32, seq_length=None),
+        actor=dict(micro_batch_size=None, global_batch_size=13),  # documents: no multiple of anything
+        model=dict(context_parallel_size=2),
+    )
+    sizes = config.mesh_sizes(8)
+    config.check_train(sizes, config.architecture())
+    assert (config.row_length, config.rows_per_microbatch, config.num_microbatches(sizes)) == (64, 1, 4)
+    assert train_config().row_length == 64 and train_config().rows_per_microbatch == 2
+
+
 RULES = {
     "heads": (
         3,
@@ -146,10 +158,10 @@ RULES = {
         "of 1, 2, 4",
     ),
     "layers": (
-        3,
-        dict(model=dict(pipeline_model_parallel_size=3, make_vocab_size_divisible_by=3)),
-        "actor.model.pipeline_model_parallel_size: 3 does not divide num_hidden_layers 4 (4 / 3 = 1.33): choose "
-        "one of 1, 2, 4",
+        4,
+        dict(model=dict(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)),
+        "actor.model.pipeline_model_parallel_size: the model has 4 layers for pipeline_model_parallel_size * "
+        "virtual_pipeline_model_parallel_size = 4 * 2 = 8 parts of the pipeline: lower a size so that each part has a layer",
     ),
     "vocabulary": (
         8,
@@ -197,8 +209,19 @@ RULES = {
     "virtual stages": (
         1,
         dict(model=dict(virtual_pipeline_model_parallel_size=2)),
-        "actor.model.virtual_pipeline_model_parallel_size: 2 needs pipeline_model_parallel_size > 1, which "
-        "is 1, and an interleaved schedule, which is not there yet: set it to null",
+        "actor.model.virtual_pipeline_model_parallel_size: 2 needs actor.model.pipeline_model_parallel_size > 1, which "
+        "is 1: there is no pipeline to interleave; set it to null",
+    ),
+    "interleaving without chunks": (
+        2,
+        dict(model=dict(pipeline_model_parallel_size=2, pipeline_schedule="interleaved_1f1b")),
+        "actor.model.pipeline_schedule: interleaved_1f1b needs actor.model.virtual_pipeline_model_parallel_size > 1: set it "
+        "to the chunks of layers that each stage holds, such as 2, or the schedule to 1f1b",
+    ),
+    "ZeRO without a distributed optimizer": (
+        1,
+        dict(optim=dict(zero_stage=2, use_distributed_optimizer=False)),
+        "actor.optim.zero_stage: 2, but actor.optim.use_distributed_optimizer is False: remove one",
     ),
     "recompute method": (
         1,
@@ -210,19 +233,6 @@ RULES = {
         1,
         dict(model=dict(recompute_granularity="full", recompute_method="block")),
         "actor.model.recompute_num_layers: recompute_granularity full needs it: set a number of layers, such as 1",
-    ),
-    "recompute uniform": (
-        2,
-        dict(
-            model=dict(
-                recompute_granularity="full",
-                recompute_method="uniform",
-                recompute_num_layers=3,
-                pipeline_model_parallel_size=2,
-            )
-        ),
-        "actor.model.recompute_num_layers: 3 does not divide the layers of a stage 2 (2 / 3 = 0.67): "
-        "choose one of 1, 2",
     ),
     "recompute selective": (
         1,
@@ -240,10 +250,29 @@ RULES = {
         dict(model=dict(expert_model_parallel_size=4)),
         "actor.model.expert_model_parallel_size: 4, but mixture of experts is not there yet: set it to 1",
     ),
-    "dynamic batch": (
+    "dynamic batch without a budget": (
         1,
         dict(runner=dict(enable_dynamic_batch_size=True)),
-        "runner.enable_dynamic_batch_size: True, but dynamic batch sizes are not there yet: set it to False",
+        "runner.max_tokens_per_mbs: not given, but runner.enable_dynamic_batch_size needs it: set the tokens of a "
+        "microbatch on each cp rank, so that max_tokens_per_mbs * context_parallel_size holds the longest document",
+    ),
+    "budget": (
+        1,
+        dict(
+            runner=dict(enable_dynamic_batch_size=True, max_tokens_per_mbs=30),
+            model=dict(context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True),
+        ),
+        "runner.max_tokens_per_mbs: 30 is not a multiple of 2 * tensor_model_parallel_size = 2 * 2 = 4 (30 / 4 = 7.5): "
+        "choose 28 or 32",
+    ),
+    "too few documents": (
+        4,
+        dict(
+            runner=dict(enable_dynamic_batch_size=True, max_tokens_per_mbs=32),
+            actor=dict(global_batch_size=3),
+        ),
+        "actor.global_batch_size: 3 documents are fewer than dp = 4 ranks, some of which would have none: choose at "
+        "least 4",
     ),
     "no end": (
         1,
@@ -283,6 +312,38 @@ RULES = {
 def test_rule(rule):
     num_devices, sections, expected = RULES[rule]
     assert train_problems(num_devices, **sections) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "model"),
+    [
+        (3, dict(pipeline_model_parallel_size=3, make_vocab_size_divisible_by=3, vocab_size=255)),  # 4 layers: 2, 1, 1
+        (2, dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+        (2, dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=1)),
+        (
+            2,
+            dict(
+                pipeline_model_parallel_size=2,
+                recompute_granularity="full",
+                recompute_method="uniform",
+                recompute_num_layers=3,  # of 2 on a stage
+            ),
+        ),
+        (1, dict(pipeline_schedule="interleaved_1f1b")),
+        (1, dict(recompute_granularity="selective")),
+    ],
+)
+def test_what_needs_no_divisor(num_devices, model):
+    assert train_problems(num_devices, model=model) == []
+    assert train_config(model=model).notes == []
+
+
+def test_zero_stage():
+    assert train_config().zero_stage == 1
+    assert train_config(optim=dict(use_distributed_optimizer=False)).zero_stage == 0
+    assert train_config(optim=dict(zero_stage=3)).zero_stage == 3
+    assert train_config(optim=dict(zero_stage=0)).zero_stage == 0
+    assert train_config().actor.optim.grad_reduce_dtype == "fp32"
 
 
 def test_what_training_needs_to_be_given():
@@ -349,6 +410,14 @@ def test_prepare_train_gives_all_problems_at_once():
         (
             {"actor": {"model": {"precision": "int8"}}},
             "actor.model.precision: expected one of 'bf16', 'fp16', 'fp32', got 'int8'",
+        ),
+        (
+            {"actor": {"optim": {"grad_reduce_dtype": "fp16"}}},
+            "actor.optim.grad_reduce_dtype: expected one of 'fp32', 'bf16', got 'fp16'",
+        ),
+        (
+            {"actor": {"optim": {"zero_stage": 4}}},
+            "actor.optim.zero_stage: expected one of 0, 1, 2, 3, got 4",
         ),
         ({"actor": {"model": 3}}, "actor.model: expected a section (keys below it), got 3"),
         ({"data": {"train_data_paths": {"a": 1}}}, "data.train_data_paths: expected a list, got {'a': 1}"),
@@ -482,15 +551,14 @@ def test_reinforcement_learning_file(tmp_path):
     assert config.actor.model.precision == "bf16"
     assert config.actor.optim.lr == 2e-5
     assert config.actor.tokenizer.tokenizer_model == "/models/some"
-    (note,) = config.notes
+    note, dynamic = config.notes
+    assert "max_tokens_per_mbs * context_parallel_size = 8192 tokens" in dynamic
     for name in ("rollout", "component_placement", "apply_rope_fusion", "ckpt_convertor"):
         assert name in note
     with pytest.raises(ConfigError) as caught:
         config.check_train(config.mesh_sizes(32), None)
     assert {p.split(":")[0] for p in caught.value.problems} == {
-        "runner.enable_dynamic_batch_size",
         "actor.model.expert_model_parallel_size",
-        "actor.micro_batch_size",
         "actor.global_batch_size",
     }
 
@@ -705,3 +773,14 @@ def test_families_from_own_fields():
 
 def test_an_empty_config_has_no_notes():
     assert config_from_dict({}).notes == []
+
+
+def test_logger_backends():
+    def backends(value):
+        return config_from_dict({"runner": {"logger": {"logger_backends": value, "log_path": "logs"}}})
+
+    assert config_from_dict({}).runner.logger.logger_backends == ["tensorboard"]
+    assert backends("tensorboard").runner.logger.logger_backends == ["tensorboard"]
+    assert "wandb is not there" in backends(["wandb", "tensorboard"]).notes[1]
+    with pytest.raises(ConfigError, match="expected one of 'tensorboard', 'wandb', 'swanlab', got 'tensorbord'"):
+        backends(["tensorbord"])

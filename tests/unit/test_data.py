@@ -346,7 +346,7 @@ def test_two_processes_may_build_one_cache_at_once(tmp_path):
     assert (tmp_path / "ready0").exists() and (tmp_path / "ready1").exists()
     assert outputs[0] == outputs[1] and int(outputs[0].split()[0]) > 400_000
     (folder,) = (tmp_path / "cache").iterdir()  # one cache, and nothing unfinished beside it
-    assert sorted(file.name for file in folder.iterdir()) == ["counts.json", "doc_ends", "tokens"]
+    assert sorted(file.name for file in folder.iterdir()) == ["counts.json", "doc_ends", "records", "tokens"]
 
 
 # Loader

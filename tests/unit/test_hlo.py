@@ -329,8 +329,16 @@ GROUPS = "channel_id=1, replica_groups=[4,2]<=[2,4]T(1,0), use_global_device_ids
             "ROOT %d = f32[4]{0} async-done(%u)",
             Collective("all-to-all", ("a", "b"), 1, 16, "f32", False),
         ),
+        (  # XLA for TPU (libtpu 0.0.42); there each line but the calls is in a fusion of its own
+            f'%a = f32[8]{{0}} all-gather(%x), {GROUPS}, dimensions={{0}}, frontend_attributes={{chain_id="2"}}\n'
+            '%s = (f32[4]{0}, f32[8]{0}, u32[]) custom-call(%a), custom_call_target="AsyncCollectiveStart"\n'
+            f'%m = f32[8]{{0}} all-gather(%x), {GROUPS}, dimensions={{0}}, frontend_attributes={{chain_id="2"}}\n'
+            f'%z = f32[8]{{0}} all-gather(%x), {GROUPS}, dimensions={{0}}, frontend_attributes={{chain_id="2"}}\n'
+            'ROOT %d = f32[8]{0} custom-call(%x, %z), custom_call_target="AsyncCollectiveDone"',
+            Collective("all-gather", ("a",), 1, 32, "f32", False),
+        ),
     ],
-    ids=["all-gather", "reduce-scatter", "all-reduce", "collective-permute", "async"],
+    ids=["all-gather", "reduce-scatter", "all-reduce", "collective-permute", "async", "chain"],
 )
 def test_asynchronous_collectives_count_once(lines, expected):
     parts = "%b = bf16[1,8]{1,0} broadcast(%x)\n%c = bf16[3]{0} broadcast(%x)\n%e = f32[6]{0} broadcast(%x)\n"

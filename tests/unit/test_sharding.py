@@ -9,14 +9,15 @@ from support import DECODER, make_mesh
 
 from jaxpar.config import ConfigError
 from jaxpar.models import Decoder, FunctionalModel
+from jaxpar.placement import LayerPlacement
 from jaxpar.sharding import BATCH_SPEC, EXPLICIT_RULES, RULES, layout_tree, param_layout
 
 SIXTEEN = {"dp": 2, "pp": 2, "tp": 2, "sp": 1, "cp": 2}
 ONE = dict.fromkeys(SIXTEEN, 1)
 
 
-def layout(shape, dims, mesh=SIXTEEN, explicit=True, zero_stage=1):
-    return param_layout("layers/w", shape, dims, mesh, explicit=explicit, zero_stage=zero_stage)
+def layout(shape, dims, mesh=SIXTEEN, explicit=True, zero_stage=1, num_chunks=1):
+    return param_layout("layers/w", shape, dims, mesh, explicit=explicit, zero_stage=zero_stage, num_chunks=num_chunks)
 
 
 def axes(spec) -> list[tuple[str, ...]]:
@@ -50,15 +51,42 @@ def test_the_batch():
     assert P("dp", "cp") == BATCH_SPEC
 
 
-def test_at_rest_the_largest_local_dimension_that_divides_is_split_over_dp_and_cp():
+def test_at_rest_the_first_local_dimension_that_divides_is_split_over_dp_and_cp():
     found = layout((64, 8, 16), ("embed", "heads", "head_dim"))
     assert axes(found.rest_spec) == [("dp", "cp"), ("tp", "sp"), ()] and found.gather == (("dp", "cp"), 0)
     found = layout((64, 256), ("embed", "mlp"))  # mlp is larger on a device too: 128
-    assert axes(found.rest_spec) == [(), ("tp", "sp", "dp", "cp")] and found.gather == (("dp", "cp"), 1)
-    found = layout((64, 96), ("embed", "mlp"))  # 48 on a device
-    assert axes(found.rest_spec) == [("dp", "cp"), ("tp", "sp")]
+    assert axes(found.rest_spec) == [("dp", "cp"), ("tp", "sp")] and found.gather == (("dp", "cp"), 0)
     found = layout((62, 48), ("embed", "mlp"))  # 62 does not divide by 4
-    assert axes(found.rest_spec) == [(), ("tp", "sp", "dp", "cp")]
+    assert axes(found.rest_spec) == [(), ("tp", "sp", "dp", "cp")] and found.gather == (("dp", "cp"), 1)
+    found = layout((6, 6), ("embed", "mlp"))  # nor does 6, nor 3
+    assert axes(found.rest_spec) == [("dp",), ("tp", "sp")] and found.gather == (("dp",), 0)
+
+
+def test_layers_at_rest():
+    dims = ("layers", "embed", "mlp")
+    found = layout((16, 64, 96), dims)  # 8 on a stage
+    assert axes(found.rest_spec) == [("pp", "dp", "cp"), (), ("tp", "sp")] and found.gather == (("dp", "cp"), 0)
+    for stage in (2, 3):  # gathered or reduced layer by layer
+        found = layout((16, 64, 96), dims, zero_stage=stage)
+        assert axes(found.rest_spec) == [("pp",), ("dp", "cp"), ("tp", "sp")] and found.gather == (("dp", "cp"), 1)
+    assert found.stages is None
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("layers", "chunks"), [(16, 2), (7, 1), (7, 3)])
+def test_layers_that_move_lie_in_order_at_rest(layers, chunks, zero_stage):
+    found = layout((layers, 64, 96), ("layers", "embed", "mlp"), zero_stage=zero_stage, num_chunks=chunks)
+    placement, dimension = found.stages
+    assert placement == LayerPlacement(layers, 2, chunks)
+    assert axes(found.compute_spec) == [("pp",), (), ("tp", "sp")]
+    at_rest = axes(found.rest_spec)
+    assert at_rest[0] == () and dimension == 1  # pp splits another dimension
+    assert at_rest[1:] == [("dp", "cp", "pp") if zero_stage else ("pp",), ("tp", "sp")]
+
+
+def test_layers_that_move_where_no_other_dimension_divides():
+    found = layout((7, 5), ("layers", "embed"), zero_stage=1)
+    assert axes(found.rest_spec) == [(), ()] and found.gather is None and found.stages == (LayerPlacement(7, 2), None)
 
 
 def test_at_rest_where_only_one_axis_divides():
@@ -97,7 +125,6 @@ def test_errors_name_the_parameter():
         ((4, 8), ("embed", "mpl"), r"layers/w \[4, 8\]: unknown dimension name 'mpl': did you mean 'mlp'\?"),
         ((4, 8), ("embed", "q"), r"unknown dimension name 'q': known: .*head_dim.*vocab"),
         ((4, 7), ("embed", "mlp"), r"layers/w \[4, 7\]: dimension 'mlp' of 7 does not divide by tp 2 x sp 1 = 2"),
-        ((3, 8), ("layers", "embed"), r"dimension 'layers' of 3 does not divide by pp 2 = 2"),
     ]:
         with pytest.raises(ConfigError, match=message):
             layout(shape, dims)
@@ -112,7 +139,7 @@ def test_all_problems_at_once():
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["parameter a [4]", "parameter b/c [3, 4]"]
 
 
-@pytest.mark.parametrize("zero_stage", [True, False])
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_bytes_are_those_that_jax_stores(zero_stage):
     mesh, model = make_mesh((2, 2, 1, 2, 2)), FunctionalModel(Decoder(DECODER))
     layouts = layout_tree(model.shapes, model.dims, mesh, explicit=True, zero_stage=zero_stage)

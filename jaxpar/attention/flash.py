@@ -1,0 +1,163 @@
+"""A product of some queries with some keys as flash kernels for GPUs, in Pallas (Triton).
+
+FlashAttention-2 (Dao, 2023, arXiv:2307.08691): a program of the grid holds a tile of queries and walks over the keys, or
+for their gradients a tile of keys and walks over the queries. It differs from kernels at hand in what a ring needs: the
+forward pass returns the log-sum-exp, the backward pass takes that over *all* keys, several query heads read one kv head
+where it lies, and a mask may sit at any offset.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxpar.attention import blockwise
+from jaxpar.attention.flash_kernels import forward_kernel, key_grad_kernel, query_grad_kernel
+from jaxpar.attention.types import Grads, Keys, Kind, Offset, OutputGrads, Partial, Queries
+
+INTERPRET = False  # True: the kernels' steps as plain JAX, for tests without a GPU
+FORWARD_TILES, BACKWARD_TILES = (128, 64), (64, 64)  # queries, keys
+
+
+def forward(kind: Kind, queries: Queries, keys: Keys, offset: Offset) -> Partial:
+    query, key = queries.query, keys.key
+    if not supports(query, key):
+        return blockwise.forward(kind, queries, keys, offset)
+    batch, tokens, kv_heads, group, head_dim = query.shape
+    tiles = _tiles(FORWARD_TILES, query, key)
+    per_query, all_keys = _query_tile(tiles[0], group, head_dim), _all_keys(key, group)
+    output, lse = _call(
+        forward_kernel,
+        (batch, kv_heads * group, tokens // tiles[0]),
+        tiles,
+        kind,
+        offset,
+        inputs=[
+            (query, per_query),
+            (key, all_keys),
+            (keys.value, all_keys),
+            (queries.segments, _tokens(tiles[0])),
+            (keys.segments, _all_tokens(key)),
+        ],
+        outputs=[(query.shape, per_query), (query.shape[:-1], _query_tile(tiles[0], group))],
+    )
+    return Partial(output, lse)
+
+
+def backward(kind: Kind, queries: Queries, keys: Keys, offset: Offset, output_grads: OutputGrads) -> Grads:
+    query, key = queries.query, keys.key
+    if not supports(query, key):
+        return blockwise.backward(kind, queries, keys, offset, output_grads)
+    batch, tokens, kv_heads, group, head_dim = query.shape
+    tiles = _tiles(BACKWARD_TILES, query, key)
+    per_query, per_row = _query_tile(tiles[0], group, head_dim), _query_tile(tiles[0], group)
+    all_keys = _all_keys(key, group)
+    (query_grad,) = _call(
+        query_grad_kernel,
+        (batch, kv_heads * group, tokens // tiles[0]),
+        tiles,
+        kind,
+        offset,
+        inputs=[
+            (query, per_query),
+            (key, all_keys),
+            (keys.value, all_keys),
+            *zip(output_grads, (per_query, per_row, per_row), strict=True),
+            (queries.segments, _tokens(tiles[0])),
+            (keys.segments, _all_tokens(key)),
+        ],
+        outputs=[(query.shape, per_query)],
+    )
+    per_key = pl.BlockSpec((None, tiles[1], None, head_dim), lambda b, h, i: (b, i, h, 0))
+    all_rows = pl.BlockSpec((None, tokens, None, group), lambda b, h, i: (b, 0, h, 0))
+    all_queries = pl.BlockSpec((None, tokens, None, group, head_dim), lambda b, h, i: (b, 0, h, 0, 0))
+    key_grad, value_grad = _call(
+        key_grad_kernel,
+        (batch, kv_heads, key.shape[1] // tiles[1]),
+        tiles,
+        kind,
+        offset,
+        inputs=[
+            (query, all_queries),
+            (key, per_key),
+            (keys.value, per_key),
+            *zip(output_grads, (all_queries, all_rows, all_rows), strict=True),
+            (queries.segments, _all_tokens(query)),
+            (keys.segments, _tokens(tiles[1])),
+        ],
+        outputs=[(key.shape, per_key), (key.shape, per_key)],
+    )
+    return Grads(query_grad, key_grad, value_grad)
+
+
+def supports(query: jax.Array, key: jax.Array) -> bool:
+    """Triton's tiles are powers of two, and these kernels do no odd ends: other shapes are for plain JAX."""
+    sides = [
+        (tokens, tile)
+        for tiles in (FORWARD_TILES, BACKWARD_TILES)
+        for tokens, tile in zip((query.shape[1], key.shape[1]), _tiles(tiles, query, key), strict=True)
+    ]
+    sizes = {tile for _, tile in sides} | {query.shape[-1]}
+    return all(tokens % tile == 0 for tokens, tile in sides) and all(n >= 16 and n & (n - 1) == 0 for n in sizes)
+
+
+def _tiles(tiles: tuple[int, int], query: jax.Array, key: jax.Array) -> tuple[int, int]:
+    return min(tiles[0], query.shape[1]), min(tiles[1], key.shape[1])
+
+
+def _call(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tiles: tuple[int, int],
+    kind: Kind,
+    offset: Offset,
+    inputs: Sequence[tuple[jax.Array | None, pl.BlockSpec]],
+    outputs: Sequence[tuple[tuple[int, ...], pl.BlockSpec]],
+) -> list[jax.Array]:
+    """kernel(inputs…, offset, outputs…), None for what there is not; outputs float32. Its name tells the mask."""
+    name = f"attention_{kernel.__name__.removesuffix('_kernel')}"
+    place = None
+    if offset is not None:
+        name += "_causal" if isinstance(offset, int) and kind.causal and kind.window is None else "_masked"
+        place = jnp.reshape(jnp.asarray(offset, jnp.int32), (1,))
+    inputs = [*inputs, (place, pl.BlockSpec((1,), lambda b, h, i: (0,)))]
+    query = inputs[0][0]
+    assert query is not None
+    # Under shard_map an output must say on which axes it differs between devices: where the queries do.
+    kinds = {"dtype": jnp.float32, "manual_axis_type": jax.typeof(query).manual_axis_type}
+    return pl.pallas_call(
+        functools.partial(kernel, kind=kind, tiles=tiles),
+        grid=grid,
+        in_specs=[None if x is None else spec for x, spec in inputs],
+        out_specs=[spec for _, spec in outputs],
+        out_shape=[jax.ShapeDtypeStruct(shape, **kinds) for shape, _ in outputs],
+        compiler_params=plgpu.CompilerParams(num_warps=4 if query.shape[-1] <= 64 else 8, num_stages=2),
+        interpret=INTERPRET,
+        name=name,
+    )(*(x for x, _ in inputs))
+
+
+# Blocks of a grid (batch, heads or kv heads, tiles).
+
+
+def _query_tile(tile: int, group: int, *head_dim: int) -> pl.BlockSpec:
+    """Of an array [b, q, k, g] or [b, q, k, g, d], where the grid has all heads."""
+    return pl.BlockSpec(
+        (None, tile, None, None, *head_dim), lambda b, h, i: (b, i, h // group, h % group, *(0 for _ in head_dim))
+    )
+
+
+def _all_keys(key: jax.Array, group: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, key.shape[1], None, key.shape[3]), lambda b, h, i: (b, 0, h // group, 0))
+
+
+def _tokens(tile: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, tile), lambda b, h, i: (b, i))
+
+
+def _all_tokens(x: jax.Array) -> pl.BlockSpec:
+    return pl.BlockSpec((None, x.shape[1]), lambda b, h, i: (b, 0))

@@ -1,0 +1,194 @@
+"""What a train step costs on the devices that are here, with random tokens: one config by itself, or several layouts of
+its model beside one device and beside plain JAX."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jaxpar.compile import Memory, compile_train_step, read_memory, read_report
+from jaxpar.config import Config, ConfigError
+from jaxpar.hlo import count
+from jaxpar.metrics import peak_flops
+from jaxpar.plain import PlainProgram
+from jaxpar.program import Program
+
+_Result = TypeVar("_Result")
+
+WARM_UP = 2  # steps before the clock runs
+ONE_DEVICE, PLAIN = "one device", "plain JAX, dp {}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One config's train step.
+
+    Attributes:
+      device: kind of the devices, as jax names it.
+      step_seconds: wall time of a step: median, 10th and 90th percentile.
+      tokens_per_second: of all devices, from the median.
+      mfu: `jaxpar.metrics.model_flops_per_token` at that rate over the devices' bf16 peak; None where that is unknown.
+      flops: executed by a device in a step, by `jaxpar.hlo.count`.
+      memory: of the compiled step; capacity is what jax may take, 0 where the device does not say.
+      measured_peak: bytes, the most that one device held since the process began; None where it does not say.
+      loss: of the last step, nats a token.
+    """
+
+    device: str
+    devices: int
+    mesh: dict[str, int]
+    steps: int
+    compile_seconds: float
+    step_seconds: dict[str, float]
+    tokens_per_second: float
+    mfu: float | None
+    flops: float
+    model_flops: float | None
+    memory: Memory
+    measured_peak: int | None
+    loss: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "tokens_per_second_per_device": self.tokens_per_second / self.devices}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One layout beside others, all measured in turns.
+
+    Attributes:
+      microbatches: a step; None for plain JAX, which has none.
+      cpu_seconds, wall_seconds: of a step, the least of all rounds. CPU seconds are of all threads of this process: on
+        simulated devices, which share the cores, the whole work.
+      temporaries: bytes a device of the compiled step.
+      flops: executed by all devices together, by `jaxpar.hlo.count`.
+      loss: of the last step, nats a token.
+    """
+
+    name: str
+    microbatches: int | None
+    cpu_seconds: float
+    wall_seconds: float
+    temporaries: int
+    flops: float
+    loss: float
+
+
+class _Run:
+    """A compiled train step with its state and batch, to be taken a step at a time."""
+
+    def __init__(self, program: Program | PlainProgram, vocab_size: int):
+        self.compiled, self.compile_seconds = compile_train_step(program)
+        self._state = program.init(None)
+        rows, seq = program.batch.shape
+        tokens = np.random.default_rng(0).integers(0, vocab_size, (rows, seq + 1))
+        place = program.batch
+        self._batch = place.place(place.complete({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}))
+        self.loss = float("nan")
+
+    def step(self) -> tuple[float, float]:
+        """Takes one step and waits for it: wall seconds, and CPU seconds of all threads."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self._state, metrics = jax.block_until_ready(self.compiled(self._state, self._batch))
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        self.loss = float(metrics["loss"])
+        return wall, cpu
+
+
+def measure(config: Config, devices: list[jax.Device], steps: int) -> Measurement:
+    """Times `steps` steps of the config's train step after `WARM_UP` more.
+
+    Raises:
+      ConfigError: the config does not suit these devices, or they have not the memory.
+    """
+    program = Program(config, devices)
+    run = _in_memory(partial(_Run, program, _vocab_size(config)))
+    seconds = _in_memory(lambda: [run.step()[0] for _ in range(WARM_UP + steps)])[WARM_UP:]
+    low, median, high = (float(np.percentile(seconds, q)) for q in (10, 50, 90))
+    stats = [device.memory_stats() or {} for device in program.mesh.local_devices]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    report = read_report(config, program, run.compiled, run.compile_seconds, stats[0].get("bytes_limit", 0))
+    rate, peak = config.actor.global_batch_size * config.runner.seq_length / median, peak_flops(devices[0])
+    return Measurement(
+        device=devices[0].device_kind,
+        devices=len(devices),
+        mesh=report.mesh,
+        steps=steps,
+        compile_seconds=report.compile_seconds,
+        step_seconds={"median": median, "p10": low, "p90": high},
+        tokens_per_second=rate,
+        mfu=report.model_flops / median / peak if report.model_flops and peak else None,
+        flops=report.flops,
+        model_flops=report.model_flops,
+        memory=report.memory,
+        measured_peak=max(peaks, default=None),
+        loss=run.loss,
+    )
+
+
+def compare(
+    layouts: Mapping[str, Config],
+    one_device: Config,
+    devices: list[jax.Device],
+    rounds: int,
+    say: Callable[[str], None],
+) -> list[Comparison]:
+    """Measures one device, plain JAX on all, and each layout on all, taking one step of each in turn, so that what else
+    the machine does hits all alike. All keep their state in memory.
+
+    Args:
+      layouts: name → its config.
+      one_device: config of the same model and batch on one device.
+      rounds: steps of each, after one more that does not count.
+
+    Raises:
+      ConfigError: a config does not suit the devices, or they have not the memory.
+    """
+    programs: dict[str, Program | PlainProgram] = {
+        ONE_DEVICE: Program(one_device, devices[:1]),
+        PLAIN.format(len(devices)): PlainProgram(one_device, devices),
+    }
+    programs |= {name: Program(config, devices) for name, config in layouts.items()}
+    vocab_size, runs = _vocab_size(one_device), dict[str, _Run]()
+    for name, program in programs.items():
+        runs[name] = _in_memory(partial(_Run, program, vocab_size))
+        say(f"compiled {name} in {runs[name].compile_seconds:.1f} s")
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            times[name].append(_in_memory(run.step))
+        say(f"round {turn} of {rounds}" if turn else "warmed up")
+    return [
+        Comparison(
+            name=name,
+            microbatches=program.schedule.num_microbatches if isinstance(program, Program) else None,
+            wall_seconds=min(wall for wall, _ in times[name][1:]),
+            cpu_seconds=min(cpu for _, cpu in times[name][1:]),
+            temporaries=read_memory(runs[name].compiled, 0).temporaries,
+            flops=count(runs[name].compiled.as_text() or "").flops * program.mesh.size,
+            loss=runs[name].loss,
+        )
+        for name, program in programs.items()
+    ]
+
+
+def _vocab_size(config: Config) -> int:
+    architecture = config.architecture()
+    assert architecture is not None  # or Program had refused it
+    return architecture.vocab_size
+
+
+def _in_memory(action: Callable[[], _Result]) -> _Result:
+    try:
+        return action()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError(
+            f"out of memory on a device: {str(error).splitlines()[0]}: take a smaller actor.micro_batch_size, recompute "
+            f"(actor.model.recompute_granularity=full), more devices, or fewer layouts at a time"
+        ) from None

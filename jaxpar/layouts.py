@@ -1,0 +1,83 @@
+"""One layout in a word, such as `pp4,dp2,schedule=1f1b,microbatches=8`, for the commands that compare layouts."""
+
+import math
+import re
+from collections.abc import Sequence
+
+from jaxpar.config import Config, ConfigError
+
+_OVERRIDE = re.compile(r"[\w-]+(\.[\w-]+)+=.*", re.DOTALL)
+_PART = re.compile(r"(dp|pp|tp|sp|cp)=?([1-9]\d*)|(schedule)=(\w+)|(microbatches|chunks)=([1-9]\d*)", re.ASCII)
+_EXAMPLE = "pp4,dp2,schedule=1f1b,microbatches=8"
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands after CONFIG on a command line → (settings `key.path=value`, layouts)."""
+    overrides = [text for text in arguments if _OVERRIDE.fullmatch(text)]
+    return overrides, [text for text in arguments if text not in overrides]
+
+
+def layout_overrides(text: str, config: Config, num_devices: int) -> list[str]:
+    """A layout as settings of `config` on `num_devices` devices.
+
+    Args:
+      text: parts joined by commas, in any order: sizes of the mesh's axes (`dp8`, `pp4`, `tp2`, `cp2`; `sp2` is a tensor
+        group of 2 with sequence parallelism), `schedule=`, `chunks=` (virtual stages) and `microbatches=`. Sizes left out
+        are 1, dp is what the others leave; schedule and micro_batch_size left out are the config's.
+
+    Raises:
+      ConfigError: it is not that, or does not fit the devices or the batch.
+    """
+    parts: dict[str, str] = {}
+    for word in text.split(","):
+        found = _PART.fullmatch(word)
+        if not found:
+            raise ConfigError(
+                f"layout {text!r}: {word!r} is neither a layout's part, as in {_EXAMPLE}, nor key.path=value"
+            )
+        name, value = (group for group in found.groups() if group is not None)
+        if name in parts:
+            raise ConfigError(f"layout {text!r}: {name} stands there twice: remove one")
+        parts[name] = value
+    sizes = {axis: int(parts.get(axis, 1)) for axis in ("dp", "pp", "tp", "sp", "cp")}
+    if sizes["tp"] > 1 and sizes["sp"] > 1:
+        raise ConfigError(
+            f"layout {text!r}: tp and sp are one tensor group, without and with sequence parallelism: give one of them"
+        )
+    if "dp" not in parts:
+        sizes["dp"] = max(1, num_devices // math.prod(sizes.values()))
+    if math.prod(sizes.values()) != num_devices:
+        product = " * ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1"
+        raise ConfigError(
+            f"layout {text!r}: {product} = {math.prod(sizes.values())} devices, but there are {num_devices}: change the "
+            f"sizes, or cluster.num_nodes and cluster.num_gpus_per_node"
+        )
+    overrides = {
+        "tensor_model_parallel_size": sizes["tp"] * sizes["sp"],
+        "sequence_parallel": sizes["sp"] > 1,
+        "pipeline_model_parallel_size": sizes["pp"],
+        "context_parallel_size": sizes["cp"],
+        "virtual_pipeline_model_parallel_size": parts.get("chunks", "null"),
+    }
+    if "schedule" in parts:
+        overrides["pipeline_schedule"] = parts["schedule"]
+    lines = [f"actor.model.{key}={value}" for key, value in overrides.items()]
+    if "microbatches" in parts:
+        lines.append(f"actor.micro_batch_size={_micro_batch(text, config, sizes['dp'], int(parts['microbatches']))}")
+    return lines
+
+
+def one_device(config: Config) -> list[str]:
+    """Settings that put the whole of `config` on one device."""
+    return [*layout_overrides("dp1", config, 1), "cluster.num_nodes=1", "cluster.num_gpus_per_node=1"]
+
+
+def _micro_batch(text: str, config: Config, dp: int, microbatches: int) -> int:
+    total = config.actor.global_batch_size
+    if total % (dp * microbatches):
+        raise ConfigError(
+            f"layout {text!r}: actor.global_batch_size {total} does not divide by dp {dp} * {microbatches} microbatches "
+            f"({total} / {dp * microbatches} = {total / (dp * microbatches):.2f}): choose a number that divides "
+            f"{total / dp:g}"
+        )
+    return total // (dp * microbatches)

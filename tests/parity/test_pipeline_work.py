@@ -1,0 +1,128 @@
+"""What a pipeline executes and holds, counted from the compiled program: slots, products, bytes, size of the program."""
+
+import dataclasses
+import functools
+from unittest import mock
+
+import pytest
+from support import PLAIN, Step, make_mesh
+
+from jaxpar.hlo import count
+from jaxpar.mesh import AXES
+from jaxpar.models import Decoder, FunctionalModel
+from jaxpar.pipeline import layers
+from jaxpar.recompute import Recompute
+
+STAGES = 4
+DEEP = dataclasses.replace(PLAIN, num_hidden_layers=8)
+SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("zb1p", 1), ("zb1p", 2)]
+with_schedules = pytest.mark.parametrize(("schedule", "chunks"), SCHEDULES)
+
+
+@functools.cache
+def build(schedule="1f1b", chunks=1, microbatches=8, stages=STAGES, arch=DEEP, recompute=Recompute()):  # noqa: B008
+    options = {"schedule": schedule, "num_chunks": chunks, "num_microbatches": microbatches, "recompute": recompute}
+    return Step(FunctionalModel(Decoder(arch)), (1, stages, 1, 1, 1), rows=2 * microbatches, **options)
+
+
+@functools.cache
+def counted(*args, **options):
+    step = build(*args, **options)
+    grid = make_mesh((1, options.get("stages", STAGES), 1, 1, 1)).devices
+    return count(step.compiled.as_text(), grid, AXES)
+
+
+def temporaries(*args, **options):
+    return build(*args, **options).compiled.memory_analysis().temp_size_in_bytes
+
+
+@with_schedules
+@pytest.mark.parametrize("microbatches", [3, 8])
+def test_executed_slots(schedule, chunks, microbatches):
+    """Each executed F slot sends activations once, each B slot gradients once: (MV + P - 1) of both."""
+    sent = [
+        c
+        for c in counted(schedule, chunks, microbatches).collectives
+        if (c.kind, c.axes) == ("collective-permute", ("pp",))
+    ]
+    # Fewer microbatches than stages wait for the first to come back from the last stage, for every chunk but the last.
+    slots = (chunks - 1) * max(microbatches, STAGES) + microbatches + STAGES - 1
+    assert sum(c.count for c in sent) == 2 * slots
+
+
+@with_schedules
+@pytest.mark.parametrize("microbatches", [8, 16])
+def test_executed_products(schedule, chunks, microbatches):
+    """At most (MV + P - 1) / MV times a stage's ideal share, and less where W has slots of its own."""
+    whole = counted(stages=1).flops / 8
+    share = counted(schedule, chunks, microbatches).flops / microbatches / (whole / STAGES)
+    items = microbatches * chunks
+    bound = (items + STAGES - 1) / items
+    assert 0.97 * bound < share < 1.005 * bound or (schedule == "zb1p" and share < bound)
+    if schedule == "zb1p":
+        # The gradient of the weights, a third of the products in a layer, runs without a bubble; attention has none.
+        assert share < 1 + 0.75 * (bound - 1)
+
+
+@with_schedules
+def test_memory_does_not_grow_with_the_number_of_microbatches(schedule, chunks):
+    few, many = temporaries(schedule, chunks, 8), temporaries(schedule, chunks, 64)
+    if schedule == "gpipe":
+        assert many > 3 * few
+    else:
+        assert many < 1.02 * few
+
+
+def test_memory_in_flight_is_what_the_table_says():
+    """Of two programs that differ in the number of microbatches in flight alone, the difference in bytes is theirs."""
+    step = build("gpipe", 1, 16)
+    per_microbatch = (temporaries("gpipe", 1, 16) - temporaries("gpipe", 1, 8)) / 8
+    table = {name: build(name, 1, 16).setup.schedule for name in ("gpipe", "1f1b")}
+    places = {name: schedule.buffers.sizes["kept"] for name, schedule in table.items()}
+    outputs = {name: schedule.buffers.sizes["outputs"] for name, schedule in table.items()}
+    assert places["1f1b"] == max(table["1f1b"].in_flight) == 2 * STAGES - 1
+    saved = temporaries("gpipe", 1, 16) - temporaries("1f1b", 1, 16)
+    assert saved == pytest.approx((places["gpipe"] - places["1f1b"]) * per_microbatch, rel=0.15), outputs
+    assert step.setup.schedule.in_flight == [16] * STAGES
+
+
+@with_schedules
+def test_size_of_the_program_does_not_grow(schedule, chunks):
+    few, many = (len(build(schedule, chunks, m).compiled.as_text()) for m in (8, 64))
+    assert many < 1.1 * few
+    deeper = dataclasses.replace(PLAIN, num_hidden_layers=16)
+    assert len(build(schedule, chunks, 8, arch=deeper).compiled.as_text()) < 1.1 * few
+
+
+def test_what_is_kept_of_a_layer():
+    """Block input and attention's output before the second norm, two rms; q, k, v, attention's output and its log-sum-exp;
+    gate and up: what Megatron-LM keeps with fused norms, rotations and SwiGLU. With sequence parallelism the first two
+    are split too."""
+    rows, seq, embed, heads, mlp = 2, 32, 64, 8, 96
+
+    def kept(sizes, recompute=Recompute()):  # noqa: B008
+        step = Step(FunctionalModel(Decoder(PLAIN)), sizes, num_microbatches=1, rows=2, recompute=recompute)
+        return kept_bytes(step)
+
+    split = rows * seq * (8 * heads + 2 * 8 * heads // 2 + 8 * heads + heads + 2 * mlp) * 4
+    whole = rows * seq * (2 * embed + 2) * 4
+    assert kept((1, 1, 1, 1, 1)) == whole + split
+    assert kept((1, 1, 4, 1, 1)) == whole + split // 4
+    assert kept((1, 1, 1, 4, 1)) == whole // 4 + split // 4
+    output_of_attention = rows * seq * 8 * heads * 4
+    assert kept((1, 1, 1, 1, 1), Recompute("selective")) == whole + split - output_of_attention
+    assert kept((1, 1, 1, 1, 1), Recompute("uniform", 1)) == rows * seq * embed * 4
+
+
+def kept_bytes(step) -> int:
+    """Bytes that one layer keeps of one microbatch, as the engine allocates them."""
+    found = []
+
+    class Watched(layers.Pullback):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            found.append(sum(aval.size * aval.dtype.itemsize for aval in self.kept))
+
+    with mock.patch.object(layers, "Pullback", Watched):
+        assert step.jaxpr
+    return found[0]
