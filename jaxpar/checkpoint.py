@@ -6,6 +6,7 @@ another name and renames, so a folder of that name is complete, unless something
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ class Checkpoints:
             manager.wait_until_finished()
             if step in manager.all_steps():
                 return
-            if val_loss is not None:
+            if val_loss is not None and math.isfinite(val_loss):
                 self._val_losses[step] = val_loss
             self._handler.manifest = build_manifest(self._config, step, state, batch, val_loss)
             chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
@@ -167,7 +168,7 @@ class Checkpoints:
         if self._manager is None:
             with self._reported("write"):
                 steps = from_first(self._clear_torn)
-                self._val_losses = {int(step): loss for step, loss in steps.items() if loss is not None}
+                self._val_losses = {int(step): loss for step, loss in steps.items() if math.isfinite(loss or math.nan)}
                 runner = self._config.runner
                 keep = _Keep(
                     runner.keep_checkpoints,
