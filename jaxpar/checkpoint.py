@@ -6,8 +6,7 @@ another name and renames, so a folder of that name is complete, unless something
 """
 
 import contextlib
-import ctypes
-import dataclasses
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,24 +22,18 @@ from jaxpar.manifest import (
     build_manifest,
     checkpoints_in,
     damages,
-    merge_checksums,
     named_leaves,
     newest,
     read_manifest,
     resolve,
     step_of,
     why_torn,
-    write_checksums,
-    write_manifest,
 )
 from jaxpar.processes import check_together, from_first
+from jaxpar.state_handler import CHUNK_BYTES, StateHandler, StateRestore, StateSave, bytes_at_once, return_large_buffers
 
-_PROCESS = "ocdbt.process_"  # Orbax's folder of what one process wrote
 _TORN = "torn_"  # before the name of a folder that was found incomplete
-# A reader takes chunks whole, even those that it needs a part of.
-_CHUNK_BYTES = 2**24
 _WRITE_TIMEOUT = 3600  # seconds; Orbax's own 600 are short for a large model on a slow file system
-_READ_AT_ONCE = 0.05  # of the state that a process restores: what is on its way from disk to the devices
 
 
 class CheckpointError(ConfigError):
@@ -58,7 +51,7 @@ class Checkpoints:
         self._config = config
         self.folder = (config.output_path / "checkpoints").absolute()
         self._manager: ocp.CheckpointManager | None = None
-        self._handler = _StateHandler()
+        self._handler = StateHandler()
         self._val_losses: dict[int, float] = {}
 
     def save(self, step: int, state: Any, batch: int, val_loss: float | None = None) -> None:
@@ -76,11 +69,11 @@ class Checkpoints:
             manager.wait_until_finished()
             if step in manager.all_steps():
                 return
-            if val_loss is not None:
+            if val_loss is not None and math.isfinite(val_loss):
                 self._val_losses[step] = val_loss
             self._handler.manifest = build_manifest(self._config, step, state, batch, val_loss)
-            chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)
-            manager.save(step, args=ocp.args.Composite(state=_StateSave(state, save_args=chunks)))
+            chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
+            manager.save(step, args=ocp.args.Composite(state=StateSave(state, save_args=chunks)))
 
     def is_best(self, val_loss: float) -> bool:
         """Whether it is below that of every checkpoint."""
@@ -144,11 +137,11 @@ class Checkpoints:
             advice = "go on from an earlier checkpoint with runner.resume_dir"
             found = damages(path, jax.process_index(), jax.process_count())
             check_together([f"{problem}: {advice}" for problem in found])
-        _return_large_buffers()
+        return_large_buffers()
         with self._reported("read", path):
-            handlers = {"state": _StateHandler(_bytes_at_once(path / "state", target))}
+            handlers = {"state": StateHandler(bytes_at_once(path / "state", target))}
             with ocp.CheckpointManager(path.parent, options=_options(), item_handlers=handlers) as manager:
-                state = manager.restore(step_of(path), args=ocp.args.Composite(state=_StateRestore(target)))
+                state = manager.restore(step_of(path), args=ocp.args.Composite(state=StateRestore(target)))
         return state["state"], {"batch": manifest["data"]["batch"]}
 
     def _check(self, path: Path, manifest: dict[str, Any], target: Any) -> None:
@@ -184,7 +177,7 @@ class Checkpoints:
         if self._manager is None:
             with self._reported("write"):
                 steps = from_first(self._clear_torn)
-                self._val_losses = {int(step): loss for step, loss in steps.items() if loss is not None}
+                self._val_losses = {int(step): loss for step, loss in steps.items() if math.isfinite(loss or math.nan)}
                 runner = self._config.runner
                 keep = _Keep(
                     runner.keep_checkpoints,
@@ -221,77 +214,6 @@ class Checkpoints:
             if len(reason) > 400:  # TensorStore's end with the file and the system's own words
                 reason = f"{reason[:60]} … {reason[-300:]}"
             raise CheckpointError(f"cannot {verb} a checkpoint in {path or self.folder}: {reason}: {kept}") from error
-
-
-class _StateHandler(ocp.StandardCheckpointHandler):
-    """Adds manifest and checksums to what Orbax writes, before its renaming makes the checkpoint visible."""
-
-    manifest: dict[str, Any]
-
-    def __init__(self, bytes_at_once: int = 10**9) -> None:
-        super().__init__(restore_concurrent_gb=bytes_at_once / 10**9)
-
-    async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        futures = await super().async_save(directory, *args, **kwargs)
-        return [_Written(futures or [], Path(getattr(directory, "path", directory)))]
-
-    def finalize(self, directory: Any) -> None:  # on process 0, when all have written
-        super().finalize(directory)
-        folder = Path(directory)
-        rest = [path for path in folder.rglob("*") if not path.relative_to(folder).parts[0].startswith(_PROCESS)]
-        write_checksums(folder, rest, "rest")
-        merge_checksums(folder.parent)
-        write_manifest(folder.parent, self.manifest)
-
-
-@ocp.args.register_with_handler(_StateHandler, for_save=True)
-@dataclasses.dataclass
-class _StateSave(ocp.args.StandardSave): ...
-
-
-@ocp.args.register_with_handler(_StateHandler, for_restore=True)
-@dataclasses.dataclass
-class _StateRestore(ocp.args.StandardRestore): ...
-
-
-class _Written:
-    """Orbax's future of this process's part of the state, which then gets its checksums."""
-
-    def __init__(self, futures: Sequence[Any], folder: Path):
-        self._futures, self._folder = futures, folder
-
-    def result(self, timeout: float | None = None) -> None:
-        for future in self._futures:
-            future.result(timeout)
-        name = f"{_PROCESS}{jax.process_index()}"
-        write_checksums(self._folder, list((self._folder / name).rglob("*")), name)
-
-
-def _return_large_buffers() -> None:
-    """What is read on the way goes back to the system at once: glibc's allocator would keep a part of it."""
-    with contextlib.suppress(AttributeError, OSError):  # another libc
-        for parameter, size in ((-3, 2**16), (-1, 2**17)):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, bytes
-            ctypes.CDLL(None).mallopt(parameter, size)
-
-
-def _bytes_at_once(folder: Path, target: Any) -> int:
-    """Least bytes that TensorStore must be allowed to read at a time: the largest shard, in whole chunks; or a share of
-    all shards, if that is more."""
-    stored = dict(named_leaves(_StateHandler().metadata(folder).tree))
-    shards = [
-        _in_whole_chunks(index, leaf, stored[name].storage.chunk_shape)
-        for name, leaf in named_leaves(target)
-        for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
-    ]
-    return max(max(shards) + 1, int(sum(shards) * _READ_AT_ONCE))
-
-
-def _in_whole_chunks(index: Sequence[slice], leaf: jax.ShapeDtypeStruct, chunk: Sequence[int]) -> int:
-    size = leaf.dtype.itemsize
-    for where, length, step in zip(index, leaf.shape, chunk, strict=True):
-        start, stop, _ = where.indices(length)
-        size *= -(-stop // step) * step - start // step * step
-    return size
 
 
 class _Keep(PreservationPolicy):

@@ -144,6 +144,8 @@ class Watchdog:
         if 0 < self._stall_timeout < time.monotonic() - self._since:
             faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
+        if self._client is not None and jax.process_index() == 0:
+            time.sleep(2 * _PERIOD)  # the others read the verdict; without the coordinator they could not
         os._exit(EXIT_CODE)  # the main thread may be where nothing reaches it
 
 

@@ -187,24 +187,26 @@ def test_inspect_and_what_is_torn_or_damaged(tmp_path):
 
 
 MEMORY = """
-import resource, sys
+import sys
 import jax, jaxpar
 from jaxpar.checkpoint import Checkpoints
+def kernel_says(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 path, save = sys.argv[1], sys.argv[2] == "save"
 config = jaxpar.load_config("{config}", [f"runner.output_dir={{path}}", "runner.resume_dir=auto", *sys.argv[3:]])
-trainer = jaxpar.Trainer(config)
+trainer, checkpoints = jaxpar.Trainer(config), Checkpoints(config)
 if save:
-    checkpoints = Checkpoints(config)
     checkpoints.save(1, trainer.state, 0)
     checkpoints.wait()
     sys.exit()
-checkpoints = Checkpoints(config)
 found, _ = checkpoints.find()
 jax.device_put(0.0).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here on
+before = kernel_says("VmRSS")
 state, _ = checkpoints.restore(found, trainer.program.state_shapes, trainer.program.state_shardings)
 jax.block_until_ready(state)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+peak = kernel_says("VmHWM") - before
 held = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
 print("MEMORY", peak, held)
 """
@@ -227,7 +229,7 @@ def test_restoring_takes_little_host_memory_beyond_the_state(tmp_path, reader):
     peak, held = map(int, re.search(r"MEMORY (\d+) (\d+)", output.stdout).groups())
     print(f"{reader}: peak growth {peak:,} bytes, held {held:,} bytes: {peak / held:.3f}")
     assert held > 7e8
-    assert peak <= 1.2 * held
+    assert held <= peak <= 1.2 * held
 
 
 def held_out(folder: Path) -> Path:

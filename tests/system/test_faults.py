@@ -137,19 +137,20 @@ def test_a_killed_process_ends_the_other(tmp_path, cached, victim):
 @pytest.mark.slow
 def test_a_process_that_waits_for_its_data_ends_both(tmp_path, cached):
     """Its loader's worker is stopped: the process lives, its heartbeat too, and it makes no progress."""
-    run = [*RUN, "runner.max_steps=100000", "runner.log_interval=20", "data.num_workers=1", "runner.stall_timeout=20"]
+    run = [*RUN, "runner.max_steps=100000", "runner.log_interval=20", "data.num_workers=1", "runner.stall_timeout=40"]
     processes = start_two(tmp_path, *run, **cached)
     read_until(processes[0], r"step 20/")
     children = subprocess.run(["pgrep", "-P", str(processes[1].pid)], capture_output=True, text=True).stdout.split()
     for child in children:
         os.kill(int(child), signal.SIGSTOP)
-    outputs = [process.communicate(timeout=90)[0] for process in processes]
-    for output in outputs:
-        place = r"makes no progress: for \d+ s it has been in step \d+, phase reading the batch"
-        assert re.search(rf"error: process 1 on \S+ {place}", output), output
-    assert [process.returncode for process in processes] == [75, 75]
-    for child in children:
+    codes = [process.wait(timeout=120) for process in processes]
+    for child in children:  # they hold the pipe open
         os.kill(int(child), signal.SIGKILL)
+    assert codes == [75, 75]
+    place = r"makes no progress: for \d+ s it has been in step \d+, phase reading the batch"
+    for process in processes:
+        output = process.communicate()[0]
+        assert re.search(rf"error: process 1 on \S+ {place}", output), output
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
