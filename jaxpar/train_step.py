@@ -24,14 +24,17 @@ def state_shardings(
     layouts: Any,
     mesh: Mesh,
     loss_scale: LossScale = None,
+    *,
+    offload: bool = False,
 ) -> tuple[State, State]:
-    """Shapes and shardings of the whole state: moments lie like their parameters, scalars on every device."""
+    """Shapes and shardings of the whole state: moments lie like their parameters, in pinned host memory to `offload` them,
+    scalars on every device."""
     everywhere = NamedSharding(mesh, P())
     params = jax.tree.map(lambda layout: NamedSharding(mesh, layout.rest_spec), layouts)
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0, loss_scale=loss_scale))
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda _, sharding: sharding.with_memory_kind("pinned_host") if offload else sharding,
         shapes["opt_state"],
         params,
         transform_non_params=lambda _: everywhere,
@@ -63,8 +66,12 @@ def build_train_step(
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     loss_scale: LossScale = None,
+    offloaded: Any = None,
 ) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, Metrics]]:
     """Returns (state, batch) → (state, metrics), for `jax.jit`.
+
+    Args:
+      offloaded: shardings of the optimizer's state where it rests in host memory; the step fetches it.
 
     Where the loss or any gradient is not finite, the step is counted and changes nothing else but a dynamic loss scale.
 
@@ -79,6 +86,9 @@ def build_train_step(
         loss, grads = loss_and_grads(state["params"], batch, scale)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if offloaded is not None:
+            fetched = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), offloaded)
+            state = {**state, "opt_state": jax.device_put(state["opt_state"], fetched)}
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         updated = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
         metrics = {

@@ -188,6 +188,7 @@ class Optim(Section):
     clip_grad: Number | None = 1.0  # global norm; 0 or null: off
     use_distributed_optimizer: bool = True  # ZeRO: state split over dp and cp
     zero_stage: Literal[0, 1, 2, 3] | None = None  # ours; null: 1, or 0 without use_distributed_optimizer
+    optimizer_cpu_offload: bool = False  # moments rest in pinned host memory
     grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # ours: of gradients on their way over dp and cp
     # For fp16 alone. A number is a static scale; null is a dynamic one, by the four settings below.
     loss_scale: Positive | None = None
@@ -264,7 +265,7 @@ FOREIGN_KEYS: dict[str, frozenset[str]] = {
         persist_layer_norm use_cpu_initialization variable_seq_lengths
     """),
     "actor.optim": _names("""
-        bf16 fp16 lr_warmup_steps_ratio min_lr optimizer_cpu_offload
+        bf16 fp16 lr_warmup_steps_ratio min_lr
         optimizer_enable_pin optimizer_offload_fraction overlap_grad_reduce overlap_param_gather
         overlap_param_gather_with_optimizer_step total_training_steps use_precision_aware_optimizer
     """),

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from runs import JAXPAR, QUICKSTART, SMALL, environment, fit, layout, losses, metrics, start_two
+from runs import JAXPAR, QUICKSTART, SMALL, assert_same_state, environment, fit, layout, losses, metrics, start_two
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import jaxpar
@@ -187,3 +187,15 @@ def test_a_hugging_face_folder_gives_architecture_and_weights(tmp_path):
     assert trainer.program.architecture.hidden_size == 32
     loss, _ = trainer.loss_and_grads(batch)
     assert abs(float(loss) - float(expected)) < 1e-5
+
+
+def test_moments_in_host_memory_change_nothing(tmp_path):
+    options = ["runner.resume_dir=auto", *SMALL, *layout("dp4")]
+    there = fit(tmp_path / "there", "runner.max_steps=4", *options)
+    offload = [*options, "actor.optim.optimizer_cpu_offload=True"]
+    fit(tmp_path / "offloaded", "runner.max_steps=2", *offload)
+    offloaded = fit(tmp_path / "offloaded", "runner.max_steps=4", *offload)
+    moments = [x for x in jax.tree.leaves(offloaded.state["opt_state"]) if x.ndim]
+    assert {x.sharding.memory_kind for x in moments} == {"pinned_host"}
+    assert losses(tmp_path / "offloaded") == losses(tmp_path / "there")
+    assert_same_state(offloaded, there)
