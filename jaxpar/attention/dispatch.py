@@ -12,6 +12,9 @@ from jaxpar.attention.types import Keys, Kind
 from jaxpar.collectives import manual, vary, varying_axes
 
 
+CORE_ATTENTION = "core_attention"  # scope of what recompute_granularity: selective computes again
+
+
 def attention(
     query: Float[Array, "batch seq heads head_dim"],
     key: Float[Array, "batch seq kv_heads head_dim"],
@@ -54,11 +57,12 @@ def attention(
     settings = current_settings()
     kind = Kind(causal, window, head_dim**-0.5, settings.backend)
     grouped, keys = query.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim), Keys(key, value, segment_ids)
-    if size == 1 or settings.cp_comm_type == "p2p":
-        output = ring_attention(kind, Ring(size), grouped, keys)
-    elif settings.cp_comm_type == "all_gather":
-        output = all_gather_attention(kind, size, grouped, keys)
-    else:
-        group = size if settings.cp_comm_type == "a2a" else settings.a2a_size
-        output = all_to_all_attention(kind, size, group, grouped, keys)
+    with jax.named_scope(CORE_ATTENTION):
+        if size == 1 or settings.cp_comm_type == "p2p":
+            output = ring_attention(kind, Ring(size), grouped, keys)
+        elif settings.cp_comm_type == "all_gather":
+            output = all_gather_attention(kind, size, grouped, keys)
+        else:
+            group = size if settings.cp_comm_type == "a2a" else settings.a2a_size
+            output = all_to_all_attention(kind, size, group, grouped, keys)
     return output.reshape(query.shape)

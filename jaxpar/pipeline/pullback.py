@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 from jax.extend import core
 
+from jaxpar.attention.dispatch import CORE_ATTENTION
 from jaxpar.collectives import zeros
 from jaxpar.pipeline.cut import smallest_cut
 
@@ -28,8 +29,6 @@ ELEMENTWISE = {
 }  # fmt: skip
 # Gathered sequences are not kept but gathered again (Korthikanti et al., 2022, arXiv:2205.05198, section 4.2.2).
 CHEAP = ELEMENTWISE | {"all_gather"}
-# Loops and kernels without a parameter: attention's core.
-CORE = {"scan", "while", "pallas_call"}
 
 
 class Pullback:
@@ -37,8 +36,8 @@ class Pullback:
 
     Args:
       params, x, info: examples, to trace with.
-      recompute: "cheap": what elementwise work leads to. "core": also the results of loops and kernels, attention's
-        core. "all": keep x alone; the backward pass runs the function again first.
+      recompute: what is not kept but computed again. "cheap": what elementwise work leads to. "core": also what
+        `jaxpar.attention` computes. "all": everything; x alone is kept, and the function runs again first.
       split: prepare `input_grad` and `weight_grad`.
 
     Attributes:
@@ -103,11 +102,14 @@ class Pullback:
 
         traced = _inlined(residuals, params, info, x)
         eqns, (*inputs, x_var), (y, *leaves) = traced.jaxpr.eqns, traced.jaxpr.invars, traced.jaxpr.outvars
-        cheap = CHEAP | CORE if self._recompute == "core" else CHEAP
-        kept = smallest_cut(eqns, x_var, leaves, lambda eqn: eqn.primitive.name in cheap)
+        kept = smallest_cut(eqns, x_var, leaves, self._is_computed_again)
         self.kept = [var.aval for var in kept]
         self._forward = _part(traced, _needed(eqns, [y, *kept]), [*inputs, x_var], [y, *kept])
         self._residuals = _part(traced, _needed(eqns, leaves, given=kept), [*inputs, *kept], leaves)
+
+    def _is_computed_again(self, eqn: Any) -> bool:
+        in_core = self._recompute == "core" and CORE_ATTENTION in str(eqn.source_info.name_stack)
+        return in_core or eqn.primitive.name in CHEAP
 
     def _find_halves(self, params: Any, x: jax.Array, info: Any) -> None:
         examples = [zeros(aval) for aval in self.kept], params, info, x

@@ -109,8 +109,8 @@ def test_what_is_kept_of_a_layer():
     assert kept((1, 1, 1, 1, 1)) == whole + split
     assert kept((1, 1, 4, 1, 1)) == whole + split // 4
     assert kept((1, 1, 1, 4, 1)) == whole // 4 + split // 4
-    output_of_attention = rows * seq * 8 * heads * 4
-    assert kept((1, 1, 1, 1, 1), Recompute("selective")) == whole + split - output_of_attention
+    attention = rows * seq * (8 * heads + heads) * 4
+    assert kept((1, 1, 1, 1, 1), Recompute("selective")) == whole + split - attention
     assert kept((1, 1, 1, 1, 1), Recompute("uniform", 1)) == rows * seq * embed * 4
 
 
