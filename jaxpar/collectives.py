@@ -63,7 +63,7 @@ def rank_and_size(axis: str) -> tuple[jax.Array | int, int]:
 
 def varying_axes(x: Any) -> tuple[str, ...]:
     """The manual axes on which the value of `x` (an array or its shape) differs between devices."""
-    kind = jax.typeof(x).manual_axis_type if isinstance(x, jax.Array) else x.manual_axis_type
+    kind = jax.typeof(x).manual_axis_type if isinstance(x, jax.Array) else getattr(x, "manual_axis_type", None)
     return tuple(kind.varying) if kind else ()
 
 

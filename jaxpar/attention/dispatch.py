@@ -11,7 +11,6 @@ from jaxpar.attention.settings import current_settings
 from jaxpar.attention.types import Keys, Kind
 from jaxpar.collectives import manual, vary, varying_axes
 
-
 CORE_ATTENTION = "core_attention"  # scope of what recompute_granularity: selective computes again
 
 

@@ -17,6 +17,7 @@ from support import (
     Step,
     assert_parity,
     check_step,
+    collectives,
     decoder_case,
     equal_trees,
     make_batch,
@@ -149,6 +150,27 @@ def test_zero_with_repeated_kv_heads_and_tied_embeddings(zero_stage):
 def test_losses_in_parts_of_the_tokens(sizes, options, monkeypatch):
     monkeypatch.setattr(loss_and_grads, "MAX_LOGITS_BYTES", 2048)
     check_step(decoder_case(DECODER), sizes, **options)
+
+
+@pytest.mark.parametrize(
+    ("arch", "sizes", "options"),
+    [
+        (DECODER, (2, 2, 1, 2, 2), {"schedule": "zb1p"}),
+        (DECODER, (4, 1, 1, 1, 1), {"num_microbatches": 3}),
+        (FEW_KV_HEADS, (2, 2, 2, 1, 1), {"num_chunks": 2}),
+    ],
+    ids=str,
+)
+def test_embedding_and_head_in_parts_of_the_vocabulary(arch, sizes, options, monkeypatch):
+    monkeypatch.setattr(loss_and_grads, "MAX_VOCABULARY_BYTES", 4096)
+    case = decoder_case(arch)
+    step = Step(case.model, sizes, zero_stage=3, **options)
+    assert_parity(*step(case.params, case.batch), case.loss, case.grads)
+    whole = 64 * 256 // (sizes[1] * sizes[2] * sizes[3])  # this device's share of the embedding
+    gathered = [c.size for c in collectives(step.jaxpr, step.mesh.shape) if c.kind == "all-gather" and "dp" in c.axes]
+    assert whole not in gathered and whole // sizes[0] // sizes[4] not in gathered
+    found = step.evaluate(case.params, case.batch)
+    assert relative_error(found["token_losses"], reference_token_losses(case)) < 1e-5
 
 
 def reference_token_losses(case):
