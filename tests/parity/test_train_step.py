@@ -129,7 +129,7 @@ def test_recompute_without_a_pipeline(recompute):
 @pytest.mark.parametrize(
     ("sizes", "zero_stage", "num_chunks", "schedule"),
     [
-        ((2, 2, 1, 2, 2), 2, 1, "1f1b"), ((2, 2, 1, 2, 2), 3, 1, "zb1p"), ((4, 1, 1, 1, 2), 3, 1, "1f1b"),
+        ((2, 2, 1, 2, 2), 2, 1, "1f1b"), ((2, 2, 1, 2, 2), 3, 1, "zb1p"), ((2, 1, 1, 1, 4), 3, 1, "1f1b"),
         ((2, 2, 2, 1, 1), 3, 2, "interleaved_1f1b"), ((2, 4, 1, 1, 2), 2, 1, "gpipe"), ((3, 2, 1, 1, 2), 3, 1, "1f1b"),
     ],
 )  # fmt: skip
