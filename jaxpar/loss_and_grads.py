@@ -125,7 +125,12 @@ class StepSetup:
         num_real = jnp.asarray(placement.counts)[rank_and_size("pp")[0]] if placement.is_padded else None
         ends = self._in_parts(Ends(model, self.layouts, self.gather, self.reduce, constrain), params, batch)
         return engine.StageFunctions(
-            ends, block, partial(self.gather, "layers"), partial(self.reduce, "layers"), num_real
+            ends,
+            block,
+            partial(self.gather, "layers"),
+            partial(self.reduce, "layers"),
+            num_real,
+            skips=model.explicit or all(self.mesh.shape[axis] == 1 for axis in TENSOR_AXES),
         )
 
     def _in_parts(self, ends: Ends, params: Params, batch: Batch) -> Ends:

@@ -35,6 +35,8 @@ class StageFunctions(NamedTuple):
       reduce: ({index of the leaf: gradient of stacked layers}) → the same as it is summed up over microbatches, float32.
         Linear.
       num_real: int [chunks] of this stage, see `jaxpar.pipeline.layers.Layers`.
+      skips: ticks without an embedding or a loss skip it. Where XLA splits the tensor group it refuses the choice (its two
+        sides are split differently), and they run in vain.
     """
 
     ends: Ends
@@ -42,6 +44,7 @@ class StageFunctions(NamedTuple):
     gather: Callable[[Any], Any]
     reduce: Callable[[dict[int, jax.Array]], dict[int, jax.Array]]
     num_real: jax.Array | None = None
+    skips: bool = True
 
 
 class _Carry(NamedTuple):
@@ -226,6 +229,8 @@ class _Engine:
 
         if not needed.any():
             return nothing()
+        if not self.functions.skips:
+            return jax.tree.map(lambda x: jnp.where(row[flag], x, 0), run())
         with jax.named_scope(f"in_{needed.sum()}_of_{len(needed)}_ticks"):  # for `jaxpar.hlo`
             return lax.cond(row[flag], run, nothing)
 
