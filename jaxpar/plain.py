@@ -69,7 +69,11 @@ class PlainProgram:
         self.state_shardings = jax.tree.map(lambda _: everywhere, self.state_shapes)
         self.init = jax.jit(init, out_shardings=everywhere)
         self.train_step = jax.jit(
-            build_train_step(jax.value_and_grad(loss), optimizer, learning_rate_schedule(config)),
+            build_train_step(
+                lambda params, batch, _: jax.value_and_grad(loss)(params, batch),
+                optimizer,
+                learning_rate_schedule(config),
+            ),
             in_shardings=(everywhere, self.batch.sharding),
             out_shardings=everywhere,
             donate_argnums=0,

@@ -191,8 +191,8 @@ def test_a_device_reads_its_own_slice_only(tmp_path: Path, monkeypatch: pytest.M
     load(tmp_path, architecture(), on_mesh(FunctionalModel(Decoder(architecture())), {"dp": 2, "pp": 2, "tp": 2}))
     # Each of the 8 devices has a quarter of the layers (pp 2, dp 2), and half of each of their weights (tp 2).
     assert reads["model.layers.3.mlp.gate_proj.weight"] == [MLP * HIDDEN // 2] * 2
-    assert reads["model.layers.3.self_attn.q_proj.weight"] == [HEADS * HEAD_DIM * HIDDEN // 4] * 4
-    assert reads["model.layers.3.self_attn.o_proj.weight"] == [HEADS * HEAD_DIM * HIDDEN // 4] * 4
+    assert reads["model.layers.3.self_attn.q_proj.weight"] == [HEADS * HEAD_DIM * HIDDEN // 2] * 2
+    assert reads["model.layers.3.self_attn.o_proj.weight"] == [HEADS * HEAD_DIM * HIDDEN // 2] * 2
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
