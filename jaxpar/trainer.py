@@ -99,6 +99,12 @@ class Trainer:
         place, scale = self.program.batch, scale_of(self.state, self.program.loss_scale)
         return self.program.loss_and_grads(self.state["params"], place.place(place.complete(batch)), scale)
 
+    def log_probs(self, batch: Mapping[str, Any]) -> Float[Array, "global_batch seq"]:
+        """log p(target) of each token at the present parameters, float32, in nats, without gradients; a batch as in
+        `loss_and_grads`."""
+        place = self.program.batch
+        return -self.program.evaluate(self.state["params"], place.place(place.complete(batch)))["token_losses"]
+
     def train_step(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """One optimizer step on one global batch (as in `loss_and_grads`); returns the metrics of
         `jaxpar.train_step.build_train_step`."""

@@ -105,6 +105,8 @@ def test_loss_and_grads_takes_a_users_batch(tmp_path):
         "positions": np.tile(np.arange(32), (16, 1)),
     }
     assert trainer.loss_and_grads(explicit)[0] == loss
+    log_probs = np.asarray(trainer.log_probs(explicit))
+    assert log_probs.shape == (16, 32) and -log_probs.mean() == pytest.approx(float(loss), rel=1e-6)
     assert jax.tree.structure(grads) == jax.tree.structure(trainer.state["params"])
     masked = explicit | {"loss_mask": np.zeros((16, 32))}
     assert trainer.loss_and_grads(masked)[0] == 0  # and not NaN
