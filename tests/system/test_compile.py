@@ -83,7 +83,8 @@ def test_gradients_are_reduced_once_a_step_whatever_the_microbatches(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_tensor_collectives_are_megatrons_minimum(tmp_path, sequence_parallel):
-    """Two a layer forward and two backward, from the program for H100s, without recompute."""
+    """Two a layer forward and two backward, from the program for H100s, without recompute; and as in Megatron-LM two gathers
+    more backward of the sequences that are not kept (Korthikanti et al., 2022, section 4.2.2)."""
     report = compile_(
         tmp_path,
         "llama3_8b_1node_8k.yaml",
@@ -99,7 +100,8 @@ def test_tensor_collectives_are_megatrons_minimum(tmp_path, sequence_parallel):
     kinds = ("all-gather", "reduce-scatter") if sequence_parallel else ("all-reduce",)
     for kind in kinds:
         calls, _ = traffic(report, kind, {"sp" if sequence_parallel else "tp"})
-        assert 4 * layers * microbatches <= calls <= 4 * layers * microbatches + outside, kind
+        again = 2 * layers * microbatches if kind == "all-gather" else 0  # XLA combines some of them
+        assert 4 * layers * microbatches <= calls <= 4 * layers * microbatches + again + outside, kind
 
 
 @needs_plugin
