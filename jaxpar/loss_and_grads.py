@@ -76,7 +76,7 @@ class StepSetup:
     def enter(self, params: Params, *, gathered: bool) -> Params:
         """Parameters at rest → as the engine holds them, the shards over dp and cp `gathered` or not. Linear."""
         # Sums over tp are left where the model's own collectives put them; all others wait for the end of the step.
-        # The head of an automatic model works on another share of the tokens on each stage, see _token_losses.
+        # The head of an automatic model works on another share of the tokens on each stage, see `jaxpar.ends`.
         accumulate_axes = ("dp", "cp", "sp") if self.model.explicit else ("dp", "cp", "pp")
 
         def one(param: jax.Array, layout: ParamLayout) -> jax.Array:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxpar.attention import blockwise
 from jaxpar.attention.flash_kernels import forward_kernel, key_grad_kernel, query_grad_kernel
 from jaxpar.attention.types import Grads, Keys, Kind, Offset, OutputGrads, Partial, Queries
+from jaxpar.config import ConfigError
 
 INTERPRET = False  # True: the kernels' steps as plain JAX, for tests without a GPU
 FORWARD_TILES, BACKWARD_TILES = (128, 64), (64, 64)  # queries, keys
@@ -25,8 +25,7 @@ FORWARD_TILES, BACKWARD_TILES = (128, 64), (64, 64)  # queries, keys
 
 def forward(kind: Kind, queries: Queries, keys: Keys, offset: Offset) -> Partial:
     query, key = queries.query, keys.key
-    if not supports(query, key):
-        return blockwise.forward(kind, queries, keys, offset)
+    check_shapes(query, key)
     batch, tokens, kv_heads, group, head_dim = query.shape
     tiles = _tiles(FORWARD_TILES, query, key)
     per_query, all_keys = _query_tile(tiles[0], group, head_dim), _all_keys(key, group)
@@ -50,8 +49,7 @@ def forward(kind: Kind, queries: Queries, keys: Keys, offset: Offset) -> Partial
 
 def backward(kind: Kind, queries: Queries, keys: Keys, offset: Offset, output_grads: OutputGrads) -> Grads:
     query, key = queries.query, keys.key
-    if not supports(query, key):
-        return blockwise.backward(kind, queries, keys, offset, output_grads)
+    check_shapes(query, key)
     batch, tokens, kv_heads, group, head_dim = query.shape
     tiles = _tiles(BACKWARD_TILES, query, key)
     per_query, per_row = _query_tile(tiles[0], group, head_dim), _query_tile(tiles[0], group)
@@ -94,15 +92,22 @@ def backward(kind: Kind, queries: Queries, keys: Keys, offset: Offset, output_gr
     return Grads(query_grad, key_grad, value_grad)
 
 
-def supports(query: jax.Array, key: jax.Array) -> bool:
-    """Triton's tiles are powers of two, and these kernels do no odd ends: other shapes are for plain JAX."""
-    sides = [
-        (tokens, tile)
-        for tiles in (FORWARD_TILES, BACKWARD_TILES)
-        for tokens, tile in zip((query.shape[1], key.shape[1]), _tiles(tiles, query, key), strict=True)
-    ]
-    sizes = {tile for _, tile in sides} | {query.shape[-1]}
-    return all(tokens % tile == 0 for tokens, tile in sides) and all(n >= 16 and n & (n - 1) == 0 for n in sizes)
+def check_shapes(query: jax.Array, key: jax.Array) -> None:
+    """Triton's tiles are powers of two, and these kernels do no odd ends.
+
+    Raises:
+      ConfigError: the tokens of a block are no multiple of a tile, or a tile or head_dim is no power of two from 16 on.
+    """
+    (queries, keys), head_dim = (query.shape[1], key.shape[1]), query.shape[-1]
+    for tiles in (FORWARD_TILES, BACKWARD_TILES):
+        rows, columns = _tiles(tiles, query, key)
+        powers = all(n >= 16 and n & (n - 1) == 0 for n in (rows, columns, head_dim))
+        if queries % rows or keys % columns or not powers:
+            raise ConfigError(
+                f"actor.model.attention_backend: pallas computes blocks in tiles of {rows} x {columns} tokens and powers "
+                f"of two, but a block here has {queries} queries and {keys} keys of head_dim {head_dim}: change "
+                f"runner.seq_length or context_parallel_size, or set attention_backend to xla"
+            )
 
 
 def _tiles(tiles: tuple[int, int], query: jax.Array, key: jax.Array) -> tuple[int, int]:

@@ -4,6 +4,7 @@ to this program's tile, or to all of the side that it walks over; segments and o
 A program holds a tile of queries and walks over the keys, or the other way round for the keys' gradients.
 """
 
+import abc
 import functools
 import math
 from typing import Any
@@ -104,7 +105,7 @@ def _where(mask: jax.Array | None, x: jax.Array, other: float) -> jax.Array:
     return x if mask is None else jnp.where(mask, x, other)
 
 
-class _Walk:
+class _Walk(abc.ABC):
     """One side's tile of this program, and the tiles of the other side that it meets.
 
     Attributes:
@@ -119,9 +120,9 @@ class _Walk:
         self.offset: Any = None if offset is None else offset[0]
         self.held, self.passing = (query_segments, key_segments)[:: 1 if self.side == 0 else -1]
 
+    @abc.abstractmethod
     def ranges(self, number: int) -> list[tuple[Any, Any, bool]]:
         """(first, end, masked) of the other side's tiles, of which there are `number`."""
-        raise NotImplementedError
 
     def walk(self, attend: Any, carry: Any, number: int) -> Any:
         """attend(tile, carry, masked) → carry, for each tile; not for those that have no document in common."""

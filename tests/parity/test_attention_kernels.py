@@ -17,6 +17,7 @@ from jaxpar.attention import (
 )
 from jaxpar.attention.products import output_grads_of
 from jaxpar.attention.types import Keys, Kind, Queries
+from jaxpar.config import ConfigError
 
 BATCH, TOKENS, KV_HEADS, GROUP, HEAD_DIM = 2, 64, 2, 2, 16
 
@@ -67,11 +68,12 @@ def test_a_block(case):
             assert np.abs(actual - wanted).max() <= TOLERANCE * np.abs(wanted).max()
 
 
-def test_what_the_kernels_cannot_do_goes_to_plain_jax():
+def test_what_the_kernels_cannot_do_is_said():
     shape = lambda tokens, head_dim: jax.ShapeDtypeStruct((1, tokens, 1, 1, head_dim), jnp.float32)  # noqa: E731
-    assert flash.supports(shape(64, 128), shape(32, 128))
+    flash.check_shapes(shape(64, 128), shape(32, 128))
     for tokens, head_dim in ((48, 64), (64, 96), (8, 64), (64, 8)):
-        assert not flash.supports(shape(tokens, head_dim), shape(tokens, head_dim))
+        with pytest.raises(ConfigError, match=f"attention_backend: pallas .* {tokens} keys of head_dim {head_dim}"):
+            flash.check_shapes(shape(tokens, head_dim), shape(tokens, head_dim))
 
 
 @pytest.mark.parametrize(("window", "packed"), [(None, False), (None, True), (37, False)])
