@@ -12,6 +12,7 @@ from jax._src import clusters  # jax has no public way to ask where processes wi
 from jaxpar.config import Config, ConfigError
 
 GPUS_PER_NODE = 8  # assumed where the config says nothing and no GPU is there to ask
+THREADS_PER_SIMULATED_DEVICE = 4
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Open MPI first: under mpirun in a Slurm job, Slurm's variables are those of the job's script and not of the rank.
@@ -38,9 +39,22 @@ def start(config: Config) -> None:
                 f"cluster.num_nodes * cluster.num_gpus_per_node: {config.cluster.num_nodes} * "
                 f"{config.cluster.num_gpus_per_node} = {wanted} devices do not divide by {processes} processes"
             )
-        # Of no effect where there is a GPU or TPU: it is then the default, and the CPU's devices are not used.
         with contextlib.suppress(RuntimeError):  # devices are up already
-            jax.config.update("jax_num_cpu_devices", wanted // processes)
+            simulate_devices(wanted // processes)
+
+
+def simulate_devices(count: int) -> None:
+    """Let jax split this process's CPU into `count` devices. Of no effect where there is a GPU or TPU: it is then the
+    default, and the CPU's devices are not used.
+
+    Raises:
+      RuntimeError: devices are up already.
+    """
+    jax.config.update("jax_num_cpu_devices", count)
+    # Each collective of each device holds a thread until all have come, and XLA starts several at a time: with its
+    # default of a thread a device, all threads can wait for one that has none (seen with 16 devices on 2 cores:
+    # after 40 s XLA aborts). Variable: xla/pjrt/utils.cc, DefaultThreadPoolSize.
+    os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, THREADS_PER_SIMULATED_DEVICE * count)))
 
 
 def devices(config: Config) -> list[jax.Device]:

@@ -8,8 +8,10 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxpar.runtime import simulate_devices
+
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 16)
+simulate_devices(16)
 jax.devices()  # now, because a Trainer would change their number to its config's
 
 

@@ -1,6 +1,9 @@
 """XLA's and NCCL's settings, as they are put into the environment."""
 
 import os
+from pathlib import Path
+
+import jax
 
 from jaxpar import xla
 
@@ -19,3 +22,9 @@ def test_deterministic_kernels_are_asked_for_and_no_others_lose(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")  # the user's own wins
     xla.apply({}, deterministic=True)
     assert os.environ["XLA_FLAGS"].count("deterministic_ops") == 1
+
+
+def test_simulated_devices_have_more_threads_than_can_wait():
+    """With one thread a device XLA's collectives wait for each other for ever, now and then."""
+    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    assert threads.count("tf_XLAEigen") >= 4 * len(jax.devices())
