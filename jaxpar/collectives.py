@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 MASKED = -1e30  # a logit that counts for nothing; finite, so that no NaN can come of it
 
 
@@ -74,9 +75,19 @@ def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def zeros(like: Any, *leading: int, dtype: Any = None) -> jax.Array:
-    """Zeros [*leading, *like.shape] that differ between devices where `like` (an array or its shape) does."""
-    return vary(jnp.zeros((*leading, *like.shape), dtype or like.dtype), varying_axes(like))
+def zeros(like: Any, *leading: int, dtype: Any = None, space: Any = DEVICE) -> jax.Array:
+    """Zeros [*leading, *like.shape] that differ between devices where `like` (an array or its shape) does.
+
+    Args:
+      space: the memory that they are made in.
+    """
+    zero = vary(jnp.zeros((), dtype or like.dtype), varying_axes(like))
+    return lax.broadcast(put_in(space, zero), (*leading, *like.shape))  # made there, not on the device and then sent
+
+
+def put_in(space: Any, x: jax.Array) -> jax.Array:
+    """`x` in the memory of the device or of its host, inside `jax.jit`. A CPU has only one."""
+    return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 
 def gather_sequence(x: Float[Array, "batch seq embed"]) -> Float[Array, "batch full_seq embed"]:

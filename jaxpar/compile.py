@@ -49,6 +49,7 @@ class Report:
       model_flops: useful ones, by `jaxpar.metrics.model_flops_per_token`; None for a user's own model.
       hlo: text of the optimized program.
       uncounted: what the counter could not count, and why.
+      host_bytes: temporaries in the host's memory, pinned.
     """
 
     devices: int
@@ -61,6 +62,7 @@ class Report:
     collectives: list[Collective]
     hlo: str
     uncounted: list[str]
+    host_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         keys = ["devices", "mesh", "compile_seconds", "bubble_fraction", "flops", "model_flops"]
@@ -166,6 +168,7 @@ def read_report(
         collectives=counted.collectives,
         hlo=text,
         uncounted=counted.uncounted,
+        host_bytes=compiled.memory_analysis().host_temp_size_in_bytes,  # type: ignore[union-attr]
     )
 
 

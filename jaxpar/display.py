@@ -27,6 +27,8 @@ def report_lines(report: "Report") -> list[str]:
         f"memory: {verdict}, peak {gib['peak']:.1f} of {gib['capacity']:.1f} GiB a device "
         f"(arguments {gib['arguments']:.1f}, temporaries {gib['temporaries']:.1f})"
     ]
+    if report.host_bytes:
+        lines.append(f"memory of the host: {report.host_bytes / 2**30:.1f} GiB a device, for activations")
     if not memory.fits:
         lines.append(
             "try: actor.model.recompute_granularity=full recompute_method=uniform recompute_num_layers=1, a larger "

@@ -32,6 +32,7 @@ from jaxpar.ends import Ends, joined, least_parts, nbytes, token_info
 from jaxpar.mesh import AXES, REPLICA_AXES, TENSOR_AXES
 from jaxpar.models.protocol import FunctionalModel, Params
 from jaxpar.pipeline import engine
+from jaxpar.pipeline.layers import as_it_lies
 from jaxpar.pipeline.schedule import Schedule, forward_only
 from jaxpar.placement import LayerPlacement
 from jaxpar.recompute import Recompute
@@ -57,6 +58,7 @@ class StepSetup:
     Attributes:
       layouts: tree of `ParamLayout`, made for the same ZeRO stage and number of chunks.
       zero_stage: 0 to 3.
+      overlap_param_gather, overlap_grad_reduce: of a layer, beside its neighbour's computation, where there are any.
       reduce_dtype: of gradients on their way over dp and cp; sums over microbatches are float32.
     """
 
@@ -68,6 +70,8 @@ class StepSetup:
     recompute: Recompute = Recompute()  # noqa: RUF009 (frozen)
     zero_stage: int = 1
     reduce_dtype: Any = jnp.float32
+    overlap_param_gather: bool = True
+    overlap_grad_reduce: bool = True
 
     @property
     def manual_axes(self) -> set[str]:
@@ -106,7 +110,7 @@ class StepSetup:
     def held(self, params: Params) -> Params:
         """Parameters at rest → in the compute dtype, as the engine holds them."""
         compute = jax.tree.map(lambda x: x.astype(self.compute_dtype), params)
-        return self.enter(compute, gathered=self.zero_stage < 3)
+        return jax.tree.map(as_it_lies, self.enter(compute, gathered=self.zero_stage < 3))
 
     def microbatches(self, batch: Batch) -> Batch:
         return jax.tree.map(lambda x: x.reshape(self.schedule.num_microbatches, -1, *x.shape[1:]), batch)
@@ -123,13 +127,16 @@ class StepSetup:
 
         placement = LayerPlacement(model.num_layers, self.schedule.num_stages, self.schedule.num_chunks)
         num_real = jnp.asarray(placement.counts)[rank_and_size("pp")[0]] if placement.is_padded else None
+        is_split = any(layout.gather for layout in jax.tree.leaves(self.layouts["layers"]))
         ends = self._in_parts(Ends(model, self.layouts, self.gather, self.reduce, constrain), params, batch)
         return engine.StageFunctions(
             ends,
             block,
             partial(self.gather, "layers"),
             partial(self.reduce, "layers"),
-            num_real,
+            prefetch=self.zero_stage == 3 and is_split and self.overlap_param_gather,
+            defer=self.zero_stage > 1 and is_split and self.overlap_grad_reduce,
+            num_real=num_real,
             skips=model.explicit or all(self.mesh.shape[axis] == 1 for axis in TENSOR_AXES),
         )
 

@@ -110,6 +110,8 @@ class Program:
             recompute=_recompute(config),
             zero_stage=config.zero_stage,
             reduce_dtype=DTYPES[config.actor.optim.grad_reduce_dtype],
+            overlap_param_gather=config.actor.optim.overlap_param_gather,
+            overlap_grad_reduce=config.actor.optim.overlap_grad_reduce,
         )
         loss_and_grads = self._for_its_microbatches(build_loss_and_grads)
         self.evaluate = jax.jit(self._for_its_microbatches(build_evaluate))
@@ -175,9 +177,7 @@ def _loss_scale(config: Config) -> LossScale:
 
 def _recompute(config: Config) -> Recompute:
     model = config.actor.model
-    if model.recompute_granularity == "selective":
-        return Recompute("selective")
-    if model.recompute_granularity == "full":
-        assert model.recompute_method and model.recompute_num_layers  # config.prepare_train saw to it
-        return Recompute(model.recompute_method, model.recompute_num_layers)
-    return Recompute()
+    method: Any = model.recompute_granularity or "none"
+    if method == "full":
+        method = model.recompute_method
+    return Recompute(method, model.recompute_num_layers or 0, offload=model.offload_activations)

@@ -1,4 +1,4 @@
-"""How much of the forward pass the backward pass computes again, with Megatron-LM's meanings."""
+"""How much of the forward pass the backward pass computes again, with Megatron-LM's meanings, and where the rest waits."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -29,11 +29,13 @@ class Recompute:
         attention. "selective": attention's core too (Korthikanti et al., 2022, arXiv:2205.05198, section 5).
         "uniform": everything, in groups of num_layers layers, of each of which only the input is kept. "block":
         everything in the first num_layers layers of each chunk, in the others as with "none".
-      num_layers: 0 with "none" and "selective".
+      num_layers: of "uniform" and "block".
+      offload: what is not computed again waits in pinned host memory.
     """
 
     method: Literal["none", "selective", "uniform", "block"] = "none"
     num_layers: int = 0
+    offload: bool = False
 
     def runs(self, num_layers: int) -> list[Run]:
         """The layers of a chunk, in order."""

@@ -185,6 +185,7 @@ class Step:
         compute_dtype: Any = jnp.float32,
         rows: int = GLOBAL_BATCH,
         seq: int = SEQ,
+        **setup: Any,
     ):
         self.mesh = make_mesh(sizes)
         self.layouts = layout_tree(
@@ -199,6 +200,7 @@ class Step:
             compute_dtype=compute_dtype,
             recompute=recompute,
             zero_stage=zero_stage,
+            **setup,
         )
         self.function = build_loss_and_grads(self.setup)
         shape = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731

@@ -145,6 +145,7 @@ class Model(Section):
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Count | None = None
+    offload_activations: bool = False  # ours: what is not computed again waits in pinned host memory
     precision: Annotated[Literal["bf16", "fp16", "fp32"], BeforeValidator(_precision)] = "bf16"
     seq_length: Count | None = None  # RLinf repeats runner.seq_length here
     model_path: Text | None = None  # folder with a Hugging Face config.json
@@ -188,6 +189,10 @@ class Optim(Section):
     clip_grad: Number | None = 1.0  # global norm; 0 or null: off
     use_distributed_optimizer: bool = True  # ZeRO: state split over dp and cp
     zero_stage: Literal[0, 1, 2, 3] | None = None  # ours; null: 1, or 0 without use_distributed_optimizer
+    # A layer's parameters come (ZeRO-3) while the layer before computes, its gradients leave (ZeRO-2 and 3) while the next
+    # one does. Each takes a layer's memory.
+    overlap_param_gather: bool = True
+    overlap_grad_reduce: bool = True
     optimizer_cpu_offload: bool = False  # moments rest in pinned host memory
     grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # ours: of gradients on their way over dp and cp
     # For fp16 alone. A number is a static scale; null is a dynamic one, by the four settings below.
@@ -266,8 +271,7 @@ FOREIGN_KEYS: dict[str, frozenset[str]] = {
     """),
     "actor.optim": _names("""
         bf16 fp16 lr_warmup_steps_ratio min_lr
-        optimizer_enable_pin optimizer_offload_fraction overlap_grad_reduce overlap_param_gather
-        overlap_param_gather_with_optimizer_step total_training_steps use_precision_aware_optimizer
+        optimizer_enable_pin optimizer_offload_fraction overlap_param_gather_with_optimizer_step total_training_steps use_precision_aware_optimizer
     """),
     "actor.lr_sched": _names("""
         end_weight_decay override_opt_param_scheduler start_weight_decay use_checkpoint_opt_param_scheduler

@@ -34,6 +34,8 @@ class StageFunctions(NamedTuple):
       gather: (layers as the engine holds them) → as `block` takes them, both stacked. Linear.
       reduce: ({index of the leaf: gradient of stacked layers}) → the same as it is summed up over microbatches, float32.
         Linear.
+      prefetch: gather a layer while the one before it computes.
+      defer: reduce a layer's gradients while the next one computes.
       num_real: int [chunks] of this stage, see `jaxpar.pipeline.layers.Layers`.
       skips: ticks without an embedding or a loss skip it. Where XLA splits the tensor group it refuses the choice (its two
         sides are split differently), and they run in vain.
@@ -43,6 +45,8 @@ class StageFunctions(NamedTuple):
     block: Callable[[Any, jax.Array, Any], jax.Array]
     gather: Callable[[Any], Any]
     reduce: Callable[[dict[int, jax.Array]], dict[int, jax.Array]]
+    prefetch: bool
+    defer: bool
     num_real: jax.Array | None = None
     skips: bool = True
 
@@ -97,6 +101,8 @@ class _Engine:
             gather=functions.gather,
             reduce=functions.reduce,
             split=schedule.weight is not None,
+            prefetch=functions.prefetch,
+            defer=functions.defer,
         )
 
     def loss_and_grads(self) -> tuple[jax.Array, Any]:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from jaxpar.collectives import zeros
+from jaxpar.collectives import DEVICE, HOST, put_in, varying_axes, zeros
+from jaxpar.pipeline.overlap import overlapped_loop
 from jaxpar.pipeline.pullback import Pullback
 from jaxpar.recompute import Recompute, Run
 
@@ -33,6 +34,8 @@ class Layers:
       gather: stacked layers → what `block` takes.
       reduce: gradients of stacked layers → what is summed up.
       split: the gradient of the weights has a slot of its own.
+      prefetch: a layer is gathered while the one before it computes.
+      defer: its gradients are reduced while the next one computes.
     """
 
     def __init__(
@@ -48,10 +51,13 @@ class Layers:
         gather: Linear,
         reduce: Linear,
         split: bool,
+        prefetch: bool,
+        defer: bool,
     ):
         leaves = jax.tree.leaves(params)
         self._per_chunk = leaves[0].shape[0] // num_chunks if leaves else 0  # none: a model without a stack
         self._num_real, self._gather, self._reduce, self._split = num_real, gather, reduce, split
+        self._prefetch, self._defer, self._offload = prefetch, defer, recompute.offload
         self._runs: list[tuple[Run, Pullback]] = []
         for run in recompute.runs(self._per_chunk):
             group = _group(block, run.size, unrolled=split)
@@ -60,7 +66,10 @@ class Layers:
 
     def kept(self, num_places: int) -> Buffers:
         """Buffers for what `forward` keeps."""
-        return [[zeros(aval, num_places, run.count) for aval in pullback.kept] for run, pullback in self._runs]
+        space = HOST if self._offload else DEVICE
+        return [
+            [zeros(aval, num_places, run.count, space=space) for aval in pullback.kept] for run, pullback in self._runs
+        ]
 
     def zero_grads(self, params: Any) -> Any:
         """Float32 zeros like the sums of the layers' gradients."""
@@ -80,15 +89,22 @@ class Layers:
     ) -> tuple[jax.Array, Buffers]:
         """(the chunk's output, kept with what its backward pass needs at `place`); nothing is, if kept has no buffers."""
         result = []
-        for index, (run, pullback) in enumerate(self._runs):
+        for (run, pullback), buffers in zip(self._runs, kept, strict=True):
 
-            def body(carry, i, run=run, pullback=pullback):
+            def fetch(i, run=run):
+                return self._group_params(params, run, chunk, i)
+
+            def compute(carry, i, group, run=run, pullback=pullback):
                 x, buffers = carry
-                group = self._group_params(params, run, chunk, i)
                 x, values = pullback.forward(group, x, self._group_info(info, run, chunk, i))
-                return (x, _put(buffers, values, place, i)), None
+                return (x, buffers), values
 
-            (x, buffers), _ = lax.scan(body, (x, kept[index]), jnp.arange(run.count))
+            def store(carry, i, values):
+                x, buffers = carry
+                return x, _put(buffers, values, place, i)
+
+            ways = {"ahead": self._prefetch, "behind": self._offload}
+            x, buffers = overlapped_loop((x, buffers), run.count, fetch, compute, store, **ways)
             result.append(buffers)
         return x, result
 
@@ -98,22 +114,31 @@ class Layers:
     ) -> tuple[jax.Array, Any, Buffers]:  # fmt: skip
         """(gradient of the chunk's input, grads with this chunk's added where `active`, pending)."""
         result = []
-        for index, (run, pullback) in reversed(list(enumerate(self._runs))):
+        for (run, pullback), of_run, buffers in reversed(list(zip(self._runs, kept, pending, strict=True))):
 
-            def body(carry, i, index=index, run=run, pullback=pullback):
+            def fetch(i, run=run, of_run=of_run):
+                return self._group_params(params, run, chunk, i), _take(of_run, place, i)
+
+            def compute(carry, i, fetched, run=run, pullback=pullback):
                 y_grad, grads, buffers = carry
-                group, group_info = self._group_params(params, run, chunk, i), self._group_info(info, run, chunk, i)
-                values = _take(kept[index], place, i)
+                group, values = fetched
+                group_info = self._group_info(info, run, chunk, i)
                 if self._split:
                     found, x_grad, handed_over = pullback.input_grad(values, group, group_info, y_grad)
                     buffers = _put(buffers, handed_over, pending_place, i)
                 else:
                     group_grads, x_grad = pullback.grads(values, group, group_info, y_grad)
                     found = dict(enumerate(jax.tree.leaves(group_grads)))
-                return (x_grad, self._accumulate(grads, found, run, chunk, i, active), buffers), None
+                return (x_grad, grads, buffers), found
 
-            carry = (y_grad, grads, pending[index])
-            (y_grad, grads, buffers), _ = lax.scan(body, carry, jnp.arange(run.count), reverse=True)
+            def store(carry, i, found, run=run):
+                x_grad, grads, buffers = carry
+                return x_grad, self._accumulate(grads, found, run, chunk, i, active), buffers
+
+            y_grad, grads, buffers = overlapped_loop(
+                (y_grad, grads, buffers), run.count, fetch, compute, store,
+                ahead=self._prefetch or self._offload, behind=self._defer, reverse=True,
+            )  # fmt: skip
             result.append(buffers)
         return y_grad, grads, result[::-1]
 
@@ -122,15 +147,21 @@ class Layers:
         pending: Buffers, pending_place: Any, active: Any,
     ) -> Any:  # fmt: skip
         """grads with what `backward` left out added where `active`."""
-        for index, (run, pullback) in enumerate(self._runs):
+        for (run, pullback), of_run, handed_over in zip(self._runs, kept, pending, strict=True):
 
-            def body(grads, i, index=index, run=run, pullback=pullback):
-                group, group_info = self._group_params(params, run, chunk, i), self._group_info(info, run, chunk, i)
-                handed_over = _take(pending[index], pending_place, i)
-                found = pullback.weight_grad(_take(kept[index], place, i), group, group_info, handed_over)
-                return self._accumulate(grads, found, run, chunk, i, active), None
+            def fetch(i, run=run, of_run=of_run, handed_over=handed_over):
+                values = _take(of_run, place, i), _take(handed_over, pending_place, i)
+                return self._group_params(params, run, chunk, i), *values
 
-            grads, _ = lax.scan(body, grads, jnp.arange(run.count))
+            def compute(grads, i, fetched, run=run, pullback=pullback):
+                group, values, handed_over = fetched
+                return grads, pullback.weight_grad(values, group, self._group_info(info, run, chunk, i), handed_over)
+
+            def store(grads, i, found, run=run):
+                return self._accumulate(grads, found, run, chunk, i, active)
+
+            ways = {"ahead": self._prefetch or self._offload, "behind": self._defer}
+            grads = overlapped_loop(grads, run.count, fetch, compute, store, **ways)
         return grads
 
     def _first(self, run: Run, chunk: Any, i: Any) -> Any:
@@ -146,9 +177,21 @@ class Layers:
             return info, None
         return info, run.first + i * run.size + jnp.arange(run.size) < self._num_real[chunk]
 
+    def _in_order(self, totals: list[jax.Array], found: dict[int, jax.Array]) -> None:
+        """Lets `found` wait for `totals`. XLA would combine the transfers of two layers, and both would stay in memory."""
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for leaf in found:  # a barrier's results all vary over the same axes
+            alike.setdefault(varying_axes(totals[leaf]), []).append(leaf)
+        for leaves in alike.values():
+            held = lax.optimization_barrier([(found[leaf], totals[leaf]) for leaf in leaves])
+            for leaf, (g, total) in zip(leaves, held, strict=True):
+                found[leaf], totals[leaf] = g, total
+
     def _accumulate(self, grads: Any, found: dict[int, jax.Array], run: Run, chunk: Any, i: Any, active: Any) -> Any:
         totals, tree = jax.tree.flatten(grads)
         stacked = {leaf: g if run.size > 1 else g[None] for leaf, g in found.items()}
+        if self._defer:
+            self._in_order(totals, stacked)
         for leaf, g in self._reduce(stacked).items():
             g = jnp.where(active, g, 0).astype(totals[leaf].dtype)  # an idle slot's may be anything, NaN too
             first = self._first(run, chunk, i)
@@ -182,6 +225,7 @@ def _put(buffers: Sequence[jax.Array], values: Sequence[jax.Array], place: Any, 
     """Buffers with values at [place, i]; none where there are no buffers."""
 
     def put(buffer: jax.Array, value: jax.Array) -> jax.Array:
+        value = put_in(jax.typeof(buffer).memory_space, value)
         return lax.dynamic_update_slice(buffer, value[None, None], (place, i, *[0] * value.ndim))
 
     return [put(*pair) for pair in zip(buffers, values, strict=bool(buffers))]
@@ -191,7 +235,12 @@ def _take(buffers: Sequence[jax.Array], place: Any, i: Any) -> list[jax.Array]:
     def take(buffer: jax.Array) -> jax.Array:
         shape = (1, 1, *buffer.shape[2:])
         x = lax.dynamic_slice(buffer, (place, i, *[0] * (buffer.ndim - 2)), shape)[0, 0]
-        # A product may want it transposed. XLA would give the whole buffer that layout: a second copy of it all.
-        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+        return as_it_lies(put_in(DEVICE, x))
 
     return [take(buffer) for buffer in buffers]
+
+
+def as_it_lies(x: jax.Array) -> jax.Array:
+    """A slice of a large array. A product may want it transposed, and XLA would give the whole array that layout: a second
+    copy of it all."""
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))

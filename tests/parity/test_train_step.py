@@ -111,10 +111,22 @@ def test_schedules(cell, schedule, recompute):
     check_schedule(*GRID[cell], schedule, recompute)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recompute", RECOMPUTE, ids=str)
-@pytest.mark.parametrize("cell", GRID, ids=str)
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved_1f1b", "zb1p"])
+SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "zb1p"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "cell", "recompute"),
+    [
+        # A quarter of them has each two of the three together.
+        pytest.param(
+            schedule, cell, recompute, marks=pytest.mark.slow if (i + j + k) % 4 == 0 else pytest.mark.exhaustive
+        )
+        for (i, schedule), (j, cell), (k, recompute) in itertools.product(
+            enumerate(SCHEDULES), enumerate(GRID), enumerate(RECOMPUTE)
+        )
+    ],
+    ids=str,
+)
 def test_every_schedule_size_and_recompute(schedule, cell, recompute):
     if schedule == "interleaved_1f1b" and cell[2] == 1:
         schedule = "eager_1f1b"
@@ -137,6 +149,24 @@ def test_zero_stages(sizes, zero_stage, num_chunks, schedule):
     case = decoder_case(SIX_LAYERS)
     options = {"num_microbatches": 2, "zero_stage": zero_stage, "num_chunks": num_chunks, "schedule": schedule}
     check_step(case, sizes, **options)
+
+
+@pytest.mark.parametrize(
+    ("arch", "sizes", "options"),
+    [
+        (DECODER, (1, 2, 2, 1, 1), {"schedule": "zb1p", "recompute": Recompute(offload=True)}),
+        (SIX_LAYERS, (2, 1, 1, 1, 1), {"zero_stage": 3, "recompute": Recompute("uniform", 2, offload=True)}),
+    ],
+    ids=str,
+)
+def test_offloaded_activations(arch, sizes, options):
+    check_step(decoder_case(arch), sizes, **options)
+
+
+def test_zero_3_without_overlap():
+    check_step(
+        decoder_case(SIX_LAYERS), (2, 1, 1, 1, 1), zero_stage=3, overlap_param_gather=False, overlap_grad_reduce=False
+    )
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from jaxpar.config import load_config
+from jaxpar.hlo.parse import Computation, Module
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 JAXPAR = Path(sys.executable).parent / "jaxpar"
 CLUSTER_CONFIGS = sorted(path.name for path in CONFIGS.glob("*node*.yaml"))
+NO_RECOMPUTE = [f"actor.model.recompute_{key}=null" for key in ("granularity", "method", "num_layers")]
+NO_OVERLAP = ["actor.optim.overlap_param_gather=false", "actor.optim.overlap_grad_reduce=false"]
 IN_EVERY_RUN = {"llama3_70b_16nodes_8k.yaml"}
 
 needs_plugin = pytest.mark.skipif(
@@ -89,9 +92,7 @@ def test_tensor_collectives_are_megatrons_minimum(tmp_path, sequence_parallel):
         tmp_path,
         "llama3_8b_1node_8k.yaml",
         f"actor.model.sequence_parallel={sequence_parallel}",
-        "actor.model.recompute_granularity=null",
-        "actor.model.recompute_method=null",
-        "actor.model.recompute_num_layers=null",
+        *NO_RECOMPUTE,
         "actor.global_batch_size=8",
         "runner.seq_length=2048",
     )
@@ -131,7 +132,8 @@ def test_llama3_8b_takes_at_most_0_7_of_maxtexts_memory(tmp_path):
         "sp8,dp8": 31.6, "sp8,pp4,dp2,microbatches=8": 22.2, "sp8,pp4,dp2,microbatches=32": 12.0,
         "cp8,dp8,zero=3": 41.0, "dp64,zero=3": 8.9,
     }  # fmt: skip
-    options = ["--nodes", "8", "actor.model.attention_backend=pallas"]
+    # MaxText's parameters are gathered where they are needed too, and not a layer ahead.
+    options = ["--nodes", "8", "actor.model.attention_backend=pallas", *NO_OVERLAP]
     reports = compile_(tmp_path, "llama3_8b_1node_8k.yaml", *maxtext, *options)
     assert list(reports) == list(maxtext)
     assert [report["mesh"]["pp"] for report in reports.values()] == [1, 4, 4, 1, 1]
@@ -160,6 +162,65 @@ def test_zero_stages_take_what_the_paper_says(tmp_path):
     # Gradients once, in float32; parameters once, in bfloat16, and with stage 3 again for the backward pass.
     assert [s["reduce-scatter"] for s in sent] == pytest.approx([4, 4, 4], rel=0.01)
     assert [s["all-gather"] for s in sent] == pytest.approx([2, 2, 4], rel=0.05)
+
+
+@needs_plugin
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [1, 2])
+def test_offloaded_activations_wait_in_the_hosts_memory(tmp_path, stages):
+    """Llama-3-8B without recompute: what the backward pass needs of its layers, 94 MB a layer at TP 8, is on no GPU."""
+    whole = ["actor.model.tensor_model_parallel_size=8", "actor.global_batch_size=8", *NO_RECOMPUTE]
+    whole += [f"actor.model.pipeline_model_parallel_size={stages}", "--nodes", str(stages)]
+    hlo = tmp_path / "step.hlo"
+    kept, offloaded = (
+        compile_(
+            tmp_path, "llama3_8b_1node_8k.yaml", *whole, f"actor.model.offload_activations={on}", "--hlo", str(hlo)
+        )
+        for on in ("false", "true")
+    )
+    assert offloaded["flops"] == kept["flops"]
+    assert offloaded["memory"]["peak"] < kept["memory"]["peak"] - 2.9e9
+    assert "S(5)" in hlo.read_text() and "dynamic-update-slice-start" in hlo.read_text()  # XLA's number of that memory
+
+
+@needs_plugin
+@pytest.mark.slow
+def test_zero_3_sends_while_it_computes(tmp_path):
+    """In the order that XLA gave the GPU's instructions: between a transfer's start and its end stand matrix products."""
+    short = [
+        "actor.optim.zero_stage=3",
+        "actor.model.tensor_model_parallel_size=1",
+        "actor.model.sequence_parallel=false",
+    ]
+    compile_(tmp_path, "llama3_8b_1node_8k.yaml", *short, "--hlo", str(tmp_path / "step.hlo"))
+    module, beside = Module((tmp_path / "step.hlo").read_text()), {}
+    for computation in module.computations.values():
+        instructions = list(computation.instructions.values())
+        loops = [name for i in instructions if i.opcode == "while" for name in i.computations("body")]
+        if not loops or any(transfers(module.computations[name]) for name in loops):
+            continue  # not a layer, which has loops over blocks of attention and they no transfers
+        for start, end in transfers(computation):
+            between = instructions[start:end]
+            products = sum("__cublas$" in i.attributes or "gemm" in i.attributes for i in between)
+            beside.setdefault(instructions[start].opcode, {}).setdefault(computation.name, []).append(products)
+    assert len(beside["all-gather-start"]) == 2, beside  # forward and backward
+    assert len(beside["reduce-scatter-start"]) == 1, beside
+    assert all(sum(found) > 3 for loops in beside.values() for found in loops.values()), beside
+
+
+def transfers(computation: Computation) -> list[tuple[int, int]]:
+    """Where each starts and where it must have ended."""
+    instructions = list(computation.instructions.values())
+    return [
+        (
+            at,
+            next(
+                j for j, end in enumerate(instructions) if end.operands[:1] == (start.name,) and "-done" in end.opcode
+            ),
+        )
+        for at, start in enumerate(instructions)
+        if start.opcode in ("all-gather-start", "reduce-scatter-start")
+    ]
 
 
 @needs_libtpu
