@@ -168,10 +168,6 @@ def compile_(
     else:
         devices = gpu_devices(gpu, config.cluster.num_nodes, config.cluster.num_gpus_per_node or 8)
         capacity = GPUS[gpu].memory
-    if config.actor.optim.optimizer_cpu_offload:
-        _notes(
-            console, ["actor.optim.optimizer_cpu_offload: these devices have no host; moments are counted as theirs"]
-        )
     configs = {
         layout: load_config(config_path, [*overrides, *layout_overrides(layout, config, len(devices))])
         for layout in layouts

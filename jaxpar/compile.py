@@ -49,7 +49,7 @@ class Report:
       model_flops: useful ones, by `jaxpar.metrics.model_flops_per_token`; None for a user's own model.
       hlo: text of the optimized program.
       uncounted: what the counter could not count, and why.
-      host_bytes: temporaries in the host's memory, pinned.
+      host_bytes: of a device, in its host's memory, pinned.
     """
 
     devices: int
@@ -157,6 +157,7 @@ def read_report(
         tokens = math.prod(program.batch.shape)
         per_token = model_flops_per_token(program.architecture, program.num_params, config.row_length)
         model_flops = per_token * tokens / devices
+    analysis: Any = compiled.memory_analysis()
     return Report(
         devices=devices,
         mesh=dict(program.mesh.shape),
@@ -168,7 +169,7 @@ def read_report(
         collectives=counted.collectives,
         hlo=text,
         uncounted=counted.uncounted,
-        host_bytes=compiled.memory_analysis().host_temp_size_in_bytes,  # type: ignore[union-attr]
+        host_bytes=analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes,
     )
 
 
@@ -179,4 +180,5 @@ def read_memory(compiled: jax.stages.Compiled, capacity: int) -> Memory:
     together = arguments + outputs - aliased + temporaries
     peak = getattr(analysis, "peak_memory_in_bytes", 0)
     peak = peak if peak >= temporaries else together  # XLA for CPU knows no peak, and says one that is too small
+    peak -= analysis.host_argument_size_in_bytes  # XLA counts them in
     return Memory(arguments, outputs, aliased, temporaries, peak, capacity, peak <= MEMORY_FRACTION * capacity)

@@ -28,7 +28,7 @@ def report_lines(report: "Report") -> list[str]:
         f"(arguments {gib['arguments']:.1f}, temporaries {gib['temporaries']:.1f})"
     ]
     if report.host_bytes:
-        lines.append(f"memory of the host: {report.host_bytes / 2**30:.1f} GiB a device, for activations")
+        lines.append(f"memory of the host: {report.host_bytes / 2**30:.1f} GiB a device")
     if not memory.fits:
         lines.append(
             "try: actor.model.recompute_granularity=full recompute_method=uniform recompute_num_layers=1, a larger "

@@ -97,10 +97,10 @@ class Program:
         self.batch = GlobalBatch(self._rows * self.schedule.num_microbatches, config.row_length, self.mesh)
         optimizer = build_optimizer(config, self.layouts)
         self.loss_scale = loss_scale = _loss_scale(config)
+        offload = config.actor.optim.optimizer_cpu_offload
         self.state_shapes, self.state_shardings = state_shardings(
-            self.model, optimizer, self.layouts, self.mesh, loss_scale, offload=config.actor.optim.optimizer_cpu_offload
+            self.model, optimizer, self.layouts, self.mesh, loss_scale, offload=offload
         )
-        offloaded = self.state_shardings["opt_state"] if config.actor.optim.optimizer_cpu_offload else None
         self._setup = StepSetup(
             self.model,
             self.mesh,
@@ -117,7 +117,7 @@ class Program:
         self.evaluate = jax.jit(self._for_its_microbatches(build_evaluate))
         self.loss_and_grads = jax.jit(loss_and_grads)
         self.train_step = jax.jit(
-            build_train_step(loss_and_grads, optimizer, learning_rate_schedule(config), loss_scale, offloaded),
+            build_train_step(loss_and_grads, optimizer, learning_rate_schedule(config), loss_scale, offload=offload),
             in_shardings=(self.state_shardings, self.batch.sharding),
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, P())),
             donate_argnums=0,

@@ -1,14 +1,17 @@
 """The state of a training run and the one XLA program that advances it by a step."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpar.collectives import DEVICE, put_in
 from jaxpar.loss_scale import DynamicLossScale
 from jaxpar.models.protocol import FunctionalModel
 
@@ -34,13 +37,20 @@ def state_shardings(
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0, loss_scale=loss_scale))
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding.with_memory_kind("pinned_host") if offload else sharding,
+        lambda _, sharding: _in_host_memory(sharding) if offload else sharding,
         shapes["opt_state"],
         params,
         transform_non_params=lambda _: everywhere,
     )
     shardings = jax.tree.map(lambda _: everywhere, shapes)
     return shapes, {**shardings, "params": params, "opt_state": opt_state}
+
+
+def _in_host_memory(sharding: NamedSharding) -> NamedSharding:
+    found = sharding.with_memory_kind("pinned_host")
+    # Compile-only devices know no memories, and jax forgets the kind; of an abstract mesh it does not.
+    abstract = sharding.mesh.abstract_mesh
+    return found if found.memory_kind else NamedSharding(abstract, sharding.spec, memory_kind="pinned_host")
 
 
 def init_state(
@@ -66,12 +76,13 @@ def build_train_step(
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     loss_scale: LossScale = None,
-    offloaded: Any = None,
+    *,
+    offload: bool = False,
 ) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, Metrics]]:
     """Returns (state, batch) → (state, metrics), for `jax.jit`.
 
     Args:
-      offloaded: shardings of the optimizer's state where it rests in host memory; the step fetches it.
+      offload: the optimizer's state rests in host memory; the step fetches it.
 
     Where the loss or any gradient is not finite, the step is counted and changes nothing else but a dynamic loss scale.
 
@@ -86,9 +97,10 @@ def build_train_step(
         loss, grads = loss_and_grads(state["params"], batch, scale)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        if offloaded is not None:
-            fetched = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), offloaded)
-            state = {**state, "opt_state": jax.device_put(state["opt_state"], fetched)}
+        if offload:
+            # Once the gradients are there: XLA would begin before the forward pass, and activations are in the way then.
+            opt_state, grads = lax.optimization_barrier((state["opt_state"], grads))
+            state = {**state, "opt_state": jax.tree.map(partial(put_in, DEVICE), opt_state)}
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         updated = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
         metrics = {

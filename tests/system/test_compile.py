@@ -185,6 +185,19 @@ def test_offloaded_activations_wait_in_the_hosts_memory(tmp_path, stages):
 
 @needs_plugin
 @pytest.mark.slow
+def test_offloaded_moments_are_on_no_gpu(tmp_path):
+    """Adam's two numbers a parameter, float32, split over eight GPUs; the step brings them when activations are gone."""
+    there, offloaded = (
+        compile_(tmp_path, "llama3_8b_1node_8k.yaml", f"actor.optim.optimizer_cpu_offload={on}")["memory"]
+        for on in ("false", "true")
+    )
+    moments = 2 * 4 * 8.03e9 / 8
+    assert there["arguments"] - offloaded["arguments"] == pytest.approx(moments, rel=0.01)
+    assert there["peak"] - offloaded["peak"] > 0.95 * moments
+
+
+@needs_plugin
+@pytest.mark.slow
 def test_zero_3_sends_while_it_computes(tmp_path):
     """In the order that XLA gave the GPU's instructions: between a transfer's start and its end stand matrix products."""
     short = [
