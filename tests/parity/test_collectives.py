@@ -89,6 +89,27 @@ def test_each_gradient_is_reduced_once_a_step_in_float32(model, sizes, zero_stag
     assert {c.kind for c in gradients} == {"reduce-scatter" if zero_stage else "all-reduce"}
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("sizes", [(2, 1, 1, 1, 1), (2, 2, 1, 1, 2)], ids=mesh_id)
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_zero_gathers_a_layer_twice_a_microbatch_and_reduces_it_once(zero_stage, sizes, overlap):
+    """And not once more, however its loops are turned. In ticks that a stage is idle it does so in vain."""
+    arch = dataclasses.replace(PLAIN, num_hidden_layers=10)
+    options = {"overlap_param_gather": overlap, "overlap_grad_reduce": overlap}
+    step = build(arch, sizes, zero_stage=zero_stage, num_microbatches=3, compute_dtype=jnp.bfloat16, **options)
+    replicas = {axis for axis, size in zip(("dp", "cp"), (sizes[0], sizes[4]), strict=True) if size > 1}
+    times: dict[tuple[str, str], int] = {}
+    for c in collectives_of(step.jaxpr, step.mesh.shape):
+        if c.axes == replicas and c.loops and c.shape[:1] == (1,):  # of a layer
+            times[c.kind, c.dtype] = times.get((c.kind, c.dtype), 0) + math.prod(c.loops)
+    leaves = len(jax.tree.leaves(step.shapes[0]["layers"])) * 10 // sizes[1]
+    forward, backward = (int(step.setup.schedule.runs[slot].sum()) for slot in "FB")
+    wanted = {("reduce-scatter", "float32"): leaves * backward}
+    if zero_stage == 3:
+        wanted["all-gather", "bfloat16"] = leaves * (forward + backward)
+    assert times == wanted
+
+
 @pytest.mark.parametrize("model", [DECODER, user_models.GPT], ids=["decoder", "user"])
 def test_gradients_do_not_travel_between_stages_for_each_microbatch(model):
     step = build(model, (1, 2, 1, 1, 1))
