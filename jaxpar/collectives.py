@@ -82,7 +82,8 @@ def zeros(like: Any, *leading: int, dtype: Any = None, space: Any = DEVICE) -> j
       space: the memory that they are made in.
     """
     zero = vary(jnp.zeros((), dtype or like.dtype), varying_axes(like))
-    return lax.broadcast(put_in(space, zero), (*leading, *like.shape))  # made there, not on the device and then sent
+    # Made there, not on the device and then sent. XLA warns that it will compute on the host; its program only allocates.
+    return lax.broadcast(put_in(space, zero), (*leading, *like.shape))
 
 
 def put_in(space: Any, x: jax.Array) -> jax.Array:
