@@ -63,9 +63,10 @@ def rank_and_size(axis: str) -> tuple[jax.Array | int, int]:
 
 
 def varying_axes(x: Any) -> tuple[str, ...]:
-    """The manual axes on which the value of `x` (an array or its shape) differs between devices."""
+    """The manual axes on which the value of `x` (an array or its shape) differs between devices, in the mesh's order: that
+    of a set of names differs between processes, and so would their programs."""
     kind = jax.typeof(x).manual_axis_type if isinstance(x, jax.Array) else getattr(x, "manual_axis_type", None)
-    return tuple(kind.varying) if kind else ()
+    return tuple(axis for axis in get_abstract_mesh().axis_names if axis in kind.varying) if kind else ()
 
 
 def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -36,7 +36,7 @@ def smallest_cut(
         if var is source or not recomputable(makers[var]):
             edges.append((-1, numbers[var]))
             continue
-        for below in {v for v in makers[var].invars if isinstance(v, core.Var) and v in of_source}:
+        for below in dict.fromkeys(v for v in makers[var].invars if isinstance(v, core.Var) and v in of_source):
             if below not in numbers:
                 numbers[below] = len(numbers)
                 open_ends.append(below)

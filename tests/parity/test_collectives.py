@@ -4,7 +4,11 @@ import collections
 import dataclasses
 import functools
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -196,3 +200,27 @@ def test_the_program_does_not_grow_with_the_number_of_microbatches(schedule):
 def test_the_program_does_not_grow_with_the_number_of_layers(sizes):
     deep = dataclasses.replace(PLAIN, num_hidden_layers=16)
     assert len(build(deep, sizes).compiled.as_text()) < 1.1 * len(build(PLAIN, sizes).compiled.as_text())
+
+
+PROGRAM = """
+import jax, support
+step = support.Step(support.decoder_case(support.DECODER).model, (2, 2, 1, 2, 2), schedule="zb1p", zero_stage=3)
+print(jax.jit(step.function).lower(*step.shapes).as_text())
+"""
+
+
+def test_all_processes_compile_the_same_program():
+    """Whatever the order that Python gives to its sets of strings, which is another in each process."""
+    folder = Path(__file__).parents[1]
+    programs = [
+        subprocess.Popen(
+            [sys.executable, "-c", "import conftest\n" + PROGRAM],
+            env={**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(folder)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in (1, 5)  # with these the mesh axes had two orders
+    ]
+    first, second = (process.communicate(timeout=300)[0] for process in programs)
+    assert "all_gather" in first
+    assert first == second
