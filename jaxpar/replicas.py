@@ -37,7 +37,7 @@ def check_replicas(params: Any) -> None:
 
     leaves = [leaf for _, leaf in named]
     specs = [leaf.sharding.spec for leaf in leaves]
-    # No check of replication: that is what it looks for.
+    # check_vma: no check of replication, because that is what it looks for.
     sums = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P(axes), check_vma=False)
     table = np.asarray(jax.jit(sums, out_shardings=NamedSharding(mesh, P()))(leaves))  # [devices, leaves]
     differences = [

@@ -271,7 +271,8 @@ FOREIGN_KEYS: dict[str, frozenset[str]] = {
     """),
     "actor.optim": _names("""
         bf16 fp16 lr_warmup_steps_ratio min_lr
-        optimizer_enable_pin optimizer_offload_fraction overlap_param_gather_with_optimizer_step total_training_steps use_precision_aware_optimizer
+        optimizer_enable_pin optimizer_offload_fraction overlap_param_gather_with_optimizer_step total_training_steps
+        use_precision_aware_optimizer
     """),
     "actor.lr_sched": _names("""
         end_weight_decay override_opt_param_scheduler start_weight_decay use_checkpoint_opt_param_scheduler

@@ -78,7 +78,7 @@ def cudnn_attention_flops(instruction: Instruction, operands: Sequence[Array]) -
         operands[0].dims[-1],
         operands[2].dims[-1],
         backward="Backward" in (custom_call_target(instruction) or ""),
-        causal=bool(mask) and "CAUSAL" in mask[1],  # type: ignore[index]
+        causal=mask is not None and "CAUSAL" in mask[1],
     )
 
 

@@ -44,6 +44,7 @@ def _named_groups(text: str) -> Groups:
     device_ids is left out where the ids count up. `'b':(2)2` is part of an axis: with b cut, major to minor, into 2 × 2,
     the second one.
     """
+    # No match is XLA writing groups in a new way: an error, not a wrong count.
     mesh, ids, chosen = re.fullmatch(r"mesh\[(.*?)\](?:, device_ids=\((.*)\))? ?\{(.*)\}", text).groups()  # type: ignore[union-attr]
     sizes = {name: int(size) for name, size in re.findall(r"([^,=]+)=(\d+)", mesh)}
     parts: list[int] = []  # the mesh's shape, with axes cut where a part of them is asked for

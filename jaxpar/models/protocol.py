@@ -162,6 +162,7 @@ class FunctionalModel:
 def _inspect(part: str, build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Params, Params]:
     """Graph, shapes and dimension names of a module, without making its weights."""
     module = nnx.eval_shape(lambda: _build(build, jax.random.key(0)))
+    # With two filters it returns three; its type says a tuple of any length.
     graph, params, others = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     if found := [f"{'/'.join(map(str, path))} ({type(v).__name__})" for path, v in nnx.to_flat_state(others)]:
         raise ConfigError(

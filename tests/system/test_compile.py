@@ -132,7 +132,7 @@ def test_llama3_8b_takes_at_most_0_7_of_maxtexts_memory(tmp_path):
         "sp8,dp8": 31.6, "sp8,pp4,dp2,microbatches=8": 22.2, "sp8,pp4,dp2,microbatches=32": 12.0,
         "cp8,dp8,zero=3": 41.0, "dp64,zero=3": 8.9,
     }  # fmt: skip
-    # MaxText's parameters are gathered where they are needed too, and not a layer ahead.
+    # With ZeRO-3's overlap, which is on by default, dp 64 takes 7.4 GB: 0.83.
     options = ["--nodes", "8", "actor.model.attention_backend=pallas", *NO_OVERLAP]
     reports = compile_(tmp_path, "llama3_8b_1node_8k.yaml", *maxtext, *options)
     assert list(reports) == list(maxtext)
@@ -168,7 +168,7 @@ def test_zero_stages_take_what_the_paper_says(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [1, 2])
 def test_offloaded_activations_wait_in_the_hosts_memory(tmp_path, stages):
-    """Llama-3-8B without recompute: what the backward pass needs of its layers, 94 MB a layer at TP 8, is on no GPU."""
+    """Llama-3-8B without recompute: what the backward pass needs of its layers, 97 MB a layer at TP 8, is on no GPU."""
     whole = ["actor.model.tensor_model_parallel_size=8", "actor.global_batch_size=8", *NO_RECOMPUTE]
     whole += [f"actor.model.pipeline_model_parallel_size={stages}", "--nodes", str(stages)]
     hlo = tmp_path / "step.hlo"
