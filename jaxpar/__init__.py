@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from jaxpar.config import Config, ConfigError, MeshSizes, config_from_dict, load_config
 
 if TYPE_CHECKING:
-    from jaxpar.mesh import build_mesh
     from jaxpar.models import Model, TokenInfo
+    from jaxpar.parallel.mesh import build_mesh
     from jaxpar.trainer import Trainer
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _WITH_JAX = {
-    "build_mesh": "jaxpar.mesh",
+    "build_mesh": "jaxpar.parallel.mesh",
     "Model": "jaxpar.models",
     "TokenInfo": "jaxpar.models",
     "Trainer": "jaxpar.trainer",

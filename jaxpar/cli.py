@@ -54,13 +54,13 @@ def train(
     number: stopped by it, saved.
     """
     config = load_config(config_path, overrides or ())
-    from jaxpar import xla
+    from jaxpar.run import xla
 
     settings = xla.apply(config.cluster.xla_flags, config.cluster.deterministic)
     if verbose:
         print("\n".join(settings))
     # After the config is known to be good: jax takes seconds to load.
-    from jaxpar.profile import Steps
+    from jaxpar.run.profile import Steps
     from jaxpar.trainer import Interrupted, NonFiniteError, ReplicaError, Trainer
 
     steps = Steps.parse(profile) if profile is not None else None
@@ -81,17 +81,18 @@ def train(
 def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
     """Show the mesh, which device holds which coordinate, and every parameter's shape, split and bytes."""
     config = load_config(config_path, overrides or ())
-    from jaxpar import xla
+    from jaxpar.run import xla
 
     xla.apply(config.cluster.xla_flags, config.cluster.deterministic)
     from jax.sharding import AbstractMesh
 
-    from jaxpar import display, runtime
-    from jaxpar.mesh import cross_host_warning
+    from jaxpar import display
     from jaxpar.models import Decoder, FunctionalModel
+    from jaxpar.parallel.mesh import cross_host_warning
+    from jaxpar.parallel.placement import LayerPlacement
+    from jaxpar.parallel.sharding import layout_tree
     from jaxpar.pipeline.drawing import placement_line
-    from jaxpar.placement import LayerPlacement
-    from jaxpar.sharding import layout_tree
+    from jaxpar.run import runtime
 
     console = _console()
     count, source = runtime.num_devices_to_show(config)
@@ -137,14 +138,14 @@ def compile_(
 ) -> None:
     """Compile the train step for a whole cluster without having it; say what it needs and whether it fits. Several
     layouts give a table."""
-    from jaxpar.layouts import layout_overrides, split_arguments
+    from jaxpar.measure.layouts import layout_overrides, split_arguments
 
     overrides, layouts = split_arguments(arguments or ())
     overrides += [f"cluster.num_nodes={nodes}"] * bool(nodes)
     overrides += [f"cluster.num_gpus_per_node={gpus_per_node}"] * bool(gpus_per_node)
     config = load_config(config_path, overrides)
-    from jaxpar import xla
-    from jaxpar.targets import GPUS
+    from jaxpar.hardware import GPUS
+    from jaxpar.run import xla
 
     if tpu is None and gpu not in GPUS:
         raise ConfigError(f"--gpu: {gpu!r} is none of: {', '.join(GPUS)}")
@@ -158,7 +159,7 @@ def compile_(
     )
     os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxpar import display
-    from jaxpar.compile import compile_step, gpu_devices, tpu_devices
+    from jaxpar.measure.compile import compile_step, gpu_devices, tpu_devices
 
     console = _console()
     if verbose:
@@ -203,17 +204,18 @@ def bench(
 ) -> None:
     """Time the train step on the devices here, with random tokens: step time, tokens/s, MFU and memory; or, with
     layouts, each of them beside one device and beside plain data-parallel JAX."""
-    from jaxpar.layouts import layout_overrides, one_device, split_arguments
+    from jaxpar.measure.layouts import layout_overrides, one_device, split_arguments
 
     overrides, layouts = split_arguments(arguments or ())
     config = load_config(config_path, overrides)
-    from jaxpar import xla
+    from jaxpar.run import xla
 
     xla.apply(config.cluster.xla_flags)
     import jax
 
-    from jaxpar import display, runtime
-    from jaxpar.bench import PLAIN, compare, measure
+    from jaxpar import display
+    from jaxpar.measure.bench import PLAIN, compare, measure
+    from jaxpar.run import runtime
 
     runtime.start(config)
     devices, console = runtime.devices(config), _console()
@@ -255,8 +257,8 @@ def schedule(
     svg: Annotated[Path | None, typer.Option(help="Write a picture here.")] = None,
 ) -> None:
     """Draw a pipeline schedule; say its bubble, memory and messages, and what papers publish for them."""
+    from jaxpar.parallel.placement import LayerPlacement
     from jaxpar.pipeline import drawing
-    from jaxpar.placement import LayerPlacement
 
     table = build_schedule(name, stages, microbatches, chunks)
     costs = (forward_cost, backward_cost, weight_cost)
@@ -291,7 +293,7 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds: step, mesh, parameters, sizes, and whether it is complete."""
     from jaxpar import display
-    from jaxpar.manifest import damages, read_manifest, resolve, why_torn
+    from jaxpar.checkpoint.manifest import damages, read_manifest, resolve, why_torn
 
     console, found = _console(), resolve(path)
     if reason := why_torn(found):

@@ -11,11 +11,11 @@ from jax.sharding import PartitionSpec
 from rich.table import Table
 
 from jaxpar.config import MeshSizes
-from jaxpar.mesh import AXES, device_grid
+from jaxpar.parallel.mesh import AXES, device_grid
 
 if TYPE_CHECKING:
-    from jaxpar.bench import Comparison, Measurement
-    from jaxpar.compile import Report
+    from jaxpar.measure.bench import Comparison, Measurement
+    from jaxpar.measure.compile import Report
 
 
 def report_lines(report: "Report") -> list[str]:

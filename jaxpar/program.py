@@ -13,18 +13,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpar.attention import AttentionSettings
-from jaxpar.batch import GlobalBatch
+from jaxpar.backward.recompute import Recompute
 from jaxpar.config import Architecture, Config, ConfigError, checks
-from jaxpar.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grads
-from jaxpar.loss_scale import DynamicLossScale
-from jaxpar.mesh import build_mesh, cross_host_warning
-from jaxpar.metrics import flops_coefficients
 from jaxpar.models import Decoder, FunctionalModel, Model
-from jaxpar.optimizer import build_optimizer, learning_rate_schedule
+from jaxpar.models.flops import flops_coefficients
+from jaxpar.parallel.batch import GlobalBatch
+from jaxpar.parallel.mesh import build_mesh, cross_host_warning
+from jaxpar.parallel.sharding import layout_tree
 from jaxpar.pipeline.schedule import ScheduleError, build_schedule
-from jaxpar.recompute import Recompute
-from jaxpar.sharding import layout_tree
-from jaxpar.train_step import LossScale, State, build_train_step, init_state, state_shardings
+from jaxpar.step.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grads
+from jaxpar.step.loss_scale import DynamicLossScale
+from jaxpar.step.optimizer import build_optimizer, learning_rate_schedule
+from jaxpar.step.train_step import LossScale, State, build_train_step, init_state, state_shardings
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
 
@@ -43,10 +43,10 @@ class Program:
       mesh, layouts, schedule, batch: the mesh, the `ParamLayout` of each parameter, the pipeline's table, the place of
         a global batch. With dynamic batches the last two are the largest; the programs take any number of rows.
       state_shapes, state_shardings: of the whole training state.
-      train_step: jitted (state, batch) → (state, metrics), see `jaxpar.train_step`; the state is donated.
+      train_step: jitted (state, batch) → (state, metrics), see `jaxpar.step.train_step`; the state is donated.
       loss_and_grads: jitted (params, batch, loss_scale=None) → (loss, grads).
       loss_scale: a number, how it changes, or None.
-      evaluate: jitted (params, batch) → losses without gradients, see `jaxpar.loss_and_grads.build_evaluate`.
+      evaluate: jitted (params, batch) → losses without gradients, see `jaxpar.step.loss_and_grads.build_evaluate`.
       init: jitted (params or None) → state before the first step.
       num_params: how many numbers are trained, padding of the vocabulary included.
 

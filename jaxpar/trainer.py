@@ -9,8 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxpar import runtime
-from jaxpar.checkpoint import Checkpoints
+from jaxpar.checkpoint.checkpoints import Checkpoints
 from jaxpar.config import Config, ConfigError
 from jaxpar.data import (
     BatchLoader,
@@ -22,18 +21,19 @@ from jaxpar.data import (
     load_tokenizer,
     token_cache,
 )
-from jaxpar.evaluation import Evaluation
-from jaxpar.metrics import metrics_writers
 from jaxpar.models import Model
 from jaxpar.models.hugging_face import has_weights, load_params
-from jaxpar.profile import Profiler, Steps
 from jaxpar.program import Program
-from jaxpar.progress import Reporter, reporter
-from jaxpar.replicas import ReplicaError, check_replicas
-from jaxpar.signals import Interrupted, Signals
-from jaxpar.step_log import NonFiniteError, StepLog
-from jaxpar.train_step import State, scale_of
-from jaxpar.watchdog import Watchdog
+from jaxpar.run import runtime
+from jaxpar.run.evaluation import Evaluation
+from jaxpar.run.metrics import metrics_writers
+from jaxpar.run.profile import Profiler, Steps
+from jaxpar.run.progress import Reporter, reporter
+from jaxpar.run.replicas import ReplicaError, check_replicas
+from jaxpar.run.signals import Interrupted, Signals
+from jaxpar.run.step_log import NonFiniteError, StepLog
+from jaxpar.run.watchdog import Watchdog
+from jaxpar.step.train_step import State, scale_of
 
 __all__ = ["Interrupted", "NonFiniteError", "ReplicaError", "Trainer"]
 
@@ -107,7 +107,7 @@ class Trainer:
 
     def train_step(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """One optimizer step on one global batch (as in `loss_and_grads`); returns the metrics of
-        `jaxpar.train_step.build_train_step`."""
+        `jaxpar.step.train_step.build_train_step`."""
         return self._advance(self.program.batch.complete(batch))
 
     def fit(self, profile: Steps | None = None) -> None:

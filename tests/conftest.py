@@ -8,7 +8,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxpar.runtime import simulate_devices
+from jaxpar.run.runtime import simulate_devices
 
 jax.config.update("jax_platforms", "cpu")
 simulate_devices(16)

@@ -21,15 +21,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpar.attention import AttentionSettings, reference_attention
-from jaxpar.batch import GlobalBatch
+from jaxpar.backward.recompute import Recompute
 from jaxpar.config import Architecture, MeshSizes
-from jaxpar.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grads
-from jaxpar.mesh import build_mesh
 from jaxpar.models import Decoder, FunctionalModel, TokenInfo
 from jaxpar.models import decoder as decoder_module
+from jaxpar.parallel.batch import GlobalBatch
+from jaxpar.parallel.mesh import build_mesh
+from jaxpar.parallel.sharding import BATCH_SPEC, layout_tree
 from jaxpar.pipeline.schedule import IDLE, Schedule, build_schedule
-from jaxpar.recompute import Recompute
-from jaxpar.sharding import BATCH_SPEC, layout_tree
+from jaxpar.step.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grads
 
 SEQ, GLOBAL_BATCH = 32, 12
 VOCAB, PADDED_VOCAB = 250, 256

@@ -30,7 +30,7 @@ from jaxpar.attention.types import (
     take,
     tie,
 )
-from jaxpar.collectives import MASKED
+from jaxpar.parallel.collectives import MASKED
 
 MAX_TILE, MIN_TILE = 1024, 128  # tokens
 TOKENS = 3  # the tokens' dimension in here, see _inside

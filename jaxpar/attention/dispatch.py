@@ -9,7 +9,7 @@ from jaxpar.attention.all_to_all import all_to_all_attention
 from jaxpar.attention.ring import Ring, ring_attention
 from jaxpar.attention.settings import current_settings
 from jaxpar.attention.types import Keys, Kind
-from jaxpar.collectives import manual, vary, varying_axes
+from jaxpar.parallel.collectives import manual, vary, varying_axes
 
 CORE_ATTENTION = "core_attention"  # scope of what recompute_granularity: selective computes again
 

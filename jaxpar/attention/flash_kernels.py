@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxpar.attention.types import Kind
-from jaxpar.collectives import MASKED
+from jaxpar.parallel.collectives import MASKED
 
 LOG2_E = math.log2(math.e)  # exponentials are of base 2, which is what the hardware has
 

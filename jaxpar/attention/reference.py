@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpar.attention.mask import attention_mask
-from jaxpar.collectives import MASKED
+from jaxpar.parallel.collectives import MASKED
 
 
 def reference_attention(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpar.collectives import MASKED, vary, varying_axes
+from jaxpar.parallel.collectives import MASKED, vary, varying_axes
 
 Offset = jax.Array | int | None
 """Place in the sequence of a block's first query minus that of its first key: an int where all ranks agree on it, an

@@ -85,7 +85,7 @@ class Section(BaseModel):
 class Cluster(Section):
     num_nodes: Count = 1
     num_gpus_per_node: Count | None = None  # ours: null asks the runtime
-    xla_flags: dict[str, str | bool | int] = {}  # ours: XLA flags that win over jaxpar/xla.py, without their dashes
+    xla_flags: dict[str, str | bool | int] = {}  # ours: XLA flags that win over jaxpar/run/xla.py, without their dashes
     deterministic: bool = False  # ours: only XLA GPU kernels that give the same bits each time; a CPU's always do
 
 

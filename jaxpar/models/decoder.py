@@ -14,14 +14,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxpar.attention import attention
-from jaxpar.collectives import (
+from jaxpar.config import Architecture, RopeScaling
+from jaxpar.models.protocol import TokenInfo
+from jaxpar.parallel.collectives import (
     gather_sequence,
     mask_padded_vocabulary,
     reduce_output,
     vocab_parallel_embedding,
 )
-from jaxpar.config import Architecture, RopeScaling
-from jaxpar.models.protocol import TokenInfo
 
 
 class Decoder:

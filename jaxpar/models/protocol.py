@@ -1,7 +1,7 @@
 """What a model is to jaxpar: an embedding, a stack of like blocks, a head.
 
 Any object with the four members of `Model` will do. Its three methods build `flax.nnx` modules whose parameters carry
-dimension names from the table in `jaxpar.sharding`:
+dimension names from the table in `jaxpar.parallel.sharding`:
 
     nnx.Param(value, out_sharding=("embed", "mlp"))   or   nnx.with_partitioning(initializer, ("embed", "mlp"))
 
@@ -45,7 +45,7 @@ class Model(Protocol):
     Attributes:
       num_layers: number of blocks.
       explicit_tensor_collectives: (optional, default False) True if the modules call the functions of
-        `jaxpar.collectives` themselves; False if XLA shall place the tensor collectives from the dimension names.
+        `jaxpar.parallel.collectives` themselves; False if XLA shall place the tensor collectives from the dimension names.
     """
 
     num_layers: int

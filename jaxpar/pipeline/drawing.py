@@ -6,9 +6,9 @@ from html import escape
 
 from rich.text import Text
 
+from jaxpar.parallel.placement import LayerPlacement
 from jaxpar.pipeline.check import IDLE
 from jaxpar.pipeline.schedule import Schedule
-from jaxpar.placement import LayerPlacement
 
 Costs = tuple[float, float, float]  # of a microbatch's F, B and W on a whole stage, in any unit
 STYLES = {"F": "green", "B": "blue", "W": "yellow"}

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpar.collectives import rank_and_size, vary, zeros
-from jaxpar.ends import Ends
+from jaxpar.backward.recompute import Recompute
+from jaxpar.parallel.collectives import rank_and_size, vary, zeros
+from jaxpar.pipeline.ends import Ends
 from jaxpar.pipeline.layers import Buffers, Layers
 from jaxpar.pipeline.schedule import IDLE, Schedule, Segment
-from jaxpar.recompute import Recompute
 
 Row = dict[str, jax.Array]  # a tick's line of every table
 
@@ -237,7 +237,7 @@ class _Engine:
             return nothing()
         if not self.functions.skips:
             return jax.tree.map(lambda x: jnp.where(row[flag], x, 0), run())
-        with jax.named_scope(f"in_{needed.sum()}_of_{len(needed)}_ticks"):  # for `jaxpar.hlo`
+        with jax.named_scope(f"in_{needed.sum()}_of_{len(needed)}_ticks"):  # for `jaxpar.measure.hlo`
             return lax.cond(row[flag], run, nothing)
 
     def _pass_up(self, from_below: jax.Array, y: jax.Array, row: Row) -> jax.Array:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from jaxpar.collectives import DEVICE, HOST, put_in, varying_axes, zeros
-from jaxpar.pipeline.overlap import overlapped_loop
-from jaxpar.pipeline.pullback import Pullback
-from jaxpar.recompute import Recompute, Run
+from jaxpar.backward.overlap import overlapped_loop
+from jaxpar.backward.pullback import Pullback
+from jaxpar.backward.recompute import LayerRun, Recompute
+from jaxpar.parallel.collectives import DEVICE, HOST, put_in, varying_axes, zeros
 
 Buffers = list[list[jax.Array]]  # for each run, for each value: [places, groups of the run, ...]
 Linear = Callable[[Any], Any]
@@ -58,7 +58,7 @@ class Layers:
         self._per_chunk = leaves[0].shape[0] // num_chunks if leaves else 0  # none: a model without a stack
         self._num_real, self._gather, self._reduce, self._split = num_real, gather, reduce, split
         self._prefetch, self._defer, self._offload = prefetch, defer, recompute.offload
-        self._runs: list[tuple[Run, Pullback]] = []
+        self._runs: list[tuple[LayerRun, Pullback]] = []
         for run in recompute.runs(self._per_chunk):
             group = _group(block, run.size, unrolled=split)
             example = self._group_params(params, run, 0, 0), x, self._group_info(info, run, 0, 0)
@@ -164,15 +164,15 @@ class Layers:
             grads = overlapped_loop(grads, run.count, fetch, compute, store, **ways)
         return grads
 
-    def _first(self, run: Run, chunk: Any, i: Any) -> Any:
+    def _first(self, run: LayerRun, chunk: Any, i: Any) -> Any:
         return chunk * self._per_chunk + run.first + i * run.size
 
-    def _group_params(self, params: Any, run: Run, chunk: Any, i: Any) -> Any:
+    def _group_params(self, params: Any, run: LayerRun, chunk: Any, i: Any) -> Any:
         first = self._first(run, chunk, i)
         group = self._gather(jax.tree.map(lambda p: lax.dynamic_slice_in_dim(p, first, run.size), params))
         return group if run.size > 1 else jax.tree.map(lambda p: p[0], group)
 
-    def _group_info(self, info: Any, run: Run, chunk: Any, i: Any) -> tuple[Any, jax.Array | None]:
+    def _group_info(self, info: Any, run: LayerRun, chunk: Any, i: Any) -> tuple[Any, jax.Array | None]:
         if self._num_real is None:
             return info, None
         return info, run.first + i * run.size + jnp.arange(run.size) < self._num_real[chunk]
@@ -187,7 +187,9 @@ class Layers:
             for leaf, (g, total) in zip(leaves, held, strict=True):
                 found[leaf], totals[leaf] = g, total
 
-    def _accumulate(self, grads: Any, found: dict[int, jax.Array], run: Run, chunk: Any, i: Any, active: Any) -> Any:
+    def _accumulate(
+        self, grads: Any, found: dict[int, jax.Array], run: LayerRun, chunk: Any, i: Any, active: Any
+    ) -> Any:
         totals, tree = jax.tree.flatten(grads)
         stacked = {leaf: g if run.size > 1 else g[None] for leaf, g in found.items()}
         if self._defer:

@@ -22,7 +22,7 @@ from jaxpar.attention import (
 )
 from jaxpar.attention.types import Kind
 from jaxpar.config import ConfigError
-from jaxpar.hlo import count
+from jaxpar.measure.hlo import count
 
 BATCH, SEQ, HEAD_DIM = 2, 64, 8
 KINDS = {

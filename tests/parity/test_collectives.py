@@ -18,8 +18,8 @@ from support import DECODER, FEW_KV_HEADS, PLAIN, REDUCTIONS, SEQ, Step, array_s
 from support import collectives as collectives_of
 
 from jaxpar.attention import blockwise
+from jaxpar.backward.recompute import Recompute
 from jaxpar.models import Decoder, FunctionalModel
-from jaxpar.recompute import Recompute
 
 ROWS = 2  # sequences a microbatch and dp rank
 

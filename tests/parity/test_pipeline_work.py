@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import pytest
 from support import PLAIN, Step, make_mesh
 
+from jaxpar.backward.recompute import Recompute
 from jaxpar.config import Architecture
-from jaxpar.hlo import count
-from jaxpar.mesh import AXES
+from jaxpar.measure.hlo import count
 from jaxpar.models import Decoder, FunctionalModel
+from jaxpar.parallel.mesh import AXES
 from jaxpar.pipeline import layers
-from jaxpar.recompute import Recompute
 
 STAGES = 4
 DEEP = dataclasses.replace(PLAIN, num_hidden_layers=8)

@@ -26,11 +26,11 @@ from support import (
     relative_error,
 )
 
-from jaxpar import loss_and_grads
 from jaxpar.attention import AttentionSettings, blockwise, reference_attention, zigzag_order
+from jaxpar.backward.recompute import Recompute
 from jaxpar.models import Decoder, FunctionalModel, TokenInfo
 from jaxpar.models import decoder as decoder_module
-from jaxpar.recompute import Recompute
+from jaxpar.step import loss_and_grads
 
 ALL_OF_TWO = [
     (dp, pp, tp, sp, cp) for dp, pp, cp in itertools.product((1, 2), repeat=3) for tp, sp in ((1, 1), (2, 1), (1, 2))

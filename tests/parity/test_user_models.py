@@ -10,10 +10,10 @@ from support import Case, Step, check_step, equal_trees, make_batch, make_mesh, 
 
 import jaxpar
 from jaxpar.attention import reference_attention
+from jaxpar.backward.recompute import Recompute
 from jaxpar.config import ConfigError
 from jaxpar.models import FunctionalModel
-from jaxpar.recompute import Recompute
-from jaxpar.sharding import layout_tree
+from jaxpar.parallel.sharding import layout_tree
 
 
 @functools.cache

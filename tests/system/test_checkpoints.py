@@ -14,10 +14,10 @@ from runs import QUICKSTART, SMALL, assert_same_state, environment, fit, layout,
 from typer.testing import CliRunner
 
 import jaxpar
-from jaxpar.checkpoint import Checkpoints
+from jaxpar.checkpoint.checkpoints import Checkpoints
+from jaxpar.checkpoint.manifest import read_manifest
 from jaxpar.cli import app
 from jaxpar.data import PackedSource
-from jaxpar.manifest import read_manifest
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 RESUMED = ["zero3", "pp4-tp2", "all", "cp4", "sp4"]  # all but zero3 with ZeRO stage 1
@@ -189,7 +189,7 @@ def test_inspect_and_what_is_torn_or_damaged(tmp_path):
 MEMORY = """
 import sys
 import jax, jaxpar
-from jaxpar.checkpoint import Checkpoints
+from jaxpar.checkpoint.checkpoints import Checkpoints
 def kernel_says(key):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

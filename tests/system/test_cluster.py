@@ -20,7 +20,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpar import ConfigError, load_config, runtime
+from jaxpar import ConfigError, load_config
+from jaxpar.run import runtime
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "tpu_gpu_scripts"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxpar.config import load_config
-from jaxpar.hlo.parse import Computation, Module
+from jaxpar.measure.hlo.parse import Computation, Module
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 JAXPAR = Path(sys.executable).parent / "jaxpar"

@@ -15,9 +15,9 @@ from user_models import EMBED, GPT
 
 import jaxpar
 from jaxpar.data import DocumentCost, build_loader, load_tokenizer, open_dataset
-from jaxpar.evaluation import Evaluation
-from jaxpar.metrics import model_flops_per_token
+from jaxpar.models.flops import model_flops_per_token
 from jaxpar.program import Program
+from jaxpar.run.evaluation import Evaluation
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 JAXPAR = Path(sys.executable).parent / "jaxpar"

@@ -19,10 +19,10 @@ from runs import QUICKSTART, SMALL, fit, layout, losses, metrics, start, start_t
 from support import make_mesh
 
 import jaxpar
-from jaxpar.checkpoint import Checkpoints
-from jaxpar.loss_scale import DynamicLossScale
-from jaxpar.replicas import ReplicaError, check_replicas
-from jaxpar.step_log import NonFiniteError
+from jaxpar.checkpoint.checkpoints import Checkpoints
+from jaxpar.run.replicas import ReplicaError, check_replicas
+from jaxpar.run.step_log import NonFiniteError
+from jaxpar.step.loss_scale import DynamicLossScale
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 KILLS = 50

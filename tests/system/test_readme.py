@@ -10,7 +10,7 @@ import numpy as np
 from support import readme_example
 
 import jaxpar
-from jaxpar.layouts import layout_overrides, split_arguments
+from jaxpar.measure.layouts import layout_overrides, split_arguments
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import jaxpar
 from jaxpar.models.hugging_face import save_params
-from jaxpar.profile import Steps
+from jaxpar.run.profile import Steps
 
 
 def test_quickstart_has_the_same_losses_on_1_and_on_16_devices(tmp_path):

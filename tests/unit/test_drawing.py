@@ -6,10 +6,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from jaxpar.parallel.placement import LayerPlacement
 from jaxpar.pipeline import drawing
 from jaxpar.pipeline.check import IDLE
 from jaxpar.pipeline.schedule import Schedule, build_schedule, forward_only
-from jaxpar.placement import LayerPlacement
 
 SVG = "{http://www.w3.org/2000/svg}"
 TABLES = [("gpipe", 3, 4, 1), ("1f1b", 4, 8, 1), ("interleaved_1f1b", 4, 8, 2), ("zb1p", 3, 5, 3), ("zb1p", 1, 2, 1)]

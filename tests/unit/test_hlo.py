@@ -10,11 +10,11 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxpar.batch import DTYPES
 from jaxpar.config import MeshSizes, config_from_dict
-from jaxpar.hlo import Collective, attention_flops, count
-from jaxpar.hlo.groups import MeshAxes, joined, parse_groups
-from jaxpar.mesh import AXES, build_mesh, device_grid
+from jaxpar.measure.hlo import Collective, attention_flops, count
+from jaxpar.measure.hlo.groups import MeshAxes, joined, parse_groups
+from jaxpar.parallel.batch import DTYPES
+from jaxpar.parallel.mesh import AXES, build_mesh, device_grid
 from jaxpar.program import Program
 
 N = 16

@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from jaxpar.config import Architecture, ConfigError, MeshSizes, RopeScaling, config_from_dict
-from jaxpar.mesh import build_mesh
 from jaxpar.models import Decoder, FunctionalModel, TokenInfo, hugging_face
 from jaxpar.models.hugging_face import has_weights, load_params, save_params
-from jaxpar.sharding import layout_tree
+from jaxpar.parallel.mesh import build_mesh
+from jaxpar.parallel.sharding import layout_tree
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB, LAYERS = 32, 8, 4, 6, 48, 50, 4
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jaxpar.config import ConfigError, MeshSizes, load_config
-from jaxpar.layouts import layout_overrides, one_device, split_arguments
+from jaxpar.measure.layouts import layout_overrides, one_device, split_arguments
 
 FILE = Path(__file__).parents[2] / "configs/bench_small.yaml"
 CONFIG = load_config(FILE)

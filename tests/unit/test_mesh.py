@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxpar.config import ConfigError, MeshSizes, config_from_dict
-from jaxpar.mesh import AXES, build_mesh, cross_host_warning, device_grid
+from jaxpar.parallel.mesh import AXES, build_mesh, cross_host_warning, device_grid
 
 
 def test_names_and_their_order():

@@ -4,7 +4,8 @@ import json
 import math
 
 from jaxpar.config import Architecture
-from jaxpar.metrics import MetricsFile, model_flops_per_token
+from jaxpar.models.flops import model_flops_per_token
+from jaxpar.run.metrics import MetricsFile
 
 LLAMA3_8B = Architecture("llama", 128256, 128256, 4096, 14336, 32, 32, 8, 128)
 PARAMS = 8_030_261_248

@@ -7,11 +7,11 @@ import optax
 import pytest
 from support import DECODER, GLOBAL_BATCH, SEQ, Step, decoder_case, make_batch, relative_error
 
-from jaxpar.batch import GlobalBatch
 from jaxpar.config import config_from_dict
 from jaxpar.models import Decoder, FunctionalModel
-from jaxpar.optimizer import build_optimizer, learning_rate_schedule
-from jaxpar.train_step import build_train_step, init_state, state_shardings
+from jaxpar.parallel.batch import GlobalBatch
+from jaxpar.step.optimizer import build_optimizer, learning_rate_schedule
+from jaxpar.step.train_step import build_train_step, init_state, state_shardings
 
 
 def config(max_steps=100, lr=1e-3, sched=(), **optim):

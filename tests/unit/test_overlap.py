@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpar.pipeline.overlap import overlapped_loop
+from jaxpar.backward.overlap import overlapped_loop
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

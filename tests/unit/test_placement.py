@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxpar.placement import NONE, LayerPlacement
+from jaxpar.parallel.placement import NONE, LayerPlacement
 
 SIZES = [(n, p, v) for n in (1, 2, 7, 8, 12, 30, 61) for p in (1, 2, 3, 4, 8) for v in (1, 2, 3) if n >= p * v]
 for_each_size = pytest.mark.parametrize(("layers", "stages", "chunks"), SIZES)

@@ -9,8 +9,8 @@ from support import DECODER, make_mesh
 
 from jaxpar.config import ConfigError
 from jaxpar.models import Decoder, FunctionalModel
-from jaxpar.placement import LayerPlacement
-from jaxpar.sharding import BATCH_SPEC, EXPLICIT_RULES, RULES, layout_tree, param_layout
+from jaxpar.parallel.placement import LayerPlacement
+from jaxpar.parallel.sharding import BATCH_SPEC, EXPLICIT_RULES, RULES, layout_tree, param_layout
 
 SIXTEEN = {"dp": 2, "pp": 2, "tp": 2, "sp": 1, "cp": 2}
 ONE = dict.fromkeys(SIXTEEN, 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from jaxpar import xla
+from jaxpar.run import xla
 
 
 def test_deterministic_kernels_are_asked_for_and_no_others_lose(monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 from support import make_mesh
 
 from jaxpar.attention import AttentionSettings, zigzag_order
-from jaxpar.batch import GlobalBatch
 from jaxpar.config import ConfigError, config_from_dict
+from jaxpar.parallel.batch import GlobalBatch
 from jaxpar.program import Program
 
 

@@ -55,3 +55,8 @@ GPUS = {
     "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 233472, 143167 * _MIB, 4.8e12, 60 * _MIB, 1.98, 989.4e12),
     "b200": Gpu("NVIDIA B200", (10, 0), 148, 128, 233472, 182642 * _MIB, 8.0e12, 126 * _MIB, 1.965, 2250e12),
 }
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bf16 peak of one device in FLOP/s, by the name that jax has for its kind; None for a kind not listed here."""
+    return next((gpu.peak_flops for gpu in GPUS.values() if gpu.description == device_kind), None)

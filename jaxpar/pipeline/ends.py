@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpar.collectives import (
+from jaxpar.models.protocol import FunctionalModel, Params, TokenInfo
+from jaxpar.parallel.collectives import (
     broadcast_from_last_stage,
     cross_entropy,
     rank_and_size,
@@ -26,7 +27,6 @@ from jaxpar.collectives import (
     vocabulary_part,
     zeros,
 )
-from jaxpar.models.protocol import FunctionalModel, Params, TokenInfo
 
 Batch = Mapping[str, jax.Array]
 Grads = dict[int, jax.Array]  # by index of the leaf

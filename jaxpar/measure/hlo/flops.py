@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from jaxpar.hlo.parse import Array, Instruction
+from jaxpar.measure.hlo.parse import Array, Instruction
 
 # (operands, results) → FLOPs of one call, or None for shapes that are not the kernel's.
 KernelFlops = Callable[[Sequence[Array], Sequence[Array]], float | None]

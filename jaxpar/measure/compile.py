@@ -15,14 +15,14 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from jaxpar.batch import DTYPES
 from jaxpar.config import Config, ConfigError
-from jaxpar.hlo import Collective, count
-from jaxpar.mesh import AXES
-from jaxpar.metrics import model_flops_per_token
-from jaxpar.plain import PlainProgram
+from jaxpar.hardware import GPUS, TPU_MEMORY
+from jaxpar.measure.baseline import PlainProgram
+from jaxpar.measure.hlo import Collective, count
+from jaxpar.models.flops import model_flops_per_token
+from jaxpar.parallel.batch import DTYPES
+from jaxpar.parallel.mesh import AXES
 from jaxpar.program import Program
-from jaxpar.targets import GPUS, TPU_MEMORY
 
 MEMORY_FRACTION = 0.92  # of a GPU that XLA may take; the rest is for CUDA, NCCL and cuBLAS
 
@@ -46,7 +46,7 @@ class Report:
 
     Attributes:
       flops: executed in matrix products and kernels, recompute and bubbles included.
-      model_flops: useful ones, by `jaxpar.metrics.model_flops_per_token`; None for a user's own model.
+      model_flops: useful ones, by `jaxpar.models.flops.model_flops_per_token`; None for a user's own model.
       hlo: text of the optimized program.
       uncounted: what the counter could not count, and why.
       host_bytes: of a device, in its host's memory, pinned.

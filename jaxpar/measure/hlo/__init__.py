@@ -6,7 +6,7 @@ text → parse.py (computations, instructions) → count.py (walk) → Count
                                                  groups.py  replica groups → mesh axes
 """
 
-from jaxpar.hlo.count import Collective, Count, count
-from jaxpar.hlo.flops import KERNELS, attention_flops
+from jaxpar.measure.hlo.count import Collective, Count, count
+from jaxpar.measure.hlo.flops import KERNELS, attention_flops
 
 __all__ = ["KERNELS", "Collective", "Count", "attention_flops", "count"]

@@ -11,14 +11,14 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpar.batch import GlobalBatch
 from jaxpar.config import Config, ConfigError, MeshSizes
-from jaxpar.mesh import build_mesh
 from jaxpar.models import Decoder, FunctionalModel, TokenInfo
-from jaxpar.optimizer import build_optimizer, learning_rate_schedule
+from jaxpar.parallel.batch import GlobalBatch
+from jaxpar.parallel.mesh import build_mesh
+from jaxpar.parallel.sharding import layout_tree
 from jaxpar.program import DTYPES
-from jaxpar.sharding import layout_tree
-from jaxpar.train_step import State, build_train_step, init_state
+from jaxpar.step.optimizer import build_optimizer, learning_rate_schedule
+from jaxpar.step.train_step import State, build_train_step, init_state
 
 
 class PlainProgram:

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from jaxpar.hlo.flops import (
+from jaxpar.measure.hlo.flops import (
     FLASH_KERNELS,
     KERNELS,
     KernelFlops,
@@ -18,9 +18,9 @@ from jaxpar.hlo.flops import (
     dot_flops,
     kernel_name,
 )
-from jaxpar.hlo.groups import REPLICA_GROUPS, SOURCE_TARGET_PAIRS, MeshAxes, joined, parse_groups
-from jaxpar.hlo.loops import Loops
-from jaxpar.hlo.parse import Computation, Instruction, Module
+from jaxpar.measure.hlo.groups import REPLICA_GROUPS, SOURCE_TARGET_PAIRS, MeshAxes, joined, parse_groups
+from jaxpar.measure.hlo.loops import Loops
+from jaxpar.measure.hlo.parse import Computation, Instruction, Module
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _SENDING = ("send", "collective-broadcast", "ragged-all-to-all")
@@ -87,7 +87,7 @@ def count(
     counts, the more so as devices may take different ones; `uncounted` says where the branches' collectives differ.
 
     Args:
-      grid: the mesh's devices, as from `jaxpar.mesh.device_grid`, one dimension an axis. Only its shape is read, for HLO
+      grid: the mesh's devices, as from `jaxpar.parallel.mesh.device_grid`, one dimension an axis. Only its shape is read, for HLO
         numbers devices by their place in `mesh.devices.flatten()`, see groups.py. None: all collectives have no axes.
       axes: names of the grid's dimensions.
       kernels: FLOPs of a Pallas kernel from its operands and results, by the kernel's name.

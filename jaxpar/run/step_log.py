@@ -10,9 +10,11 @@ import jax
 import numpy as np
 
 from jaxpar.config import Config
-from jaxpar.metrics import MetricsWriter, model_flops_per_token, peak_flops
+from jaxpar.hardware import peak_flops
+from jaxpar.models.flops import model_flops_per_token
 from jaxpar.program import Program
-from jaxpar.progress import Reporter
+from jaxpar.run.metrics import MetricsWriter
+from jaxpar.run.progress import Reporter
 
 
 class NonFiniteError(Exception):
@@ -32,7 +34,7 @@ class StepLog:
         self._skipped_in_a_row = 0
         self._place = program.batch
         devices = program.mesh.devices.flatten()
-        peak = peak_flops(devices[0])
+        peak = peak_flops(devices[0].device_kind)
         self._mfu_per_flops = None
         if program.architecture and peak:
             self._flops_per_token = model_flops_per_token(program.architecture, program.num_params, config.row_length)

@@ -1,7 +1,7 @@
 """Checkpoints through Orbax: asynchronous, sharded, atomic, and checked when they are read.
 
 `<experiment>/checkpoints/global_step_N/` holds `state/` (one array for each canonical parameter and moment, layers in
-order, so that any layout can read what any other wrote) and what `jaxpar.manifest` writes beside it. Orbax writes under
+order, so that any layout can read what any other wrote) and what `jaxpar.checkpoint.manifest` writes beside it. Orbax writes under
 another name and renames, so a folder of that name is complete, unless something took a part of it afterwards.
 """
 
@@ -16,8 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationContext, PreservationPolicy
 
-from jaxpar.config import Config, ConfigError
-from jaxpar.manifest import (
+from jaxpar.checkpoint.manifest import (
     PREFIX,
     build_manifest,
     checkpoints_in,
@@ -29,8 +28,16 @@ from jaxpar.manifest import (
     step_of,
     why_torn,
 )
-from jaxpar.processes import check_together, from_first
-from jaxpar.state_handler import CHUNK_BYTES, StateHandler, StateRestore, StateSave, bytes_at_once, return_large_buffers
+from jaxpar.checkpoint.orbax_handler import (
+    CHUNK_BYTES,
+    StateHandler,
+    StateRestore,
+    StateSave,
+    bytes_at_once,
+    return_large_buffers,
+)
+from jaxpar.config import Config, ConfigError
+from jaxpar.run.processes import check_together, from_first
 
 _TORN = "torn_"  # before the name of a folder that was found incomplete
 _WRITE_TIMEOUT = 3600  # seconds; Orbax's own 600 are short for a large model on a slow file system

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 
-from jaxpar.hlo.parse import Computation, Instruction, Module
+from jaxpar.measure.hlo.parse import Computation, Instruction, Module
 
 _Place = tuple[Computation, Instruction]
 

@@ -5,13 +5,13 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Run:
+class LayerRun:
     """Like layers of a chunk, handled alike.
 
     Attributes:
       first: the first of them, counted in the chunk.
       count: how many groups of `size` layers.
-      recompute: see `jaxpar.pipeline.pullback.Pullback`.
+      recompute: see `jaxpar.backward.pullback.Pullback`.
     """
 
     first: int
@@ -37,14 +37,14 @@ class Recompute:
     num_layers: int = 0
     offload: bool = False
 
-    def runs(self, num_layers: int) -> list[Run]:
+    def runs(self, num_layers: int) -> list[LayerRun]:
         """The layers of a chunk, in order."""
         if self.method == "uniform":
             groups, rest = divmod(num_layers, self.num_layers)
-            runs = [Run(0, groups, self.num_layers, "all"), Run(num_layers - rest, 1, rest, "all")]
+            runs = [LayerRun(0, groups, self.num_layers, "all"), LayerRun(num_layers - rest, 1, rest, "all")]
         elif self.method == "block":
             again = min(self.num_layers, num_layers)
-            runs = [Run(0, again, 1, "all"), Run(again, num_layers - again, 1, "cheap")]
+            runs = [LayerRun(0, again, 1, "all"), LayerRun(again, num_layers - again, 1, "cheap")]
         else:
-            runs = [Run(0, num_layers, 1, "core" if self.method == "selective" else "cheap")]
+            runs = [LayerRun(0, num_layers, 1, "core" if self.method == "selective" else "cheap")]
         return [run for run in runs if run.count * run.size]

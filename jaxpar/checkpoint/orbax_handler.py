@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxpar.manifest import merge_checksums, named_leaves, write_checksums, write_manifest
+from jaxpar.checkpoint.manifest import merge_checksums, named_leaves, write_checksums, write_manifest
 
 _PROCESS = "ocdbt.process_"  # Orbax's folder of what one process wrote
 # A reader takes chunks whole, even those that it needs a part of.

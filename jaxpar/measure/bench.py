@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxpar.compile import Memory, compile_train_step, read_memory, read_report
 from jaxpar.config import Config, ConfigError
-from jaxpar.hlo import count
-from jaxpar.metrics import peak_flops
-from jaxpar.plain import PlainProgram
+from jaxpar.hardware import peak_flops
+from jaxpar.measure.baseline import PlainProgram
+from jaxpar.measure.compile import Memory, compile_train_step, read_memory, read_report
+from jaxpar.measure.hlo import count
 from jaxpar.program import Program
 
 _Result = TypeVar("_Result")
@@ -32,8 +32,8 @@ class Measurement:
       device: kind of the devices, as jax names it.
       step_seconds: wall time of a step: median, 10th and 90th percentile.
       tokens_per_second: of all devices, from the median.
-      mfu: `jaxpar.metrics.model_flops_per_token` at that rate over the devices' bf16 peak; None where that is unknown.
-      flops: executed by a device in a step, by `jaxpar.hlo.count`.
+      mfu: `jaxpar.models.flops.model_flops_per_token` at that rate over the devices' bf16 peak; None where that is unknown.
+      flops: executed by a device in a step, by `jaxpar.measure.hlo.count`.
       memory: of the compiled step; capacity is what jax may take, 0 where the device does not say.
       measured_peak: bytes, the most that one device held since the process began; None where it does not say.
       loss: of the last step, nats a token.
@@ -66,7 +66,7 @@ class Comparison:
       cpu_seconds, wall_seconds: of a step, the least of all rounds. CPU seconds are of all threads of this process: on
         simulated devices, which share the cores, the whole work.
       temporaries: bytes a device of the compiled step.
-      flops: executed by all devices together, by `jaxpar.hlo.count`.
+      flops: executed by all devices together, by `jaxpar.measure.hlo.count`.
       loss: of the last step, nats a token.
     """
 
@@ -113,7 +113,7 @@ def measure(config: Config, devices: list[jax.Device], steps: int) -> Measuremen
     stats = [device.memory_stats() or {} for device in program.mesh.local_devices]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     report = read_report(config, program, run.compiled, run.compile_seconds, stats[0].get("bytes_limit", 0))
-    rate, peak = math.prod(program.batch.shape) / median, peak_flops(devices[0])
+    rate, peak = math.prod(program.batch.shape) / median, peak_flops(devices[0].device_kind)
     return Measurement(
         device=devices[0].device_kind,
         devices=len(devices),

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxpar.attention import zigzag_order
-from jaxpar.sharding import BATCH_SPEC
+from jaxpar.parallel.sharding import BATCH_SPEC
+from jaxpar.parallel.zigzag import zigzag_order
 
 DTYPES = {
     "tokens": np.int32, "targets": np.int32, "loss_mask": np.float32, "segment_ids": np.int32, "positions": np.int32

@@ -16,8 +16,8 @@ import jax
 from jax.extend import core
 
 from jaxpar.attention.dispatch import CORE_ATTENTION
-from jaxpar.collectives import zeros
-from jaxpar.pipeline.cut import smallest_cut
+from jaxpar.backward.min_cut import smallest_cut
+from jaxpar.parallel.collectives import zeros
 
 PRODUCTS = {"dot_general", "ragged_dot_general", "conv_general_dilated"}
 INLINED = {"jit", "pjit", "closed_call", "checkpoint", "remat2"}

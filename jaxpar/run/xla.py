@@ -31,7 +31,7 @@ XLA_FLAGS: dict[str, tuple[str, str]] = {
     # reduced once a step, outside of all loops; to pipeline the tensor group's own collectives XLA 0.10.2 runs each
     # microbatch twice (Llama-3-8B compiled for 64 H100s, dp 8, SP 8: 1.21e15 FLOPs instead of 6.1e14, 15.3 GiB instead
     # of 11.0).
-    "xla_gpu_enable_pipelined_all_gather": ("false", "would run each microbatch twice, see jaxpar/xla.py"),
+    "xla_gpu_enable_pipelined_all_gather": ("false", "would run each microbatch twice, see jaxpar/run/xla.py"),
     "xla_gpu_enable_pipelined_reduce_scatter": ("false", "the same"),
     "xla_gpu_enable_pipelined_all_reduce": ("false", "the same"),
     # Permutes with several cycles, as a cp ring beside other axes is, can be zeroed.

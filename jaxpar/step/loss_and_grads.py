@@ -21,22 +21,17 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxpar.attention import zigzag_order
-from jaxpar.collectives import (
+from jaxpar.backward.recompute import Recompute
+from jaxpar.models.protocol import FunctionalModel, Params
+from jaxpar.parallel.collectives import (
     manual,
     rank_and_size,
     sum_over,
     varying_axes,
 )
-from jaxpar.ends import Ends, joined, least_parts, nbytes, token_info
-from jaxpar.mesh import AXES, REPLICA_AXES, TENSOR_AXES
-from jaxpar.models.protocol import FunctionalModel, Params
-from jaxpar.pipeline import engine
-from jaxpar.pipeline.layers import as_it_lies
-from jaxpar.pipeline.schedule import Schedule, forward_only
-from jaxpar.placement import LayerPlacement
-from jaxpar.recompute import Recompute
-from jaxpar.sharding import (
+from jaxpar.parallel.mesh import AXES, REPLICA_AXES, TENSOR_AXES
+from jaxpar.parallel.placement import LayerPlacement
+from jaxpar.parallel.sharding import (
     BATCH_SPEC,
     EXPLICIT_RULES,
     ParamLayout,
@@ -45,6 +40,11 @@ from jaxpar.sharding import (
     place_layers,
     reduce_grad,
 )
+from jaxpar.parallel.zigzag import zigzag_order
+from jaxpar.pipeline import engine
+from jaxpar.pipeline.ends import Ends, joined, least_parts, nbytes, token_info
+from jaxpar.pipeline.layers import as_it_lies
+from jaxpar.pipeline.schedule import Schedule, forward_only
 
 Batch = Mapping[str, jax.Array]
 MAX_LOGITS_BYTES = 2**29  # float32 logits that a device holds at a time
@@ -80,7 +80,7 @@ class StepSetup:
     def enter(self, params: Params, *, gathered: bool) -> Params:
         """Parameters at rest → as the engine holds them, the shards over dp and cp `gathered` or not. Linear."""
         # Sums over tp are left where the model's own collectives put them; all others wait for the end of the step.
-        # The head of an automatic model works on another share of the tokens on each stage, see `jaxpar.ends`.
+        # The head of an automatic model works on another share of the tokens on each stage, see `jaxpar.pipeline.ends`.
         accumulate_axes = ("dp", "cp", "sp") if self.model.explicit else ("dp", "cp", "pp")
 
         def one(param: jax.Array, layout: ParamLayout) -> jax.Array:
@@ -190,7 +190,7 @@ def build_loss_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.Array, Par
 
     params: float32, each split by its layout's rest_spec; grads likewise.
     batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `loss_mask` float32, each [global_batch, seq],
-      split by `jaxpar.sharding.BATCH_SPEC`.
+      split by `jaxpar.parallel.sharding.BATCH_SPEC`.
     loss_scale: float32 scalar by which the loss is multiplied on its way through the backward pass.
     loss: float32, nats a token: the sum over valid tokens of the whole global batch over their count, on any layout.
     """

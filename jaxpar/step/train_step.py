@@ -11,9 +11,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpar.collectives import DEVICE, put_in
-from jaxpar.loss_scale import DynamicLossScale
 from jaxpar.models.protocol import FunctionalModel
+from jaxpar.parallel.collectives import DEVICE, put_in
+from jaxpar.step.loss_scale import DynamicLossScale
 
 # "step" int32, "params" and "opt_state" float32, "rng" uint32 key data, "loss_scale" if that is dynamic
 State = dict[str, Any]

@@ -21,10 +21,10 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxpar.collectives import vary
 from jaxpar.config import ConfigError
-from jaxpar.mesh import REPLICA_AXES, TENSOR_AXES
-from jaxpar.placement import NONE, LayerPlacement
+from jaxpar.parallel.collectives import vary
+from jaxpar.parallel.mesh import REPLICA_AXES, TENSOR_AXES
+from jaxpar.parallel.placement import NONE, LayerPlacement
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("dp",),
@@ -90,7 +90,7 @@ def param_layout(
     Args:
       dims: a name from the table, or None, for each dimension of `shape`.
       mesh_shape: size of each mesh axis.
-      explicit: the model calls the tensor collectives itself (see `jaxpar.collectives`).
+      explicit: the model calls the tensor collectives itself (see `jaxpar.parallel.collectives`).
       zero_stage: from 1 on the parameter is split over dp and cp at rest; from 2 on never along the layers, because
         these are gathered or reduced one at a time.
       num_chunks: virtual pipeline stages a stage.
@@ -129,7 +129,7 @@ def param_layout(
         inside = dict(enumerate(local))
         if placement and (moves or zero_stage > 1):
             inside.pop(dims.index("layers"))
-        if zero_stage > 1 and "vocab" in dims:  # as a last resort: see `jaxpar.ends`
+        if zero_stage > 1 and "vocab" in dims:  # as a last resort: see `jaxpar.pipeline.ends`
             inside[dims.index("vocab")] = inside.pop(dims.index("vocab"))
         gather = _zero_dimension(inside, mesh_shape)
     rest = [axes + gather[0] if gather and i == gather[1] else axes for i, axes in enumerate(spec)]

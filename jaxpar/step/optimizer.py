@@ -6,7 +6,7 @@ import jax
 import optax
 
 from jaxpar.config import Config
-from jaxpar.sharding import ParamLayout
+from jaxpar.parallel.sharding import ParamLayout
 
 
 def learning_rate_schedule(config: Config) -> optax.Schedule:
