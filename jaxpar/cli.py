@@ -84,41 +84,27 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
     from jaxpar.run import xla
 
     xla.apply(config.cluster.xla_flags, config.cluster.deterministic)
-    from jax.sharding import AbstractMesh
-
     from jaxpar import display
-    from jaxpar.models import Decoder, FunctionalModel
-    from jaxpar.parallel.mesh import cross_host_warning
-    from jaxpar.parallel.placement import LayerPlacement
-    from jaxpar.parallel.sharding import layout_tree
+    from jaxpar.blueprint import Blueprint
     from jaxpar.pipeline.drawing import placement_line
     from jaxpar.run import runtime
 
     console = _console()
     count, source = runtime.num_devices_to_show(config)
-    sizes = config.mesh_sizes(count)
-    per_host = count // config.cluster.num_nodes
-    console.print(f"mesh: {display.mesh_line(sizes)}  ({source})", highlight=False)
-    console.print(display.device_table(sizes, per_host))
-    _notes(console, config.notes + [w for w in [cross_host_warning(sizes, per_host)] if w])
+    blueprint = Blueprint(config, count)
+    console.print(f"mesh: {display.mesh_line(blueprint.sizes)}  ({source})", highlight=False)
+    console.print(display.device_table(blueprint.sizes, count // config.cluster.num_nodes))
+    _notes(console, config.notes + blueprint.warnings)
     try:
-        architecture = config.architecture()
+        if blueprint.architecture is None:
+            _notes(console, ["no parameters are shown: actor.model describes no model (model_path or hidden_size, …)"])
+            return
     except ConfigError as error:
         _notes(console, [f"no parameters are shown: {problem}" for problem in error.problems])
         return
-    if architecture is None:
-        _notes(console, ["no parameters are shown: actor.model describes no model (model_path or hidden_size, …)"])
-        return
-    model = FunctionalModel(Decoder(architecture))
-    chunks = config.actor.model.virtual_pipeline_model_parallel_size or 1
-    abstract = AbstractMesh(tuple(sizes.as_dict().values()), tuple(sizes.as_dict()))
-    layouts = layout_tree(
-        model.shapes, model.dims, abstract, explicit=True, zero_stage=config.zero_stage, num_chunks=chunks
-    )
-    console.print(display.parameter_table(layouts, abstract.shape))
-    placement = LayerPlacement(model.num_layers, sizes.pp, chunks)
-    if placement.is_padded:
-        console.print(placement_line(placement), highlight=False)
+    console.print(display.parameter_table(blueprint.param_layouts, blueprint.mesh_shape.shape))
+    if blueprint.placement.is_padded:
+        console.print(placement_line(blueprint.placement), highlight=False)
 
 
 @app.command(
@@ -344,13 +330,13 @@ def _print_head(trainer: "Trainer", config: Config) -> None:
     console = _console()
     kind = jax.devices()[0].device_kind
     where = "simulated on the CPU" if jax.default_backend() == "cpu" else kind
-    program, schedule = trainer.program, trainer.program.schedule
+    program, schedule = trainer.program, trainer.program.blueprint.schedule
     sizes = config.mesh_sizes(program.mesh.size)
     console.print(f"mesh: {display.mesh_line(sizes)}, {where}", highlight=False)
     bubble = f", bubble {schedule.bubble_fraction():.1%}" if sizes.pp > 1 else ""
     most = "up to " if config.runner.enable_dynamic_batch_size else ""
     console.print(
-        f"model: {program.num_params:,} parameters in {config.actor.model.precision}; "
+        f"model: {program.blueprint.num_params:,} parameters in {config.actor.model.precision}; "
         f"{most}{schedule.num_microbatches} microbatches a step, schedule {schedule.name}{bubble}",
         highlight=False,
     )

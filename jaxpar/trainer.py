@@ -69,17 +69,19 @@ class Trainer:
     @property
     def warnings(self) -> list[str]:
         """What to tell the user once about this run, beside `config.notes`."""
-        warnings, path = list(self.program.warnings), self.config.actor.model.model_path
-        if self.program.architecture and path and not has_weights(path):
+        warnings, path = list(self.program.blueprint.warnings), self.config.actor.model.model_path
+        if self.program.blueprint.architecture and path and not has_weights(path):
             warnings.append(f"actor.model.model_path: {path} has no weights: training starts from random ones")
         return warnings
 
     def _stored_params(self) -> Any:
         """The weights beside the config.json of actor.model.model_path; None where there are none."""
         program, path = self.program, self.config.actor.model.model_path
-        if program.architecture is None or path is None or not has_weights(path):
+        if program.blueprint.architecture is None or path is None or not has_weights(path):
             return None
-        return load_params(path, program.architecture, program.model.shapes, program.state_shardings["params"])
+        return load_params(
+            path, program.blueprint.architecture, program.blueprint.model.shapes, program.state_shardings["params"]
+        )
 
     def loss_and_grads(self, batch: Mapping[str, Any]) -> tuple[Float[Array, ""], Any]:
         """Loss and gradients of one global batch at the present parameters, on the mesh, without an update.
@@ -96,19 +98,19 @@ class Trainer:
         Raises:
           ValueError: a key or shape is wrong.
         """
-        place, scale = self.program.batch, scale_of(self.state, self.program.loss_scale)
-        return self.program.loss_and_grads(self.state["params"], place.place(place.complete(batch)), scale)
+        layout, scale = self.program.batch_layout, scale_of(self.state, self.program.blueprint.loss_scale)
+        return self.program.loss_and_grads(self.state["params"], layout.put_on_mesh(layout.own_rows(batch)), scale)
 
     def log_probs(self, batch: Mapping[str, Any]) -> Float[Array, "global_batch seq"]:
         """log p(target) of each token at the present parameters, float32, in nats, without gradients; a batch as in
         `loss_and_grads`."""
-        place = self.program.batch
-        return -self.program.evaluate(self.state["params"], place.place(place.complete(batch)))["token_losses"]
+        layout = self.program.batch_layout
+        return -self.program.evaluate(self.state["params"], layout.put_on_mesh(layout.own_rows(batch)))["token_losses"]
 
     def train_step(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """One optimizer step on one global batch (as in `loss_and_grads`); returns the metrics of
         `jaxpar.step.train_step.build_train_step`."""
-        return self._advance(self.program.batch.complete(batch))
+        return self._advance(self.program.batch_layout.own_rows(batch))
 
     def fit(self, profile: Steps | None = None) -> None:
         """Trains from the start, or from where `runner.resume_dir` says, to `max_steps` or `max_epochs`.
@@ -203,7 +205,7 @@ class Trainer:
         return val_loss
 
     def _advance(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        self._state, metrics = self.program.train_step(self.state, self.program.batch.place(batch))
+        self._state, metrics = self.program.train_step(self.state, self.program.batch_layout.put_on_mesh(batch))
         return metrics
 
     def _open_data(self) -> BatchLoader:
@@ -217,16 +219,18 @@ class Trainer:
             "num_workers": config.data.num_workers,
         }
         if config.runner.enable_dynamic_batch_size:
-            documents, cost = DocumentSource(folder, config.row_length), DocumentCost(*program.document_flops)
+            documents, cost = DocumentSource(folder, config.row_length), DocumentCost(*program.blueprint.document_flops)
             return build_dynamic_loader(
                 documents, dp=program.mesh.shape["dp"], ranks=program.dp_ranks, cost=cost, **order
             )
-        return build_loader(PackedSource.read(folder, config.runner.seq_length), rows=program.batch.rows, **order)
+        return build_loader(
+            PackedSource.read(folder, config.runner.seq_length), rows=program.batch_layout.rows, **order
+        )
 
     def _token_cache(self, key: str) -> Path:
         config = self.config
         tokenizer = load_tokenizer(config.actor.tokenizer.tokenizer_model)
-        architecture = self.program.architecture
+        architecture = self.program.blueprint.architecture
         if architecture and tokenizer.vocab_size > architecture.vocab_size:
             raise ConfigError(
                 f"actor.tokenizer.tokenizer_model: {tokenizer.name} has {tokenizer.vocab_size} tokens, but the model's "

@@ -4,7 +4,6 @@ The reference of a parity test shares nothing with the engine but the model's ow
 device, outside of `shard_map`, with plain attention and jax's own cross-entropy.
 """
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -25,7 +24,7 @@ from jaxpar.backward.recompute import Recompute
 from jaxpar.config import Architecture, MeshSizes
 from jaxpar.models import Decoder, FunctionalModel, TokenInfo
 from jaxpar.models import decoder as decoder_module
-from jaxpar.parallel.batch import GlobalBatch
+from jaxpar.parallel.batch import BatchLayout
 from jaxpar.parallel.mesh import build_mesh
 from jaxpar.parallel.sharding import BATCH_SPEC, layout_tree
 from jaxpar.pipeline.schedule import IDLE, Schedule, build_schedule
@@ -229,7 +228,7 @@ class Step:
         return jax.tree.map(np.asarray, self.compiled(*self._placed(params, batch)))
 
     def _placed(self, params: Any, batch: Any) -> tuple[Any, Any]:
-        return jax.device_put(params, self.shardings), GlobalBatch(*batch["tokens"].shape, self.mesh).place(batch)
+        return jax.device_put(params, self.shardings), BatchLayout(*batch["tokens"].shape, self.mesh).put_on_mesh(batch)
 
 
 def check_step(
@@ -239,9 +238,7 @@ def check_step(
     **kwargs: Any,
 ) -> None:
     """The whole of a parity test."""
-    model = copy.copy(case.model)
-    model.attention = attention
-    loss, grads = Step(model, sizes, **kwargs)(case.params, case.batch)
+    loss, grads = Step(case.model, sizes, attention=attention, **kwargs)(case.params, case.batch)
     assert_parity(loss, grads, case.loss, case.grads)
 
 

@@ -1,15 +1,30 @@
-"""A loop whose transfers run beside its products: the next iteration's are begun, the last one's ended, meanwhile.
+"""A loop whose transfers run beside its computation.
 
-XLA moves a collective away from the products that need it, but only within one iteration, where a layer's first product
-waits for its parameters and its last gradient for nothing to hide behind. So the loop is turned (software pipelining,
-Lam, 1988, PLDI), as FSDP prefetches (Zhao et al., 2023, arXiv:2304.11277, section 3.3).
+XLA moves a collective away from the products that need it, but only within one iteration. There, a layer's first product
+must wait for its parameters, and its last gradient has nothing left to hide behind. So the loop is turned: an iteration
+begins the fetch of the next one and ends the store of the one before (software pipelining, Lam, 1988, PLDI), which is how
+FSDP prefetches (Zhao et al., 2023, arXiv:2304.11277, section 3.3).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What runs beside the computation of an iteration.
+
+    Attributes:
+      prefetch: the fetch of the next iteration. The last iteration is then outside of the loop, after it.
+      defer: the store of the iteration before. The first iteration is then outside of the loop, before it.
+    """
+
+    prefetch: bool = False
+    defer: bool = False
 
 
 def overlapped_loop(
@@ -18,21 +33,19 @@ def overlapped_loop(
     fetch: Callable[[Any], Any],
     compute: Callable[[Any, Any, Any], tuple[Any, Any]],
     store: Callable[[Any, Any, Any], Any],
+    overlap: Overlap = Overlap(),
     *,
-    ahead: bool = False,
-    behind: bool = False,
     reverse: bool = False,
 ) -> Any:
-    """For i in 0 … count - 1, or back: carry, result = compute(carry, i, fetch(i)); carry = store(carry, i, result).
+    """For i in 0 … count - 1: `carry, result = compute(carry, i, fetch(i))`, then `carry = store(carry, i, result)`.
 
-    Every function runs `count` times, whatever the order.
+    Each function is called `count` times, whatever the overlap.
 
     Args:
-      fetch: i → what an iteration needs. Knows nothing of the carry.
-      compute: (carry, i, fetched) → (carry, result). Must not read what `store` writes.
+      fetch: i → what iteration i needs. It cannot see the carry.
+      compute: (carry, i, fetched) → (carry, result). It must not read what `store` writes.
       store: (carry, i, result) → carry.
-      ahead: fetch(i + 1) runs beside compute(i). The last iteration stands behind the loop then, once more in the program.
-      behind: store(i - 1) runs beside compute(i). The first iteration stands before the loop then.
+      reverse: i counts down.
 
     Returns:
       The carry.
@@ -41,15 +54,15 @@ def overlapped_loop(
 
     def iteration(state: tuple[Any, Any, Any], i: Any, *, is_last: bool) -> tuple[Any, Any, Any]:
         carry, fetched, result = state
-        following = fetch(i + order.step) if ahead and not is_last else None
+        following = fetch(i + order.step) if overlap.prefetch and not is_last else None
         if result is not None:
             carry = store(carry, i - order.step, result)
-        carry, result = compute(carry, i, fetched if ahead else fetch(i))
-        return (carry, following, result) if behind else (store(carry, i, result), following, None)
+        carry, result = compute(carry, i, fetched if overlap.prefetch else fetch(i))
+        return (carry, following, result) if overlap.defer else (store(carry, i, result), following, None)
 
-    state = carry, fetch(order[0]) if ahead else None, None
-    first = order[:1] if behind else order[:0]
-    last = order[max(count - 1, len(first)) :] if ahead else order[count:]
+    state = carry, fetch(order[0]) if overlap.prefetch else None, None
+    first = order[:1] if overlap.defer else order[:0]
+    last = order[max(count - 1, len(first)) :] if overlap.prefetch else order[count:]
     for i in first:
         state = iteration(state, i, is_last=count == 1)
     if middle := order[len(first) : count - len(last)]:
@@ -57,4 +70,4 @@ def overlapped_loop(
     for i in last:
         state = iteration(state, i, is_last=True)
     carry, _, result = state
-    return store(carry, order[-1], result) if behind else carry
+    return store(carry, order[-1], result) if overlap.defer else carry

@@ -1,5 +1,5 @@
 """Data-parallel training as one writes it in JAX without jaxpar, to compare with: the same layers under `jax.jit`, a scan
-over them, and a batch split over the devices. XLA does the rest."""
+over them, and a batch that is split over the devices. XLA does the rest."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,19 +11,20 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpar.blueprint import Blueprint
 from jaxpar.config import Config, ConfigError, MeshSizes
-from jaxpar.models import Decoder, FunctionalModel, TokenInfo
-from jaxpar.parallel.batch import GlobalBatch
+from jaxpar.models import TokenInfo
+from jaxpar.parallel.batch import BatchLayout
 from jaxpar.parallel.mesh import build_mesh
-from jaxpar.parallel.sharding import layout_tree
-from jaxpar.program import DTYPES
-from jaxpar.step.optimizer import build_optimizer, learning_rate_schedule
-from jaxpar.step.train_step import State, build_train_step, init_state
+from jaxpar.step import build_train_step, init_state
 
 
-class PlainProgram:
-    """Parameters and optimizer state whole on every device, no microbatches; optimizer, initial weights, precision and
-    recompute as the config has them.
+class BaselineProgram:
+    """Parameters and optimizer state are whole on every device, and there are no microbatches. Optimizer, initial weights,
+    precision and recompute are those of the config.
+
+    Args:
+      config: for one device.
 
     Attributes: those of `jaxpar.program.Program` that a benchmark needs.
 
@@ -32,10 +33,8 @@ class PlainProgram:
     """
 
     def __init__(self, config: Config, devices: Sequence[jax.Device]):
-        architecture, rows = config.architecture(), config.actor.global_batch_size
-        dtype = DTYPES[config.actor.model.precision]
-        if architecture is None:
-            raise ConfigError("actor.model: describes no model: give model_path, or hidden_size, num_hidden_layers, …")
+        blueprint, rows = Blueprint(config, 1), config.actor.global_batch_size
+        model, optimizer = blueprint.model, blueprint.optimizer
         if config.runner.enable_dynamic_batch_size:
             raise ConfigError(
                 "runner.enable_dynamic_batch_size: True, but layouts are compared on batches of one shape: set it to False"
@@ -46,14 +45,11 @@ class PlainProgram:
                 f"{rows / len(devices):.2f}), over which the plain step to compare with splits it: choose a multiple"
             )
         self.mesh = build_mesh(MeshSizes(dp=len(devices), pp=1, tp=1, sp=1, cp=1), devices)
-        self.batch = GlobalBatch(rows, config.runner.seq_length, self.mesh)
-        model = FunctionalModel(Decoder(architecture))
-        layouts = layout_tree(model.shapes, model.dims, self.mesh, explicit=True, zero_stage=0)
-        optimizer = build_optimizer(config, layouts)
+        self.batch_layout = BatchLayout(rows, config.runner.seq_length, self.mesh)
         recompute = jax.checkpoint if config.actor.model.recompute_granularity == "full" else lambda f: f
 
         def loss(params: Any, batch: Any) -> jax.Array:
-            params = jax.tree.map(lambda x: x.astype(dtype), params)
+            params = jax.tree.map(lambda x: x.astype(blueprint.compute_dtype), params)
             info = TokenInfo(batch["positions"], batch["segment_ids"])
             layer = recompute(lambda x, layer: (model.block(layer, x, info), None))
             x, _ = lax.scan(layer, model.embed(params, batch["tokens"], info), params["layers"])
@@ -61,20 +57,18 @@ class PlainProgram:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
             return (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
 
-        def init(params: Any) -> State:
-            return init_state(model, optimizer, config.actor.seed, params)
+        def loss_and_grads(params: Any, batch: Any, loss_scale: Any) -> tuple[jax.Array, Any]:
+            return jax.value_and_grad(loss)(params, batch)
 
-        self.state_shapes = jax.eval_shape(lambda: init(None))
         everywhere = NamedSharding(self.mesh, P())
+        self.init = jax.jit(
+            lambda params: init_state(model, optimizer, config.actor.seed, params), out_shardings=everywhere
+        )
+        self.state_shapes = jax.eval_shape(lambda: init_state(model, optimizer, config.actor.seed))
         self.state_shardings = jax.tree.map(lambda _: everywhere, self.state_shapes)
-        self.init = jax.jit(init, out_shardings=everywhere)
         self.train_step = jax.jit(
-            build_train_step(
-                lambda params, batch, _: jax.value_and_grad(loss)(params, batch),
-                optimizer,
-                learning_rate_schedule(config),
-            ),
-            in_shardings=(everywhere, self.batch.sharding),
+            build_train_step(loss_and_grads, optimizer, blueprint.learning_rate),
+            in_shardings=(everywhere, self.batch_layout.sharding),
             out_shardings=everywhere,
             donate_argnums=0,
         )

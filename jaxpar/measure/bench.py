@@ -1,5 +1,5 @@
-"""What a train step costs on the devices that are here, with random tokens: one config by itself, or several layouts of
-its model beside one device and beside plain JAX."""
+"""Times the train step on the devices of this machine, with random tokens: one config by itself, or several layouts of its
+model beside one device and beside plain JAX."""
 
 import math
 import time
@@ -13,14 +13,14 @@ import numpy as np
 
 from jaxpar.config import Config, ConfigError
 from jaxpar.hardware import peak_flops
-from jaxpar.measure.baseline import PlainProgram
+from jaxpar.measure.baseline import BaselineProgram
 from jaxpar.measure.compile import Memory, compile_train_step, read_memory, read_report
 from jaxpar.measure.hlo import count
 from jaxpar.program import Program
 
 _Result = TypeVar("_Result")
 
-WARM_UP = 2  # steps before the clock runs
+WARM_UP = 2  # steps that are not timed
 ONE_DEVICE, PLAIN = "one device", "plain JAX, dp {}"
 
 
@@ -32,10 +32,10 @@ class Measurement:
       device: kind of the devices, as jax names it.
       step_seconds: wall time of a step: median, 10th and 90th percentile.
       tokens_per_second: of all devices, from the median.
-      mfu: `jaxpar.models.flops.model_flops_per_token` at that rate over the devices' bf16 peak; None where that is unknown.
-      flops: executed by a device in a step, by `jaxpar.measure.hlo.count`.
-      memory: of the compiled step; capacity is what jax may take, 0 where the device does not say.
-      measured_peak: bytes, the most that one device held since the process began; None where it does not say.
+      mfu: `jaxpar.models.flops.model_flops_per_token` at that rate over the devices' bf16 peak; None if that is unknown.
+      flops: executed by one device in a step, by `jaxpar.measure.hlo.count`.
+      memory: of the compiled step; capacity is what jax may take, 0 if the device does not say.
+      measured_peak: bytes, the most that one device has held since the process began; None if it does not say.
       loss: of the last step, nats a token.
     """
 
@@ -59,13 +59,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One layout beside others, all measured in turns.
+    """One layout beside others, measured in turns.
 
     Attributes:
-      microbatches: a step; None for plain JAX, which has none.
-      cpu_seconds, wall_seconds: of a step, the least of all rounds. CPU seconds are of all threads of this process: on
-        simulated devices, which share the cores, the whole work.
-      temporaries: bytes a device of the compiled step.
+      microbatches: in a step; None for plain JAX, which has none.
+      cpu_seconds, wall_seconds: of a step, the least of all rounds. CPU seconds are those of all threads of this process:
+        on simulated devices, which share the cores, this is the whole work.
+      temporaries: bytes of the compiled step on one device.
       flops: executed by all devices together, by `jaxpar.measure.hlo.count`.
       loss: of the last step, nats a token.
     """
@@ -80,19 +80,19 @@ class Comparison:
 
 
 class _Run:
-    """A compiled train step with its state and batch, to be taken a step at a time."""
+    """A compiled train step with its state and batch."""
 
-    def __init__(self, program: Program | PlainProgram, vocab_size: int):
+    def __init__(self, program: Program | BaselineProgram, vocab_size: int):
         self.compiled, self.compile_seconds = compile_train_step(program)
         self._state = program.init(None)
-        rows, seq = program.batch.shape
+        layout = program.batch_layout
+        rows, seq = layout.shape
         tokens = np.random.default_rng(0).integers(0, vocab_size, (rows, seq + 1))
-        place = program.batch
-        self._batch = place.place(place.complete({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}))
+        self._batch = layout.put_on_mesh(layout.own_rows({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}))
         self.loss = float("nan")
 
     def step(self) -> tuple[float, float]:
-        """Takes one step and waits for it: wall seconds, and CPU seconds of all threads."""
+        """Takes one step and waits for it. Returns its wall seconds, and the CPU seconds of all threads."""
         wall, cpu = time.perf_counter(), time.process_time()
         self._state, metrics = jax.block_until_ready(self.compiled(self._state, self._batch))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -104,7 +104,7 @@ def measure(config: Config, devices: list[jax.Device], steps: int) -> Measuremen
     """Times `steps` steps of the config's train step after `WARM_UP` more.
 
     Raises:
-      ConfigError: the config does not suit these devices, or they have not the memory.
+      ConfigError: the config does not suit these devices, or they have too little memory.
     """
     program = Program(config, devices)
     run = _in_memory(partial(_Run, program, _vocab_size(config)))
@@ -112,8 +112,8 @@ def measure(config: Config, devices: list[jax.Device], steps: int) -> Measuremen
     low, median, high = (float(np.percentile(seconds, q)) for q in (10, 50, 90))
     stats = [device.memory_stats() or {} for device in program.mesh.local_devices]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-    report = read_report(config, program, run.compiled, run.compile_seconds, stats[0].get("bytes_limit", 0))
-    rate, peak = math.prod(program.batch.shape) / median, peak_flops(devices[0].device_kind)
+    report = read_report(program, run.compiled, run.compile_seconds, stats[0].get("bytes_limit", 0))
+    rate, peak = math.prod(program.batch_layout.shape) / median, peak_flops(devices[0].device_kind)
     return Measurement(
         device=devices[0].device_kind,
         devices=len(devices),
@@ -138,20 +138,20 @@ def compare(
     rounds: int,
     say: Callable[[str], None],
 ) -> list[Comparison]:
-    """Measures one device, plain JAX on all, and each layout on all, taking one step of each in turn, so that what else
-    the machine does hits all alike. All keep their state in memory.
+    """Measures one device, plain JAX on all devices, and each layout on all devices. They take one step each in turn, so
+    that other work of the machine affects them alike. All keep their state in memory.
 
     Args:
-      layouts: name → its config.
-      one_device: config of the same model and batch on one device.
-      rounds: steps of each, after one more that does not count.
+      layouts: the config of each layout, by name.
+      one_device: the config of the same model and batch on one device.
+      rounds: steps of each, after one that does not count.
 
     Raises:
-      ConfigError: a config does not suit the devices, or they have not the memory.
+      ConfigError: a config does not suit the devices, or they have too little memory.
     """
-    programs: dict[str, Program | PlainProgram] = {
+    programs: dict[str, Program | BaselineProgram] = {
         ONE_DEVICE: Program(one_device, devices[:1]),
-        PLAIN.format(len(devices)): PlainProgram(one_device, devices),
+        PLAIN.format(len(devices)): BaselineProgram(one_device, devices),
     }
     programs |= {name: Program(config, devices) for name, config in layouts.items()}
     vocab_size, runs = _vocab_size(one_device), dict[str, _Run]()
@@ -166,7 +166,7 @@ def compare(
     return [
         Comparison(
             name=name,
-            microbatches=program.schedule.num_microbatches if isinstance(program, Program) else None,
+            microbatches=program.blueprint.schedule.num_microbatches if isinstance(program, Program) else None,
             wall_seconds=min(wall for wall, _ in times[name][1:]),
             cpu_seconds=min(cpu for _, cpu in times[name][1:]),
             temporaries=read_memory(runs[name].compiled, 0).temporaries,
@@ -179,7 +179,7 @@ def compare(
 
 def _vocab_size(config: Config) -> int:
     architecture = config.architecture()
-    assert architecture is not None  # or Program had refused it
+    assert architecture is not None  # otherwise Program would have refused it
     return architecture.vocab_size
 
 
@@ -190,6 +190,6 @@ def _in_memory(action: Callable[[], _Result]) -> _Result:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ConfigError(
-            f"out of memory on a device: {str(error).splitlines()[0]}: take a smaller actor.micro_batch_size, recompute "
+            f"out of memory on a device: {str(error).splitlines()[0]}: use a smaller actor.micro_batch_size, recompute "
             f"(actor.model.recompute_granularity=full), more devices, or fewer layouts at a time"
         ) from None

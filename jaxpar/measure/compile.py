@@ -1,7 +1,7 @@
-"""Compiling the real train step for a cluster that is not there.
+"""Compiles the real train step for a cluster that is not there, and reads from the program what it needs.
 
-XLA's GPU compiler needs a description of the GPUs, not the GPUs: with the CUDA plugin installed beside jax, and no driver,
-`jax.experimental.topologies` gives devices that can be compiled for. What a layout needs is then read from the program.
+XLA's GPU compiler needs a description of the GPUs, not the GPUs themselves. With the CUDA plugin installed beside jax, and
+no driver, `jax.experimental.topologies` gives devices to compile for.
 """
 
 import math
@@ -17,19 +17,17 @@ from jax.experimental import topologies
 
 from jaxpar.config import Config, ConfigError
 from jaxpar.hardware import GPUS, TPU_MEMORY
-from jaxpar.measure.baseline import PlainProgram
+from jaxpar.measure.baseline import BaselineProgram
 from jaxpar.measure.hlo import Collective, count
-from jaxpar.models.flops import model_flops_per_token
-from jaxpar.parallel.batch import DTYPES
 from jaxpar.parallel.mesh import AXES
 from jaxpar.program import Program
 
-MEMORY_FRACTION = 0.92  # of a GPU that XLA may take; the rest is for CUDA, NCCL and cuBLAS
+MEMORY_FRACTION = 0.92  # the share of a GPU that XLA may take; the rest is for CUDA, NCCL and cuBLAS
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device. `peak`: the most in use at a time; `fits`: it is below MEMORY_FRACTION of `capacity`."""
+    """Bytes of one device. `peak`: the most in use at any time. `fits`: peak is at most MEMORY_FRACTION of `capacity`."""
 
     arguments: int
     outputs: int
@@ -42,14 +40,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Report:
-    """What one step of a config needs on a cluster; FLOPs and bytes are one device's.
+    """What one step of a config needs on a cluster. FLOPs and bytes are those of one device.
 
     Attributes:
-      flops: executed in matrix products and kernels, recompute and bubbles included.
-      model_flops: useful ones, by `jaxpar.models.flops.model_flops_per_token`; None for a user's own model.
+      flops: executed in matrix products and kernels, including recompute and bubbles.
+      model_flops: useful FLOPs, see `jaxpar.models.flops`; None for a user's own model.
       hlo: text of the optimized program.
       uncounted: what the counter could not count, and why.
-      host_bytes: of a device, in its host's memory, pinned.
+      host_bytes: pinned memory of the host, for each device.
     """
 
     devices: int
@@ -76,7 +74,7 @@ class Report:
 
 
 def gpu_devices(gpu: str, nodes: int, gpus_per_node: int) -> list[jax.Device]:
-    """Compile-only devices of a cluster.
+    """The devices of a cluster of GPUs, for compiling only.
 
     Raises:
       ConfigError: the CUDA plugin is not installed.
@@ -93,7 +91,7 @@ def gpu_devices(gpu: str, nodes: int, gpus_per_node: int) -> list[jax.Device]:
 
 
 def tpu_devices(name: str) -> tuple[list[jax.Device], int]:
-    """Compile-only devices of a TPU slice, such as "v5e:4x4", and the bytes of memory of one.
+    """The devices of a TPU slice, such as "v5e:4x4", for compiling only, and the bytes of memory of each.
 
     Raises:
       ConfigError: libtpu is not installed, or there is no such slice.
@@ -104,7 +102,7 @@ def tpu_devices(name: str) -> tuple[list[jax.Device], int]:
             f"--tpu: {name!r} is not KIND:CHIPS, such as v5e:4x4; kinds: {', '.join(TPU_MEMORY)}, chips: 2x4, or 2x2x4 for "
             f"a kind with a torus of three dimensions"
         )
-    # There is no TPU here whose metadata libtpu could ask the cloud for.
+    # There is no TPU here, so libtpu must not ask the cloud for its metadata.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
@@ -113,7 +111,7 @@ def tpu_devices(name: str) -> tuple[list[jax.Device], int]:
         raise ConfigError(
             f"--tpu {name}: needs libtpu (pip install -e '.[tpu]'), and a slice that it knows: {str(error).splitlines()[0]}"
         ) from None
-    # Of some kinds libtpu gives each half of a chip as a device of its own.
+    # For some kinds, libtpu makes each half of a chip a device of its own.
     chips = math.prod(int(size) for size in found[2].split("x"))
     return devices, TPU_MEMORY[found[1]] * chips // len(devices)
 
@@ -128,41 +126,34 @@ def compile_step(config: Config, devices: list[jax.Device], capacity: int) -> Re
       ConfigError: the config does not suit these devices.
     """
     program = Program(config, devices)
-    return read_report(config, program, *compile_train_step(program), capacity)
+    return read_report(program, *compile_train_step(program), capacity)
 
 
-def compile_train_step(program: Program | PlainProgram) -> tuple[jax.stages.Compiled, float]:
-    """Its train step for its own devices, and the seconds that it took to trace and compile."""
+def compile_train_step(program: Program | BaselineProgram) -> tuple[jax.stages.Compiled, float]:
+    """Compiles the train step of a program for its devices; also returns the seconds that tracing and compiling took."""
     state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         program.state_shapes,
         program.state_shardings,
     )
-    place = program.batch
-    batch = {key: jax.ShapeDtypeStruct(place.shape, dtype, sharding=place.sharding) for key, dtype in DTYPES.items()}
     start = time.perf_counter()
-    compiled = program.train_step.lower(state, batch).compile()
+    compiled = program.train_step.lower(state, program.batch_layout.shapes).compile()
     return compiled, time.perf_counter() - start
 
 
-def read_report(
-    config: Config, program: Program, compiled: jax.stages.Compiled, seconds: float, capacity: int
-) -> Report:
-    """What a compiled train step needs; arguments as in `compile_step` and from `compile_train_step`."""
+def read_report(program: Program, compiled: jax.stages.Compiled, seconds: float, capacity: int) -> Report:
+    """What a compiled train step needs. Arguments as in `compile_step`, and as `compile_train_step` returns them."""
     text, devices = compiled.as_text() or "", program.mesh.size
-    # Programs name devices by their place in the mesh, not by their ids.
+    # Programs name devices by their index in the mesh, not by their ids.
     counted = count(text, np.arange(program.mesh.size).reshape(tuple(program.mesh.shape.values())), AXES)
-    model_flops = None
-    if program.architecture:
-        tokens = math.prod(program.batch.shape)
-        per_token = model_flops_per_token(program.architecture, program.num_params, config.row_length)
-        model_flops = per_token * tokens / devices
+    per_token = program.blueprint.flops_per_token
+    model_flops = None if per_token is None else per_token * math.prod(program.batch_layout.shape) / devices
     analysis: Any = compiled.memory_analysis()
     return Report(
         devices=devices,
         mesh=dict(program.mesh.shape),
         compile_seconds=seconds,
-        bubble_fraction=program.schedule.bubble_fraction(),
+        bubble_fraction=program.blueprint.schedule.bubble_fraction(),
         flops=counted.flops,
         model_flops=model_flops,
         memory=read_memory(compiled, capacity),
@@ -179,6 +170,8 @@ def read_memory(compiled: jax.stages.Compiled, capacity: int) -> Memory:
     aliased, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
     together = arguments + outputs - aliased + temporaries
     peak = getattr(analysis, "peak_memory_in_bytes", 0)
-    peak = peak if peak >= temporaries else together  # XLA for CPU knows no peak, and says one that is too small
-    peak -= analysis.host_argument_size_in_bytes  # XLA counts them in
+    peak = (
+        peak if peak >= temporaries else together
+    )  # XLA for CPU does not know the peak, and gives one that is too small
+    peak -= analysis.host_argument_size_in_bytes  # XLA includes them
     return Memory(arguments, outputs, aliased, temporaries, peak, capacity, peak <= MEMORY_FRACTION * capacity)

@@ -1,7 +1,7 @@
-"""The built-in decoder: Llama 3, Mistral, Qwen2.5 and Qwen3 (dense), chosen by configuration.
+"""The built-in decoder: Llama 3, Mistral, Qwen2.5 and Qwen3 (dense), chosen by the config.
 
-Tensor collectives are explicit: `gather_sequence` before the column-parallel products, `reduce_output` after the
-row-parallel ones, two of each a layer. On one device they do nothing.
+Its tensor collectives are explicit: `gather_sequence` before the column-parallel products and `reduce_output` after the
+row-parallel ones, two of each in a layer. On one device they do nothing.
 
 Einsum letters: b batch, s sequence, e embed, h heads (or kv heads), d head_dim, m mlp, v vocab.
 """
@@ -17,6 +17,8 @@ from jaxpar.attention import attention
 from jaxpar.config import Architecture, RopeScaling
 from jaxpar.models.protocol import TokenInfo
 from jaxpar.parallel.collectives import (
+    WHOLE,
+    VocabularyPart,
     gather_sequence,
     mask_padded_vocabulary,
     reduce_output,
@@ -53,12 +55,14 @@ class Embedding(nnx.Module):
     def __init__(self, arch: Architecture, rngs: nnx.Rngs):
         self.table = _weight(arch, rngs, ("vocab", "embed"), (arch.padded_vocab_size, arch.hidden_size))
 
-    def __call__(self, tokens: Int[Array, "b s"], info: TokenInfo) -> Float[Array, "b s e"]:
-        return vocab_parallel_embedding(self.table[...], tokens)
+    def __call__(
+        self, tokens: Int[Array, "b s"], info: TokenInfo, part: VocabularyPart = WHOLE
+    ) -> Float[Array, "b s e"]:
+        return vocab_parallel_embedding(self.table[...], tokens, part)
 
 
 class Head(nnx.Module):
-    """Final norm and LM head. With tied embeddings the head is the embedding's table."""
+    """Final norm and LM head. With tied embeddings, the head's weight is the embedding's table."""
 
     def __init__(self, arch: Architecture, rngs: nnx.Rngs):
         self.vocab_size = arch.vocab_size
@@ -67,10 +71,12 @@ class Head(nnx.Module):
         if not self.tied:
             self.weight = _weight(arch, rngs, ("embed", "vocab"), (arch.hidden_size, arch.padded_vocab_size))
 
-    def __call__(self, x: Float[Array, "b s e"], embed: Embedding) -> Float[Array, "b s v"]:
+    def __call__(
+        self, x: Float[Array, "b s e"], embed: Embedding, part: VocabularyPart = WHOLE
+    ) -> Float[Array, "b s v"]:
         x = gather_sequence(self.norm(x))
         weight = embed.table[...].T if self.tied else self.weight[...]
-        return mask_padded_vocabulary(jnp.einsum("bse,ev->bsv", x, weight), self.vocab_size)
+        return mask_padded_vocabulary(jnp.einsum("bse,ev->bsv", x, weight), self.vocab_size, part)
 
 
 class Block(nnx.Module):
@@ -88,7 +94,7 @@ class Block(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary embeddings; qkv bias and query/key norms where the architecture has them."""
+    """Grouped-query attention with rotary embeddings, and qkv biases and query/key norms if the architecture has them."""
 
     def __init__(self, arch: Architecture, rngs: nnx.Rngs):
         heads, kv_heads, head_dim = arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim
@@ -155,8 +161,8 @@ def rope_angles(
 ) -> Float[Array, "b s half_head_dim"]:
     """Rotary angles in radians, float32 (Su et al., 2021, arXiv:2104.09864).
 
-    `scaling` is Llama 3.1's (arXiv:2407.21783): wavelengths beyond the original context are stretched by `factor`,
-    short ones kept, those between interpolated.
+    `scaling` is Llama 3.1's (arXiv:2407.21783): wavelengths beyond the original context are stretched by `factor`, short
+    ones are kept, and those between are interpolated.
     """
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is not None:
@@ -168,7 +174,7 @@ def rope_angles(
 
 
 def rotate(x: Float[Array, "b s h d"], angles: Float[Array, "b s half_d"]) -> Float[Array, "b s h d"]:
-    """Rotate pairs (i, i + d/2) of each head, as Hugging Face's checkpoints want; in float32, back to x's dtype."""
+    """Rotates the pairs (i, i + d/2) of each head, as Hugging Face's checkpoints need. In float32; returns x's dtype."""
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -177,11 +183,11 @@ def rotate(x: Float[Array, "b s h d"], angles: Float[Array, "b s half_d"]) -> Fl
 def _weight(
     arch: Architecture, rngs: nnx.Rngs, dims: tuple[str, ...], shape: tuple[int, ...], residual: bool = False
 ) -> nnx.Param:
-    """Bell-shaped, of standard deviation initializer_range; products that add to the residual stream are scaled down by
-    sqrt(2 num_layers) as in GPT-2 and Megatron-LM.
+    """A weight with bell-shaped initial values of standard deviation initializer_range. Products that add to the residual
+    stream are scaled down by sqrt(2 num_layers), as in GPT-2 and Megatron-LM.
 
-    A sum of four uniforms (Irwin-Hall), up to 3.5 standard deviations: additions give the same last bits however XLA
-    splits and vectorizes them, and `jax.random.normal`'s polynomial does not (seen on the CPU with jax 0.12).
+    The values are sums of four uniforms (Irwin-Hall), at most 3.5 standard deviations. Additions give the same last bits
+    however XLA splits and vectorizes them; the polynomial of `jax.random.normal` does not (seen on the CPU, jax 0.12).
     """
     uniforms = [jax.random.uniform(key, shape) for key in jax.random.split(rngs.params(), 4)]
     scale = arch.initializer_range / (math.sqrt(2 * arch.num_hidden_layers) if residual else 1)

@@ -1,11 +1,11 @@
-"""What a model is to jaxpar: an embedding, a stack of like blocks, a head.
+"""What jaxpar takes for a model: an embedding, a stack of blocks that are alike, and a head.
 
-Any object with the four members of `Model` will do. Its three methods build `flax.nnx` modules whose parameters carry
-dimension names from the table in `jaxpar.parallel.sharding`:
+Any object with the four members of `Model` will do. Its three methods build `flax.nnx` modules. Their parameters name
+their dimensions, with names from the table in `jaxpar.parallel.sharding`:
 
     nnx.Param(value, out_sharding=("embed", "mlp"))   or   nnx.with_partitioning(initializer, ("embed", "mlp"))
 
-The methods are called while tracing: no weight exists before it is made on the device that keeps it.
+The methods are called while tracing, so each weight is made on the device that keeps it and nowhere else.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ import numpy as np
 from flax import linen, nnx
 from jaxtyping import Array, Float, Int
 
-from jaxpar.attention import AttentionSettings, attention_settings
 from jaxpar.config import ConfigError
+from jaxpar.parallel.collectives import WHOLE, VocabularyPart
 
 Params = dict[str, Any]  # {"embed", "layers", "head"}: nested dicts of arrays; layers have a leading [num_layers]
 
@@ -27,11 +27,11 @@ Params = dict[str, Any]  # {"embed", "layers", "head"}: nested dicts of arrays; 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenInfo:
-    """What a block may need to know about its tokens besides their activations.
+    """What a block may need to know about its tokens, besides their activations.
 
     Attributes:
-      positions: int32 [batch, seq], place of each token in its document, for rotary or learned embeddings.
-      segment_ids: int32 [batch, seq], document of each token; pass it to `jaxpar.attention.attention`.
+      positions: int32 [batch, seq], the position of each token in its document, for rotary or learned embeddings.
+      segment_ids: int32 [batch, seq], the document of each token, to pass to `jaxpar.attention.attention`.
     """
 
     positions: Int[Array, "batch seq"]
@@ -40,12 +40,14 @@ class TokenInfo:
 
 @runtime_checkable
 class Model(Protocol):
-    """A stack of like blocks.
+    """A stack of blocks that are alike.
 
     Attributes:
       num_layers: number of blocks.
       explicit_tensor_collectives: (optional, default False) True if the modules call the functions of
-        `jaxpar.parallel.collectives` themselves; False if XLA shall place the tensor collectives from the dimension names.
+        `jaxpar.parallel.collectives` themselves. Embedding and head then also take a `VocabularyPart` as their last
+        argument, and pass it on to these functions. False: XLA places the tensor collectives, guided by the names of
+        dimensions.
     """
 
     num_layers: int
@@ -64,7 +66,7 @@ class Model(Protocol):
 
 
 class WholeModel:
-    """A model that is no stack of blocks: all of it stands in the embedding's place. It cannot be pipelined.
+    """A model that is not a stack of blocks. All of it takes the place of the embedding, and it cannot be pipelined.
 
     Args:
       build: rngs → a module (tokens, info) → logits [batch, seq, vocab].
@@ -90,29 +92,22 @@ class _Nothing(nnx.Module):
 class FunctionalModel:
     """A `Model` as pure functions of its parameters.
 
-    Args:
-      attention: how calls of `jaxpar.attention.attention` in the model's modules are computed.
-
     Attributes:
-      shapes: tree of ShapeDtypeStruct, global shapes, float32 as the modules made them.
-      dims: the same tree with a tuple of dimension names at each leaf, or None where a parameter has none.
+      explicit: the modules call the tensor collectives themselves.
+      shapes: tree of ShapeDtypeStruct, the global shapes; layers are stacked, [num_layers, ...].
+      dims: the same tree with a tuple of dimension names at each leaf, or None if a parameter has none.
     """
 
-    def __init__(
-        self,
-        model: Model | Callable[[nnx.Rngs], nnx.Module],
-        attention: AttentionSettings = AttentionSettings(),  # noqa: B008 (frozen)
-    ):
+    def __init__(self, model: Model | Callable[[nnx.Rngs], nnx.Module]):
         if not isinstance(model, Model):
             if isinstance(model, nnx.Module) or not callable(model):
                 raise ConfigError(
-                    f"model: {type(model).__name__} has not the members num_layers, embed, block and head of "
-                    f"jaxpar.Model. A model that is no stack of blocks is given as a function of nnx.Rngs: "
+                    f"model: {type(model).__name__} lacks members of jaxpar.Model, which are num_layers, embed, block and "
+                    f"head. If your model is not a stack of blocks, give a function of nnx.Rngs: "
                     f"lambda rngs: MyModule(..., rngs=rngs)"
                 )
             model = WholeModel(model)
         self.num_layers = model.num_layers
-        self.attention = attention
         self.explicit = bool(getattr(model, "explicit_tensor_collectives", False))
         self._build = {"embed": model.embed, "layers": model.block, "head": model.head}
         parts = {part: _inspect(part, build) for part, build in self._build.items()}
@@ -127,8 +122,8 @@ class FunctionalModel:
         )
 
     def init(self, seed: int) -> Params:
-        """Initial parameters, float32. Each depends on the seed, its layer's index and its place in the module only, so
-        they are bitwise the same on every mesh."""
+        """Initial parameters, float32. Each depends only on the seed, the index of its layer and its path in the module,
+        so they are bitwise the same on every mesh."""
         key = jax.random.key(seed)
         embed, layers, head = (jax.random.fold_in(key, part) for part in range(3))
         layer_keys = jax.vmap(lambda index: jax.random.fold_in(layers, index))(jnp.arange(self.num_layers))
@@ -138,21 +133,29 @@ class FunctionalModel:
             "head": self._values("head", head),
         }
 
-    def embed(self, params: Params, tokens: Int[Array, "batch seq"], info: TokenInfo) -> jax.Array:
-        with attention_settings(self.attention):  # a model that is no stack has all its layers here
-            return self._module("embed", params["embed"])(tokens, info)
+    def module(self, part: str, params: Params) -> Any:
+        """The module of a part ("embed", "layers": one block, "head") with these parameters."""
+        return nnx.merge(self._graphs[part], nnx.State(params))
+
+    def embed(
+        self, params: Params, tokens: Int[Array, "batch seq"], info: TokenInfo, part: VocabularyPart = WHOLE
+    ) -> jax.Array:
+        """Activations of tokens.
+
+        Args:
+          params: with the part "embed".
+          part: of the vocabulary, that the embedding in `params` holds; for explicit models.
+        """
+        return self.module("embed", params["embed"])(tokens, info, *([part] if self.explicit else []))
 
     def block(self, params: Params, x: Float[Array, "batch seq embed"], info: TokenInfo) -> jax.Array:
-        """One block; `params` are one layer's."""
-        with attention_settings(self.attention):
-            return self._module("layers", params)(x, info)
+        """One block with the parameters of one layer."""
+        return self.module("layers", params)(x, info)
 
-    def head(self, params: Params, x: Float[Array, "batch seq embed"]) -> jax.Array:
-        """`params` need the parts "embed" and "head"."""
-        return self._module("head", params["head"])(x, self._module("embed", params["embed"]))
-
-    def _module(self, part: str, params: Params) -> Any:
-        return nnx.merge(self._graphs[part], nnx.State(params))
+    def head(self, params: Params, x: Float[Array, "batch seq embed"], part: VocabularyPart = WHOLE) -> jax.Array:
+        """Logits; `params` with the parts "embed" and "head", `part` as in `embed`."""
+        embed = self.module("embed", params["embed"])
+        return self.module("head", params["head"])(x, embed, *([part] if self.explicit else []))
 
     def _values(self, part: str, key: jax.Array) -> Params:
         params = nnx.to_pure_dict(nnx.state(_build(self._build[part], key), nnx.Param))
@@ -160,20 +163,20 @@ class FunctionalModel:
 
 
 def _inspect(part: str, build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Params, Params]:
-    """Graph, shapes and dimension names of a module, without making its weights."""
+    """The graph, shapes and dimension names of a module, found without making its weights."""
     module = nnx.eval_shape(lambda: _build(build, jax.random.key(0)))
     # With two filters it returns three; its type says a tuple of any length.
     graph, params, others = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     if found := [f"{'/'.join(map(str, path))} ({type(v).__name__})" for path, v in nnx.to_flat_state(others)]:
         raise ConfigError(
-            f"model: {part} holds state that is no nnx.Param: {', '.join(found)}. Only parameters are trained and "
+            f"model: {part} holds state that is not an nnx.Param: {', '.join(found)}. Only parameters are trained and "
             f"saved: running statistics and dropout are not supported"
         )
     for path, v in nnx.to_flat_state(params):
         if v.get_metadata().get("linen_meta_type") is linen.Partitioned:
             raise ConfigError(
-                f"model: {part}/{'/'.join(map(str, path))} names its dimensions by flax.linen.with_partitioning, which "
-                f"means mesh axes: use flax.linen.with_logical_partitioning"
+                f"model: {part}/{'/'.join(map(str, path))} names its dimensions with flax.linen.with_partitioning, "
+                f"whose names are mesh axes: use flax.linen.with_logical_partitioning"
             )
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), nnx.to_pure_dict(params))
     names = {path: v.get_metadata().get("out_sharding") for path, v in nnx.to_flat_state(params)}
@@ -181,11 +184,11 @@ def _inspect(part: str, build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, P
 
 
 def _build(build: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.Module:
-    # Flax would look for a mesh that has axes of these names, but they are names of dimensions.
+    # Flax would look for mesh axes of these names, but they are names of dimensions.
     with nnx.use_eager_sharding(False):
         module = build(nnx.Rngs(key))
     for _, node in nnx.iter_graph(module):
-        if isinstance(node, nnx.bridge.ToNNX):  # needed its keys to make the weights, and keeps them
+        if isinstance(node, nnx.bridge.ToNNX):  # it keeps its keys, which it needed only to make the weights
             node.to_nnx__rngs = None
     return module
 

@@ -1,4 +1,4 @@
-"""Global batches: numpy rows of this process → arrays on the mesh."""
+"""How a global batch lies on the mesh, and how numpy rows of this process become arrays on it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,14 +15,15 @@ DTYPES = {
 }  # fmt: skip
 
 
-class GlobalBatch:
-    """Shape and place of a global batch.
+class BatchLayout:
+    """The shape of a global batch, and where each part of it lies on the mesh.
 
     Attributes:
-      shape: (global_batch_size, seq_length); with dynamic batches the most rows that there may be.
+      shape: (global_batch_size, seq_length). With dynamic batches, the largest number of rows that occurs.
       sharding: batch over dp, sequence over cp.
-      order: int [seq_length], index in the sequence of the token at each place (see `jaxpar.attention.zigzag_order`).
-      rows: rows of the global batch that this process's devices need, in order.
+      order: int [seq_length], for each index of an array on the mesh, the index in the sequence of the token there
+        (see `jaxpar.attention.zigzag_order`).
+      rows: the rows of the global batch that this process's devices need, in order.
     """
 
     def __init__(self, global_batch_size: int, seq_length: int, mesh: Mesh):
@@ -32,32 +33,42 @@ class GlobalBatch:
         slices = self.sharding.addressable_devices_indices_map(self.shape).values()
         self.rows = sorted({row for index in slices if index for row in range(global_batch_size)[index[0]]})
 
-    def place(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Arrays [len(self.rows), seq_length] of this process, tokens in natural order → global arrays on the mesh, tokens
-        in the order of their places. Labels, positions and masks travel with their tokens, so nothing after this minds.
-        Dynamic batches may have fewer rows, the same number on each dp rank."""
-        if len(rows["tokens"]) != len(self.rows):
-            return self.resized(len(rows["tokens"])).place(rows)
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape, dtype and sharding of each array of a batch."""
+        return {key: jax.ShapeDtypeStruct(self.shape, dtype, sharding=self.sharding) for key, dtype in DTYPES.items()}
 
-        def place(array: np.ndarray) -> jax.Array:
+    def put_on_mesh(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Makes global arrays of this process's rows, and puts tokens in zigzag order.
+
+        Targets, positions and masks move with their tokens, so that nothing after this function depends on the order.
+
+        Args:
+          rows: arrays [len(self.rows), seq_length], tokens in natural order. Dynamic batches may have fewer rows, the
+            same number on each dp rank.
+        """
+        if len(rows["tokens"]) != len(self.rows):
+            return self.resized(len(rows["tokens"])).put_on_mesh(rows)
+
+        def put(array: np.ndarray) -> jax.Array:
             def shard(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(self.shape[0])
-                first = self.rows.index(start)  # a shard's rows are neighbours
+                first = self.rows.index(start)  # the rows of a shard are consecutive
                 return array[first : first + stop - start, self.order[index[1]]]
 
             return jax.make_array_from_callback(self.shape, self.sharding, shard)
 
-        return {key: place(array) for key, array in rows.items()}
+        return {key: put(array) for key, array in rows.items()}
 
-    def resized(self, num_rows: int) -> "GlobalBatch":
-        """Of so many rows on this process, and as many on each dp rank."""
-        return GlobalBatch(self.shape[0] * num_rows // len(self.rows), self.shape[1], self._mesh)
+    def resized(self, num_rows: int) -> "BatchLayout":
+        """The same with `num_rows` rows on this process, and as many on each dp rank."""
+        return BatchLayout(self.shape[0] * num_rows // len(self.rows), self.shape[1], self._mesh)
 
-    def complete(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """A user's global batch, checked, with defaults, cut down to this process's rows.
+    def own_rows(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Checks a user's global batch, adds defaults, and cuts it down to this process's rows.
 
         Raises:
-          ValueError: an unknown or missing key, or a shape other than `shape`.
+          ValueError: a key is unknown or missing, or a shape is not `shape`.
         """
         if unknown := sorted(batch.keys() - DTYPES.keys()):
             raise ValueError(f"batch: unknown keys {', '.join(unknown)}; known: {', '.join(DTYPES)}")
@@ -66,7 +77,7 @@ class GlobalBatch:
         for key, array in batch.items():
             if np.shape(array) != self.shape:
                 raise ValueError(
-                    f"batch: {key} is {np.shape(array)}, but the rows and tokens of a global batch are {self.shape}"
+                    f"batch: {key} is {np.shape(array)}, but a global batch has the shape (rows, tokens) {self.shape}"
                 )
         defaults = {
             "loss_mask": np.ones(self.shape),

@@ -1,8 +1,8 @@
-"""Five sizes → one `jax.sharding.Mesh`.
+"""The five-axis `jax.sharding.Mesh`.
 
-Axis names, everywhere in this order: `dp pp tp sp cp`. The tensor group of Megatron-LM is the product of `tp` and
-`sp`: without sequence parallelism it is (tp=T, sp=1), with it (tp=1, sp=T), and weights are split over both, so the
-weight shards are the same in the two modes.
+The axes are `dp pp tp sp cp`, everywhere in this order. Megatron-LM's tensor group is the product of `tp` and `sp`:
+(tp=T, sp=1) without sequence parallelism and (tp=1, sp=T) with it. Weights are split over both axes, so their shards
+are the same in the two modes.
 """
 
 from collections.abc import Sequence
@@ -16,25 +16,25 @@ from jaxpar.config import Config, ConfigError, MeshSizes
 
 AXES = ("dp", "pp", "tp", "sp", "cp")
 TENSOR_AXES = ("tp", "sp")
-REPLICA_AXES = ("dp", "cp")  # every parameter is the same on these: gradients are reduced over them
+REPLICA_AXES = ("dp", "cp")  # every parameter is the same along these, and gradients are reduced over them
 
 
 def device_grid(sizes: MeshSizes) -> np.ndarray:
-    """Index of the device at each mesh coordinate, int array [dp, pp, tp, sp, cp].
+    """The index of the device at each mesh coordinate, int [dp, pp, tp, sp, cp].
 
-    Neighbouring indices, which share a host, go to the chattiest group first: tensor group, cp, dp, pp. That is the
-    order `tp-cp-ep-dp-pp` of Megatron-Core's parallel_state.py.
+    Devices with neighbouring indices share a host, so they go to the axes that communicate most: first the tensor group,
+    then cp, dp and pp. Megatron-Core's parallel_state.py has the same order, `tp-cp-ep-dp-pp`.
     """
     physical = np.arange(sizes.num_devices).reshape(sizes.pp, sizes.dp, sizes.cp, sizes.tp, sizes.sp)
     return physical.transpose(1, 0, 3, 4, 2)
 
 
 def build_mesh(sizes: MeshSizes | Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The five-axis mesh over `devices` (default: all of `jax.devices()`).
+    """Builds the five-axis mesh.
 
     Args:
-      sizes: the five sizes, or a config that holds them (then dp follows from the number of devices).
-      devices: in order of hosts. On TPU they are first put into the order that its torus likes best.
+      sizes: the five sizes, or a config with the other four, from which dp follows.
+      devices: in the order of their hosts; default: `jax.devices()`. TPUs are reordered to suit their torus.
 
     Raises:
       ConfigError: the product of the sizes is not the number of devices.
@@ -53,13 +53,14 @@ def build_mesh(sizes: MeshSizes | Config, devices: Sequence[jax.Device] | None =
 
 
 def cross_host_warning(sizes: MeshSizes, devices_per_host: int) -> str | None:
-    """A warning where a tensor group spans hosts, naming them; None where each group stays inside one."""
+    """A warning that names the hosts if a tensor group spans several; None if every group stays inside one."""
     groups = device_grid(sizes).transpose(0, 1, 4, 2, 3).reshape(-1, sizes.tensor) // devices_per_host
-    torn = [sorted(set(group.tolist())) for group in groups if len(set(group.tolist())) > 1]
-    if not torn:
+    spread = [sorted(set(group.tolist())) for group in groups if len(set(group.tolist())) > 1]
+    if not spread:
         return None
+    more = f" (and {len(spread) - 1} more groups do)" if len(spread) > 1 else ""
     return (
-        f"tensor group of {sizes.tensor} devices crosses hosts {torn[0]} (and {len(torn) - 1} more groups do): "
+        f"tensor group of {sizes.tensor} devices crosses hosts {spread[0]}{more}: "
         f"its collectives then leave NVLink. A host has {devices_per_host} devices: "
         f"choose an actor.model.tensor_model_parallel_size that divides it"
     )

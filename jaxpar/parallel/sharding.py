@@ -1,16 +1,16 @@
-"""Logical dimension → mesh axes: the one table, and what follows from it for each parameter.
+"""The table from dimension names to mesh axes, and what follows from it for each parameter.
 
-A parameter names its dimensions (`("embed", "heads", "head_dim")`), the table says which mesh axes split each. A
-parameter at rest (float32 master, optimizer moments) is further split over dp and cp where a dimension divides: ZeRO
-(Rajbhandari et al., 2020, arXiv:1910.02054).
+A parameter names its dimensions, such as `("embed", "heads", "head_dim")`. The table says which mesh axes split each
+of them during a step. Between steps ("at rest": float32 weights and optimizer moments) a parameter is also split over
+dp and cp where a dimension divides: ZeRO (Rajbhandari et al., 2020, arXiv:1910.02054).
 
-Layers at rest are one array [num_layers, ...] in their order on any mesh. Where stages hold them in another order
-(chunks) or in unequal numbers, pp splits another dimension at rest, and the layers move once a step.
+At rest, layers are one array [num_layers, ...] in their order, on any mesh. Where stages hold them in another order
+(chunks) or in unequal numbers, pp splits another dimension at rest, and the layers move to their stages once a step.
 """
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +37,13 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": TENSOR_AXES,
     "layers": ("pp",),
 }
-# Explicit models split the vocabulary over the stages too, so that none carries the LM head alone (Yeung et al., 2024,
-# arXiv:2411.05288). XLA cannot do that for an automatic model, because pp is always manual.
+# Explicit models also split the vocabulary over the stages, so that no stage carries the LM head alone (Yeung et al.,
+# 2024, arXiv:2411.05288). XLA cannot do this for an automatic model, because pp is always a manual axis.
 EXPLICIT_RULES = RULES | {"vocab": ("pp", *TENSOR_AXES)}
 
 BATCH_SPEC = P("dp", "cp")  # every batch array is [global_batch, seq]
+
+Split = tuple[tuple[str, ...], ...]  # for each dimension, the mesh axes that split it
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,13 @@ class ParamLayout:
     Attributes:
       name: path in the parameter tree, such as "layers/attention/query".
       shape: global shape.
-      dims: name of each dimension, or None for one that is never split.
-      compute_spec: split during the forward and backward pass.
-      rest_spec: split between steps; compute_spec plus dp and cp.
-      gather: (axes, dimension) that lead from rest to compute, or None where both are the same.
-      stages: (placement, dimension that pp splits at rest or None) where layers move before a step.
-      repeated: (dimension, axes) where there are fewer kv heads than tensor ranks: the parameter is kept whole and
-        each rank takes the one head it needs.
+      dims: the name of each dimension, or None for one that is never split.
+      compute_spec: how it is split during the forward and backward pass.
+      rest_spec: how it is split between steps: compute_spec, and dp and cp as well.
+      gather: (axes, dimension) of the all-gather that leads from rest to compute; None if the two are the same.
+      stages: (placement, dimension that pp splits at rest, or None), if layers move before a step; else None.
+      repeated: (dimension, axes) if there are fewer kv heads than tensor ranks; else None. The parameter is then kept
+        whole, and each rank takes the one head that it needs.
     """
 
     name: str
@@ -85,15 +87,15 @@ def param_layout(
     zero_stage: int,
     num_chunks: int = 1,
 ) -> ParamLayout:
-    """Apply the table to one parameter.
+    """Applies the table to one parameter.
 
     Args:
-      dims: a name from the table, or None, for each dimension of `shape`.
+      dims: for each dimension of `shape`, a name from the table or None.
       mesh_shape: size of each mesh axis.
       explicit: the model calls the tensor collectives itself (see `jaxpar.parallel.collectives`).
-      zero_stage: from 1 on the parameter is split over dp and cp at rest; from 2 on never along the layers, because
-        these are gathered or reduced one at a time.
-      num_chunks: virtual pipeline stages a stage.
+      zero_stage: from 1 on, the parameter is split over dp and cp at rest. From 2 on, it is never split over them
+        along the layers, because layers are then gathered or reduced one at a time.
+      num_chunks: chunks (virtual stages) of each pipeline stage.
 
     Raises:
       ConfigError: a name is missing or unknown, or a dimension does not divide by the axes that split it.
@@ -101,71 +103,55 @@ def param_layout(
     rules = EXPLICIT_RULES if explicit else RULES
     _check_names(name, shape, dims, rules)
     assert dims is not None
-    spec: list[tuple[str, ...]] = []
-    repeated = placement = None
-    for dimension, (word, size) in enumerate(zip(dims, shape, strict=True)):
-        axes = rules[word] if word else ()
-        ways = math.prod(mesh_shape[axis] for axis in axes)
-        if word == "layers":
-            placement = LayerPlacement(size, mesh_shape["pp"], num_chunks)
-            spec.append(axes if placement.is_contiguous else ())
-        elif size % ways == 0:
-            spec.append(axes)
-        elif word == "kv_heads" and ways % size == 0:
-            spec.append(())
-            repeated = (dimension, axes) if explicit else None
-        else:
-            split = " x ".join(f"{axis} {mesh_shape[axis]}" for axis in axes)
-            raise ConfigError(
-                f"parameter {name} {list(shape)}: dimension {word!r} of {size} does not divide by {split} = {ways}: "
-                f"change the model's size or actor.model's parallel sizes"
-            )
-    local = [size // math.prod(mesh_shape[axis] for axis in axes) for size, axes in zip(shape, spec, strict=True)]
-    if repeated:
-        local[repeated[0]] = 0
-    gather = None
+    step_split = tuple(_axes_of_dimension(name, shape, dims, i, rules, mesh_shape) for i in range(len(dims)))
+    repeated = _repeated_heads(shape, dims, rules, mesh_shape) if explicit else None
+    placement = LayerPlacement(shape[0], mesh_shape["pp"], num_chunks) if dims[:1] == ("layers",) else None
     moves = placement is not None and not placement.is_contiguous
+    at_rest = tuple(() if moves and dim == "layers" else axes for dim, axes in zip(dims, step_split, strict=True))
+
+    gather = None
     if zero_stage:
-        inside = dict(enumerate(local))
+        excluded = {repeated[0]} if repeated else set()
         if placement and (moves or zero_stage > 1):
-            inside.pop(dims.index("layers"))
-        if zero_stage > 1 and "vocab" in dims:  # as a last resort: see `jaxpar.pipeline.ends`
-            inside[dims.index("vocab")] = inside.pop(dims.index("vocab"))
-        gather = _zero_dimension(inside, mesh_shape)
-    rest = [axes + gather[0] if gather and i == gather[1] else axes for i, axes in enumerate(spec)]
+            excluded.add(0)
+        # The vocabulary is the last choice: only if it is whole can it be gathered in parts (see `jaxpar.pipeline.ends`).
+        last = dims.index("vocab") if zero_stage > 1 and "vocab" in dims else None
+        candidates = sorted(set(range(len(dims))) - excluded, key=lambda i: (i == last, i))
+        local = _local_shape(shape, at_rest, mesh_shape)
+        gather = _zero_split({i: local[i] for i in candidates}, mesh_shape)
+        at_rest = _split_further(at_rest, *gather) if gather else at_rest
     stages = None
     if placement and moves:
-        held = [size // math.prod(mesh_shape[axis] for axis in axes) for size, axes in zip(shape, rest, strict=True)]
-        moved = _stage_dimension(held, gather[1] if gather else None, mesh_shape["pp"])
-        stages = (placement, moved)
-        if moved is not None:
-            rest[moved] += ("pp",)
-        spec[0] = ("pp",)
-    return ParamLayout(name, tuple(shape), tuple(dims), P(*spec), P(*rest), gather, stages, repeated)
+        local = _local_shape(shape, at_rest, mesh_shape)
+        stage_dimension = _stage_dimension(local, gather[1] if gather else None, mesh_shape["pp"])
+        at_rest = at_rest if stage_dimension is None else _split_further(at_rest, ("pp",), stage_dimension)
+        stages = placement, stage_dimension
+    return ParamLayout(name, tuple(shape), tuple(dims), P(*step_split), P(*at_rest), gather, stages, repeated)
 
 
 def place_layers(param: jax.Array, layout: ParamLayout) -> jax.Array:
-    """Inside `shard_map`: layers at rest → this stage's, [chunks · slots, ...]; other parameters as they are.
+    """Inside `shard_map`: moves layers from rest to their stages, [chunks * layers of a chunk, ...]. Other parameters
+    are returned as they are.
 
-    Linear, like `gather_param`; the transpose brings gradients home.
+    Linear, like `gather_param`; its transpose brings gradients back to rest.
     """
     if layout.stages is None:
         return param
     placement, dimension = layout.stages
-    slots = placement.slots.reshape(-1)
-    padded = jnp.take(param, np.maximum(slots, 0), axis=0)
-    real = (slots != NONE).reshape(-1, *[1] * (param.ndim - 1))
+    layers = placement.table.reshape(-1)
+    padded = jnp.take(param, np.maximum(layers, 0), axis=0)
+    real = (layers != NONE).reshape(-1, *[1] * (param.ndim - 1))
     padded = padded if real.all() else jnp.where(real, padded, 0)
     if dimension is None:
-        mine = len(slots) // placement.num_stages
+        mine = len(layers) // placement.num_stages
         return lax.dynamic_slice_in_dim(vary(padded, ("pp",)), lax.axis_index("pp") * mine, mine)
     return lax.all_to_all(padded, "pp", 0, dimension, tiled=True)
 
 
 def mark_varying(param: jax.Array, layout: ParamLayout, accumulate_axes: tuple[str, ...]) -> jax.Array:
-    """Inside `shard_map`: take the kv head that this rank needs, and mark the parameter as varying over
-    `accumulate_axes`: its gradient is summed over these once a step (the transpose of this function) and not wherever
-    the parameter is used."""
+    """Inside `shard_map`: takes the kv head that this rank needs, and marks the parameter as varying over
+    `accumulate_axes`. Its gradient is then summed over these once a step, by the transpose of this function, and not
+    at each use of the parameter."""
     param = vary(param, accumulate_axes)
     if layout.repeated:
         dimension, axes = layout.repeated
@@ -176,10 +162,10 @@ def mark_varying(param: jax.Array, layout: ParamLayout, accumulate_axes: tuple[s
 
 
 def gather_param(param: jax.Array, layout: ParamLayout) -> jax.Array:
-    """Inside `shard_map`: this device's shard over dp and cp → the whole.
+    """Inside `shard_map`: all-gathers this device's shard over dp and cp.
 
-    The function is linear, and its transpose is the gradient reduction: all-gather becomes reduce-scatter. So one
-    function says both, and they cannot disagree.
+    The function is linear, and its transpose is the reduction of the gradient: the all-gather becomes a
+    reduce-scatter. One function defines both, so they cannot disagree.
     """
     if not layout.gather:
         return param
@@ -188,7 +174,8 @@ def gather_param(param: jax.Array, layout: ParamLayout) -> jax.Array:
 
 
 def reduce_grad(grad: jax.Array, layout: ParamLayout) -> jax.Array:
-    """The transpose of `gather_param`: this device's gradient of the whole → its shard of the sum over dp and cp."""
+    """The transpose of `gather_param`: from this device's gradient of the whole parameter to its shard of the sum over
+    dp and cp."""
     if not layout.gather:
         return grad
     axes, dimension = layout.gather
@@ -198,10 +185,10 @@ def reduce_grad(grad: jax.Array, layout: ParamLayout) -> jax.Array:
 def layout_tree(
     shapes: Any, dims: Any, mesh: Mesh | AbstractMesh, *, explicit: bool, zero_stage: int, num_chunks: int = 1
 ) -> Any:
-    """`param_layout` for a tree of ShapeDtypeStructs and the matching tree of dimension names (tuples or None).
+    """Applies `param_layout` to a tree of ShapeDtypeStructs and the matching tree of dimension names (tuples or None).
 
     Raises:
-      ConfigError: every parameter's problem, all at once.
+      ConfigError: with the problems of all parameters at once.
     """
     problems: list[str] = []
 
@@ -241,22 +228,72 @@ def _check_names(name: str, shape: tuple[int, ...], dims: tuple[str | None, ...]
             raise ConfigError(f"parameter {name} {list(shape)}: unknown dimension name {word!r}: {hint}")
 
 
-def _zero_dimension(sizes: Mapping[int, int], mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], int] | None:
-    """(axes, dimension) to split over dp and cp at rest: the first dimension that divides, because shards of it are
-    contiguous and need no copy before they are sent.
+def _axes_of_dimension(
+    name: str,
+    shape: tuple[int, ...],
+    dims: tuple[str | None, ...],
+    dimension: int,
+    rules: Mapping[str, tuple[str, ...]],
+    mesh_shape: Mapping[str, int],
+) -> tuple[str, ...]:
+    """The mesh axes that split one dimension during a step."""
+    word, size = dims[dimension], shape[dimension]
+    axes = rules[word] if word else ()
+    ways = math.prod(mesh_shape[axis] for axis in axes)
+    if word == "layers" or size % ways == 0:  # layers need not divide: some stages then hold one more than others
+        return axes
+    if word == "kv_heads" and ways % size == 0:
+        return ()
+    split = " x ".join(f"{axis} {mesh_shape[axis]}" for axis in axes)
+    raise ConfigError(
+        f"parameter {name} {list(shape)}: dimension {word!r} of {size} does not divide by {split} = {ways}: "
+        f"change the model's size or actor.model's parallel sizes"
+    )
 
-    Where none divides by dp·cp, the larger of the two axes alone is tried, then the other.
+
+def _repeated_heads(
+    shape: tuple[int, ...],
+    dims: tuple[str | None, ...],
+    rules: Mapping[str, tuple[str, ...]],
+    mesh_shape: Mapping[str, int],
+) -> tuple[int, tuple[str, ...]] | None:
+    """(dimension, axes) of kv heads that are fewer than the tensor ranks; None if there are none."""
+    if "kv_heads" not in dims:
+        return None
+    dimension, axes = dims.index("kv_heads"), rules["kv_heads"]
+    divides = shape[dimension] % math.prod(mesh_shape[axis] for axis in axes) == 0
+    return None if divides else (dimension, axes)
+
+
+def _local_shape(shape: Sequence[int], split: Split, mesh_shape: Mapping[str, int]) -> list[int]:
+    """The shape of a device's shard."""
+    return [size // math.prod(mesh_shape[axis] for axis in axes) for size, axes in zip(shape, split, strict=True)]
+
+
+def _split_further(split: Split, axes: tuple[str, ...], dimension: int) -> Split:
+    return tuple(old + axes if i == dimension else old for i, old in enumerate(split))
+
+
+def _zero_split(sizes: Mapping[int, int], mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], int] | None:
+    """(axes, dimension) to split over dp and cp at rest. The first dimension that divides is taken, because its shards
+    are contiguous and need no copy before they are sent.
+
+    If no dimension divides by dp * cp, the larger of the two axes is tried alone, then the other.
+
+    Args:
+      sizes: the local size of each dimension that may be split, the most wanted first.
     """
     single = sorted(REPLICA_AXES, key=lambda axis: -mesh_shape[axis])
     for axes in (REPLICA_AXES, *((axis,) for axis in single)):
         ways = math.prod(mesh_shape[axis] for axis in axes)
-        fits = [dimension for dimension, size in sizes.items() if size and size % ways == 0]
+        fits = [dimension for dimension, size in sizes.items() if size % ways == 0]
         if ways > 1 and fits:
             return axes, fits[0]
     return None
 
 
 def _stage_dimension(sizes: list[int], gathered: int | None, num_stages: int) -> int | None:
-    """The dimension, not that of the layers, that pp splits at rest where it cannot split the layers."""
+    """The dimension that pp splits at rest where it cannot split the layers: the gathered one if it divides, else the
+    first that does."""
     others = sorted(range(1, len(sizes)), key=lambda dimension: (dimension != gathered, dimension))
     return next((dimension for dimension in others if sizes[dimension] % num_stages == 0), None)

@@ -86,7 +86,7 @@ def placement_line(placement: LayerPlacement) -> str:
     line = f"layers: {placement.num_layers} on {parts}: {', '.join(counts)}"
     if not placement.is_padded:
         return line
-    slots = placement.slots.size
+    slots = placement.table.size
     return (
         f"{line}; all stages run as many as the fullest, so {slots - placement.num_layers} of {slots} layer slots only pad: "
         f"{slots / placement.num_layers - 1:.1%} more time in layers"

@@ -1,11 +1,12 @@
 """The pipeline engine: runs any schedule table inside `shard_map`, forward and backward.
 
-All stages run one program, a loop over ticks. A tick's F slot computes a chunk of this stage's layers on one microbatch
-and keeps what the backward pass needs; its B slot takes that out again, and its W slot, in tables that have one, what B
-left over. Which item, which place: the table says so, and an idle slot works on garbage that nobody reads.
+All stages run the same program, a loop over ticks. In a tick's F slot, a stage computes a chunk of its layers on one
+microbatch and keeps what the backward pass needs. The B slot takes that out again. The W slot, in tables that have one,
+does what B left over. The table says which item a slot works on and where its values wait. An idle slot computes
+garbage that nobody reads.
 
-Every collective stands where all stages execute it: `ppermute` in a branch that stages take differently gives wrong
-numbers on some backends.
+Every collective is executed by all stages: a `ppermute` in a branch that stages take differently gives wrong numbers on
+some backends.
 """
 
 from collections.abc import Callable
@@ -18,94 +19,61 @@ from jax import lax
 
 from jaxpar.backward.recompute import Recompute
 from jaxpar.parallel.collectives import rank_and_size, vary, zeros
-from jaxpar.pipeline.ends import Ends
-from jaxpar.pipeline.layers import Buffers, Layers
+from jaxpar.pipeline.ends import EmbeddingAndLoss
+from jaxpar.pipeline.layers import Item, LayerFunctions, Layers, Place, SavedValues
 from jaxpar.pipeline.schedule import IDLE, Schedule, Segment
 
-Row = dict[str, jax.Array]  # a tick's line of every table
+Row = dict[str, jax.Array]  # a tick's row of every table
 
 
 class StageFunctions(NamedTuple):
-    """What the engine pipelines. `params` is {"embed", "layers", "head"}, `batch` one microbatch's arrays.
+    """What the engine pipelines. Parameters are {"embed", "layers", "head"}.
 
     Attributes:
       ends: embedding and head.
-      block: (one layer's parameters, activations, batch) → activations.
-      gather: (layers as the engine holds them) → as `block` takes them, both stacked. Linear.
-      reduce: ({index of the leaf: gradient of stacked layers}) → the same as it is summed up over microbatches, float32.
-        Linear.
-      prefetch: gather a layer while the one before it computes.
-      defer: reduce a layer's gradients while the next one computes.
-      num_real: int [chunks] of this stage, see `jaxpar.pipeline.layers.Layers`.
-      skips: ticks without an embedding or a loss skip it. Where XLA splits the tensor group it refuses the choice (its two
-        sides are split differently), and they run in vain.
+      layers: the layers between them; their `info` is a microbatch's arrays.
+      skips: ticks without an embedding or a loss do not compute one. Where XLA splits the tensor group, it refuses the
+        conditional (its two sides are split differently), and every tick computes both.
     """
 
-    ends: Ends
-    block: Callable[[Any, jax.Array, Any], jax.Array]
-    gather: Callable[[Any], Any]
-    reduce: Callable[[dict[int, jax.Array]], dict[int, jax.Array]]
-    prefetch: bool
-    defer: bool
-    num_real: jax.Array | None = None
+    ends: EmbeddingAndLoss
+    layers: LayerFunctions
     skips: bool = True
 
 
 class _Carry(NamedTuple):
     from_below: jax.Array  # [places, ...]: activations that arrived from the virtual stage below
-    from_above: jax.Array  # [places, ...]: gradients that arrived from the one above
-    kept: Buffers
-    pending: Buffers
+    from_above: jax.Array  # [places, ...]: gradients that arrived from the virtual stage above
+    kept: SavedValues
+    pending: SavedValues
     outputs: jax.Array  # [places, ...]: on the last stage, outputs that wait for the loss
     loss: jax.Array
     grads: Any
 
 
-def loss_and_grads(
-    schedule: Schedule, functions: StageFunctions, params: Any, batch: Any, recompute: Recompute
-) -> tuple[jax.Array, Any]:
-    """Loss and gradients of a whole batch, inside `shard_map` with pp manual.
+class Engine:
+    """A schedule table with the functions that it runs. Used inside `shard_map` with pp manual.
 
     Args:
       params: {"embed", "layers", "head"}, each marked as varying over the axes on which the caller will reduce.
       batch: tree of arrays [microbatches, ...].
-
-    Returns:
-      (loss, grads): the sum over the microbatches and tokens of this device of loss times weight; grads float32, like
-      `params` after `functions.reduce`.
     """
-    return _Engine(schedule, functions, params, batch, recompute).loss_and_grads()
 
-
-def evaluate(schedule: Schedule, functions: StageFunctions, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-    """(losses, weights) of each token, [microbatches, parts, batch, any] each, with a table that only runs forward."""
-    return _Engine(schedule, functions, params, batch, Recompute()).evaluate()
-
-
-class _Engine:
-    def __init__(self, schedule: Schedule, functions: StageFunctions, params: Any, batch: Any, recompute: Recompute):
+    def __init__(
+        self, schedule: Schedule, functions: StageFunctions, params: Any, batch: Any, recompute: Recompute | None = None
+    ):
         self.schedule, self.functions, self.params, self.batch = schedule, functions, params, batch
         self.stage, _ = rank_and_size("pp")
         self.last = schedule.num_stages - 1
         self.num_virtual = schedule.num_stages * schedule.num_chunks
         self.ends, self.outer = functions.ends, {part: params[part] for part in ("embed", "head")}
         self.example = jax.eval_shape(lambda: self._embed(jnp.int32(0)))
-        self.layers = Layers(
-            functions.block,
-            recompute,
-            params["layers"],
-            schedule.num_chunks,
-            functions.num_real,
-            zeros(self.example),
-            self._microbatch(vary(jnp.int32(0), ("pp",))),
-            gather=functions.gather,
-            reduce=functions.reduce,
-            split=schedule.weight is not None,
-            prefetch=functions.prefetch,
-            defer=functions.defer,
-        )
+        x, info = zeros(self.example), self._microbatch(vary(jnp.int32(0), ("pp",)))
+        self.layers = Layers(functions.layers, schedule, recompute or Recompute(), params["layers"], x, info)
 
     def loss_and_grads(self) -> tuple[jax.Array, Any]:
+        """(loss, grads) of the whole batch: the sum over the microbatches and tokens of this device of loss times weight;
+        grads float32, like `params` after `LayerFunctions.reduce`."""
         sizes = self.schedule.buffers.sizes
         loss, outer_grads, _ = jax.eval_shape(lambda: self._head(zeros(self.example, 1), jnp.int32(0), jnp.int32(0)))
         layer_grads = jax.eval_shape(lambda: self.layers.zero_grads(self.params["layers"]))
@@ -123,11 +91,13 @@ class _Engine:
         return carry.loss, carry.grads
 
     def evaluate(self) -> tuple[jax.Array, jax.Array]:
+        """(losses, weights) of each token, [microbatches, parts, batch, any] each, with a table that only runs
+        forward."""
         sizes = self.schedule.buffers.sizes
         carry = zeros(self.example, sizes["from_below"])
 
         def tick(from_below: jax.Array, row: Row, segment: Segment) -> tuple[jax.Array, Any]:
-            y, _ = self._forward(from_below, self.layers.nothing(), row, segment)
+            y, _ = self._forward(from_below, self.layers.no_buffers(), row, segment)
             leaving = self._chunk_and_microbatch(row["F"][self.last])[1]
             losses = self._when("head", segment, row, lambda: self._token_losses(y, leaving))
             return self._pass_up(from_below, y, row), losses
@@ -164,18 +134,20 @@ class _Engine:
             outputs=_put(carry.outputs, y, row["outputs_write"][self.last]),
         )
 
-    def _forward(self, from_below: jax.Array, kept: Buffers, row: Row, segment: Segment) -> tuple[jax.Array, Buffers]:
+    def _forward(
+        self, from_below: jax.Array, kept: SavedValues, row: Row, segment: Segment
+    ) -> tuple[jax.Array, SavedValues]:
         chunk, microbatch = self._chunk_and_microbatch(row["F"][self.stage])
         entering = self._chunk_and_microbatch(row["F"][0])[1]
         x = self._when("embed", segment, row, lambda: self._embed(entering))
         if self.num_virtual > 1:
             arrived = _take(from_below, row["from_below_read_F"][self.stage])
             x = jnp.where((self.stage == 0) & (chunk == 0), x, arrived)
-        place = row["kept_write"][self.stage] if "kept_write" in row else 0
-        return self.layers.forward(self.params["layers"], chunk, x, self._microbatch(microbatch), kept, place)
+        item = Item(self.params["layers"], chunk, self._microbatch(microbatch))
+        return self.layers.forward(item, x, Place(kept, row["kept_write"][self.stage] if "kept_write" in row else 0))
 
     def _backward_slot(self, carry: _Carry, row: Row, segment: Segment) -> _Carry:
-        chunk, microbatch = self._chunk_and_microbatch(row["B"][self.stage])
+        chunk, _ = self._chunk_and_microbatch(row["B"][self.stage])
         leaving = self._chunk_and_microbatch(row["B"][self.last])[1]
         place = row["outputs_read_B"][self.last]
         loss, outer_grads, y_grad = self._when("head", segment, row, lambda: self._head(carry.outputs, place, leaving))
@@ -185,11 +157,12 @@ class _Engine:
             is_last = (self.stage == self.last) & (chunk == self.schedule.num_chunks - 1)
             y_grad = jnp.where(is_last, y_grad, arrived)
         x_grad, layer_grads, pending = self.layers.backward(
-            self.params["layers"], chunk, carry.grads["layers"], y_grad, self._microbatch(microbatch),
-            carry.kept, row["kept_read_B"][self.stage],
-            carry.pending, row["pending_write"][self.stage] if "pending_write" in row else 0,
-            row["B"][self.stage] != IDLE,
-        )  # fmt: skip
+            self._item("B", row),
+            y_grad,
+            carry.grads["layers"],
+            Place(carry.kept, row["kept_read_B"][self.stage]),
+            Place(carry.pending, row["pending_write"][self.stage] if "pending_write" in row else 0),
+        )
         grads = {**carry.grads, "layers": layer_grads}
         embed_grads = self._when("embed_grad", segment, row, lambda: self._embed_grads(x_grad, chunk, row))
         carry = carry._replace(pending=pending, grads={**grads, **_add(grads, {"embed": embed_grads})})
@@ -200,16 +173,23 @@ class _Engine:
         return carry
 
     def _weight_slot(self, carry: _Carry, row: Row) -> _Carry:
-        chunk, microbatch = self._chunk_and_microbatch(row["W"][self.stage])
         layer_grads = self.layers.weight_grad(
-            self.params["layers"], chunk, carry.grads["layers"], self._microbatch(microbatch),
-            carry.kept, row["kept_read_W"][self.stage], carry.pending, row["pending_read_W"][self.stage],
-            row["W"][self.stage] != IDLE,
-        )  # fmt: skip
+            self._item("W", row),
+            carry.grads["layers"],
+            Place(carry.kept, row["kept_read_W"][self.stage]),
+            Place(carry.pending, row["pending_read_W"][self.stage]),
+        )
         return carry._replace(grads={**carry.grads, "layers": layer_grads})
 
+    def _item(self, slot: str, row: Row) -> Item:
+        """What this stage's backward slot works on."""
+        item = row[slot][self.stage]
+        chunk, microbatch = self._chunk_and_microbatch(item)
+        return Item(self.params["layers"], chunk, self._microbatch(microbatch), item != IDLE)
+
     def _head(self, outputs: jax.Array, place: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
-        """Loss of the microbatch that turns round; its gradients by the outer parameters and by the last output."""
+        """The loss of the microbatch that leaves the last stage, and its gradients with respect to the outer parameters
+        and to the last output."""
         return self.ends.loss_and_grads(self.outer, _take(outputs, place), self._microbatch(microbatch))
 
     def _token_losses(self, y: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -225,7 +205,7 @@ class _Engine:
         return self.ends.embed_grads(self.outer, batch, jnp.where(entered, x_grad, 0))
 
     def _when(self, flag: str, segment: Segment, row: Row, run: Callable[[], Any]) -> Any:
-        """What `run` returns in ticks that need it, zeros in others. The choice is the same on all devices."""
+        """What `run` returns in ticks that need it, and zeros in the others. All devices choose alike."""
         needed = self.schedule.runs[flag][segment.ticks]
         if needed.all():
             return run()
@@ -246,7 +226,7 @@ class _Engine:
         return _put(from_below, self._shift(y, up=True), row["from_below_write"][self.stage])
 
     def _shift(self, x: jax.Array, *, up: bool) -> jax.Array:
-        """To the neighbour stage; between chunks also from the last stage to the first, or back."""
+        """Sends to the next stage up or down. With chunks, also from the last stage to the first, or back."""
         stages = self.schedule.num_stages
         pairs = [(s, (s + 1) % stages) for s in range(stages if self.schedule.num_chunks > 1 else stages - 1)]
         return lax.ppermute(x, "pp", pairs if up else [pair[::-1] for pair in pairs])

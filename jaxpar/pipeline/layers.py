@@ -1,248 +1,310 @@
-"""A stage's layers, one after the other: forward, backward, and the gradient of the weights apart.
+"""A stage's layers, one after the other: forward, backward, and the gradient of the weights by itself.
 
-The loops over layers are written out here, forward and backward, instead of differentiating through a scan: what a
-layer keeps goes straight to its place among the microbatches in flight, and what it yields straight into the sum of the
-gradients, so neither exists a second time.
+The loops over layers are written out here, forward and backward, instead of differentiating through a scan. What a layer
+keeps goes straight to its place among the microbatches in flight, and its gradients go straight into the sum, so neither
+exists twice.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from jaxpar.backward.overlap import overlapped_loop
-from jaxpar.backward.pullback import Pullback
-from jaxpar.backward.recompute import LayerRun, Recompute
+from jaxpar.backward import LayerRun, Overlap, Pullback, Recompute, overlapped_loop, take_apart
 from jaxpar.parallel.collectives import DEVICE, HOST, put_in, varying_axes, zeros
+from jaxpar.pipeline.schedule import Schedule
 
-Buffers = list[list[jax.Array]]  # for each run, for each value: [places, groups of the run, ...]
-Linear = Callable[[Any], Any]
+SavedValues = list[list[jax.Array]]  # for each LayerRun, for each value: [places, groups of the run, ...]
+
+
+@dataclass(frozen=True)
+class LayerFunctions:
+    """How a layer computes, and how its parameters and gradients travel.
+
+    Attributes:
+      block: (one layer's parameters, x, info) → x.
+      gather: (stacked layers as the engine holds them) → as `block` takes them, stacked. Linear.
+      reduce: ({index of a leaf: gradient of stacked layers}) → the same, float32, as it is summed over microbatches.
+        Linear.
+      overlap_param_gather: gather a layer while the one before it computes.
+      overlap_grad_reduce: reduce a layer's gradients while the next one computes.
+      num_real: int [chunks], how many layers each chunk of this stage has; the others are padding and do nothing. None:
+        no padding.
+    """
+
+    block: Callable[[Any, jax.Array, Any], jax.Array]
+    gather: Callable[[Any], Any]
+    reduce: Callable[[dict[int, jax.Array]], dict[int, jax.Array]]
+    overlap_param_gather: bool = False
+    overlap_grad_reduce: bool = False
+    num_real: jax.Array | None = None
+
+
+class Item(NamedTuple):
+    """What a slot works on: a chunk of the stage's layers and one microbatch."""
+
+    params: Any  # the stage's layers, leaves [chunks * layers of a chunk, ...], as `gather` takes them
+    chunk: Any
+    info: Any  # what `block` needs to know about the microbatch
+    is_active: Any = True  # False: the slot is idle, and its gradients must not be added
+
+
+class Place(NamedTuple):
+    """Buffers, and the index in each of them that belongs to an item."""
+
+    buffers: SavedValues
+    index: Any
 
 
 class Layers:
-    """The layers of a stage, in its chunks.
+    """The layers of a stage.
 
     Args:
-      block: (one layer's parameters, x, info) → x.
-      recompute: what to keep.
-      params: the stage's layers, leaves [chunks · layers, ...], as `gather` takes them.
-      num_real: int [chunks], how many of a chunk's layers there are; the others do nothing. None: all.
-      x, info: examples.
-      gather: stacked layers → what `block` takes.
-      reduce: gradients of stacked layers → what is summed up.
-      split: the gradient of the weights has a slot of its own.
-      prefetch: a layer is gathered while the one before it computes.
-      defer: its gradients are reduced while the next one computes.
+      params: the stage's layers, as in `Item`.
+      x, info: examples to trace with.
     """
 
     def __init__(
         self,
-        block: Callable[[Any, jax.Array, Any], jax.Array],
+        functions: LayerFunctions,
+        schedule: Schedule,
         recompute: Recompute,
         params: Any,
-        num_chunks: int,
-        num_real: jax.Array | None,
         x: jax.Array,
         info: Any,
-        *,
-        gather: Linear,
-        reduce: Linear,
-        split: bool,
-        prefetch: bool,
-        defer: bool,
     ):
         leaves = jax.tree.leaves(params)
-        self._per_chunk = leaves[0].shape[0] // num_chunks if leaves else 0  # none: a model without a stack
-        self._num_real, self._gather, self._reduce, self._split = num_real, gather, reduce, split
-        self._prefetch, self._defer, self._offload = prefetch, defer, recompute.offload
-        self._runs: list[tuple[LayerRun, Pullback]] = []
-        for run in recompute.runs(self._per_chunk):
-            group = _group(block, run.size, unrolled=split)
-            example = self._group_params(params, run, 0, 0), x, self._group_info(info, run, 0, 0)
-            self._runs.append((run, Pullback(group, *example, recompute=run.recompute, split=split)))
+        per_chunk = leaves[0].shape[0] // schedule.num_chunks if leaves else 0  # 0: a model without a stack
+        self._functions, self._offload = functions, recompute.offload
+        splits_weights, example = schedule.weight is not None, Item(params, 0, info)
+        self._runs = [
+            _RunOfLayers(
+                functions, run, per_chunk, example, x, splits_weights=splits_weights, offload=recompute.offload
+            )
+            for run in recompute.layer_runs(per_chunk)
+        ]
 
-    def kept(self, num_places: int) -> Buffers:
+    def kept(self, num_places: int) -> SavedValues:
         """Buffers for what `forward` keeps."""
         space = HOST if self._offload else DEVICE
-        return [
-            [zeros(aval, num_places, run.count, space=space) for aval in pullback.kept] for run, pullback in self._runs
-        ]
+        return [[zeros(aval, num_places, run.count, space=space) for aval in run.pullback.kept] for run in self._runs]
+
+    def pending(self, num_places: int) -> SavedValues:
+        """Buffers for what `backward` leaves to `weight_grad`."""
+        return [[zeros(aval, num_places, run.count) for aval in run.pullback.pending] for run in self._runs]
+
+    def no_buffers(self) -> SavedValues:
+        """For an evaluation, which keeps nothing."""
+        return [[] for _ in self._runs]
 
     def zero_grads(self, params: Any) -> Any:
         """Float32 zeros like the sums of the layers' gradients."""
-        leaves, tree = jax.tree.flatten(self._gather(params))
-        return jax.tree.unflatten(tree, [zeros(g) for g in self._reduce(dict(enumerate(leaves))).values()])
+        leaves, tree = jax.tree.flatten(self._functions.gather(params))
+        return jax.tree.unflatten(tree, [zeros(g) for g in self._functions.reduce(dict(enumerate(leaves))).values()])
 
-    def nothing(self) -> Buffers:
-        """No buffers, for an evaluation."""
-        return [[] for _ in self._runs]
-
-    def pending(self, num_places: int) -> Buffers:
-        """Buffers for what `backward` leaves to `weight_grad`."""
-        return [[zeros(aval, num_places, run.count) for aval in pullback.pending] for run, pullback in self._runs]
-
-    def forward(
-        self, params: Any, chunk: Any, x: jax.Array, info: Any, kept: Buffers, place: Any
-    ) -> tuple[jax.Array, Buffers]:
-        """(the chunk's output, kept with what its backward pass needs at `place`); nothing is, if kept has no buffers."""
+    def forward(self, item: Item, x: jax.Array, kept: Place) -> tuple[jax.Array, SavedValues]:
+        """(the chunk's output, the buffers with what its backward pass needs). If there are no buffers, nothing is
+        kept."""
         result = []
-        for (run, pullback), buffers in zip(self._runs, kept, strict=True):
-
-            def fetch(i, run=run):
-                return self._group_params(params, run, chunk, i)
-
-            def compute(carry, i, group, run=run, pullback=pullback):
-                x, buffers = carry
-                x, values = pullback.forward(group, x, self._group_info(info, run, chunk, i))
-                return (x, buffers), values
-
-            def store(carry, i, values):
-                x, buffers = carry
-                return x, _put(buffers, values, place, i)
-
-            ways = {"ahead": self._prefetch, "behind": self._offload}
-            x, buffers = overlapped_loop((x, buffers), run.count, fetch, compute, store, **ways)
+        for run, buffers in zip(self._runs, kept.buffers, strict=True):
+            x, buffers = run.forward(item, x, buffers, kept.index)
             result.append(buffers)
         return x, result
 
     def backward(
-        self, params: Any, chunk: Any, grads: Any, y_grad: jax.Array, info: Any, kept: Buffers, place: Any,
-        pending: Buffers, pending_place: Any, active: Any,
-    ) -> tuple[jax.Array, Any, Buffers]:  # fmt: skip
-        """(gradient of the chunk's input, grads with this chunk's added where `active`, pending)."""
+        self, item: Item, y_grad: jax.Array, grads: Any, kept: Place, pending: Place
+    ) -> tuple[jax.Array, Any, SavedValues]:
+        """(gradient of the chunk's input, grads with this chunk's added, the pending buffers)."""
         result = []
-        for (run, pullback), of_run, buffers in reversed(list(zip(self._runs, kept, pending, strict=True))):
-
-            def fetch(i, run=run, of_run=of_run):
-                return self._group_params(params, run, chunk, i), _take(of_run, place, i)
-
-            def compute(carry, i, fetched, run=run, pullback=pullback):
-                y_grad, grads, buffers = carry
-                group, values = fetched
-                group_info = self._group_info(info, run, chunk, i)
-                if self._split:
-                    found, x_grad, handed_over = pullback.input_grad(values, group, group_info, y_grad)
-                    buffers = _put(buffers, handed_over, pending_place, i)
-                else:
-                    group_grads, x_grad = pullback.grads(values, group, group_info, y_grad)
-                    found = dict(enumerate(jax.tree.leaves(group_grads)))
-                return (x_grad, grads, buffers), found
-
-            def store(carry, i, found, run=run):
-                x_grad, grads, buffers = carry
-                return x_grad, self._accumulate(grads, found, run, chunk, i, active), buffers
-
-            y_grad, grads, buffers = overlapped_loop(
-                (y_grad, grads, buffers), run.count, fetch, compute, store,
-                ahead=self._prefetch or self._offload, behind=self._defer, reverse=True,
-            )  # fmt: skip
+        for run, of_run, buffers in reversed(list(zip(self._runs, kept.buffers, pending.buffers, strict=True))):
+            y_grad, grads, buffers = run.backward(item, y_grad, grads, (of_run, kept.index), (buffers, pending.index))
             result.append(buffers)
         return y_grad, grads, result[::-1]
 
-    def weight_grad(
-        self, params: Any, chunk: Any, grads: Any, info: Any, kept: Buffers, place: Any,
-        pending: Buffers, pending_place: Any, active: Any,
-    ) -> Any:  # fmt: skip
-        """grads with what `backward` left out added where `active`."""
-        for (run, pullback), of_run, handed_over in zip(self._runs, kept, pending, strict=True):
-
-            def fetch(i, run=run, of_run=of_run, handed_over=handed_over):
-                values = _take(of_run, place, i), _take(handed_over, pending_place, i)
-                return self._group_params(params, run, chunk, i), *values
-
-            def compute(grads, i, fetched, run=run, pullback=pullback):
-                group, values, handed_over = fetched
-                return grads, pullback.weight_grad(values, group, self._group_info(info, run, chunk, i), handed_over)
-
-            def store(grads, i, found, run=run):
-                return self._accumulate(grads, found, run, chunk, i, active)
-
-            ways = {"ahead": self._prefetch or self._offload, "behind": self._defer}
-            grads = overlapped_loop(grads, run.count, fetch, compute, store, **ways)
+    def weight_grad(self, item: Item, grads: Any, kept: Place, pending: Place) -> Any:
+        """grads, with what `backward` left out added."""
+        for run, of_run, handed_over in zip(self._runs, kept.buffers, pending.buffers, strict=True):
+            grads = run.weight_grad(item, grads, (of_run, kept.index), (handed_over, pending.index))
         return grads
 
-    def _first(self, run: LayerRun, chunk: Any, i: Any) -> Any:
-        return chunk * self._per_chunk + run.first + i * run.size
 
-    def _group_params(self, params: Any, run: LayerRun, chunk: Any, i: Any) -> Any:
-        first = self._first(run, chunk, i)
-        group = self._gather(jax.tree.map(lambda p: lax.dynamic_slice_in_dim(p, first, run.size), params))
-        return group if run.size > 1 else jax.tree.map(lambda p: p[0], group)
+_RunPlace = tuple[list[jax.Array], Any]  # one run's part of a `Place`
 
-    def _group_info(self, info: Any, run: LayerRun, chunk: Any, i: Any) -> tuple[Any, jax.Array | None]:
-        if self._num_real is None:
-            return info, None
-        return info, run.first + i * run.size + jnp.arange(run.size) < self._num_real[chunk]
 
-    def _in_order(self, totals: list[jax.Array], found: dict[int, jax.Array]) -> None:
-        """Lets `found` wait for `totals`. XLA would combine the transfers of two layers, and both would stay in memory."""
-        alike: dict[tuple[str, ...], list[int]] = {}
-        for leaf in found:  # a barrier's results all vary over the same axes
-            alike.setdefault(varying_axes(totals[leaf]), []).append(leaf)
-        for leaves in alike.values():
-            held = lax.optimization_barrier([(found[leaf], totals[leaf]) for leaf in leaves])
-            for leaf, (g, total) in zip(leaves, held, strict=True):
-                found[leaf], totals[leaf] = g, total
+class _RunOfLayers:
+    """The layers of one `LayerRun`.
 
-    def _accumulate(
-        self, grads: Any, found: dict[int, jax.Array], run: LayerRun, chunk: Any, i: Any, active: Any
-    ) -> Any:
+    Attributes:
+      count: number of groups of layers.
+      pullback: the backward pass of a group, taken apart.
+    """
+
+    def __init__(
+        self,
+        functions: LayerFunctions,
+        run: LayerRun,
+        per_chunk: int,
+        example: Item,
+        x: jax.Array,
+        *,
+        splits_weights: bool,
+        offload: bool,
+    ):
+        self._functions, self._per_chunk = functions, per_chunk
+        self._run_first, self._size, self.count = run.first, run.size, run.count
+        self._splits_weights, self._offload = splits_weights, offload
+        group = _group(functions.block, run.size, unrolled=splits_weights)
+        params, info = self._params(example, 0), self._info(example, 0)
+        self.pullback: Pullback = take_apart(group, params, x, info, recompute=run.recompute, split=splits_weights)
+
+    def forward(self, item: Item, x: jax.Array, kept: list[jax.Array], index: Any) -> tuple[jax.Array, list[jax.Array]]:
+        def fetch(i: Any) -> Any:
+            return self._params(item, i)
+
+        def compute(carry: Any, i: Any, params: Any) -> tuple[Any, Any]:
+            x, kept = carry
+            x, values = self.pullback.forward(params, x, self._info(item, i))
+            return (x, kept), values
+
+        def store(carry: Any, i: Any, values: Any) -> Any:
+            x, kept = carry
+            return x, _put(kept, values, index, i)
+
+        overlap = Overlap(prefetch=self._functions.overlap_param_gather, defer=self._offload)
+        return overlapped_loop((x, kept), self.count, fetch, compute, store, overlap)
+
+    def backward(
+        self, item: Item, y_grad: jax.Array, grads: Any, kept: _RunPlace, pending: _RunPlace
+    ) -> tuple[jax.Array, Any, list[jax.Array]]:
+        def fetch(i: Any) -> Any:
+            return self._params(item, i), _take(*kept, i)
+
+        def compute(carry: Any, i: Any, fetched: Any) -> tuple[Any, Any]:
+            y_grad, grads, buffers = carry
+            params, values = fetched
+            info = self._info(item, i)
+            if self._splits_weights:
+                found, x_grad, handed_over = self.pullback.input_grad(values, params, info, y_grad)
+                buffers = _put(buffers, handed_over, pending[1], i)
+            else:
+                param_grads, x_grad = self.pullback.grads(values, params, info, y_grad)
+                found = dict(enumerate(jax.tree.leaves(param_grads)))
+            return (x_grad, grads, buffers), found
+
+        def store(carry: Any, i: Any, found: Any) -> Any:
+            x_grad, grads, buffers = carry
+            return x_grad, self._accumulate(item, grads, found, i), buffers
+
+        carry = y_grad, grads, pending[0]
+        return overlapped_loop(carry, self.count, fetch, compute, store, self._backward_overlap, reverse=True)
+
+    def weight_grad(self, item: Item, grads: Any, kept: _RunPlace, pending: _RunPlace) -> Any:
+        def fetch(i: Any) -> Any:
+            values = _take(*kept, i), _take(*pending, i)
+            return self._params(item, i), *values
+
+        def compute(grads: Any, i: Any, fetched: Any) -> tuple[Any, Any]:
+            params, values, handed_over = fetched
+            return grads, self.pullback.weight_grad(values, params, self._info(item, i), handed_over)
+
+        def store(grads: Any, i: Any, found: Any) -> Any:
+            return self._accumulate(item, grads, found, i)
+
+        return overlapped_loop(grads, self.count, fetch, compute, store, self._backward_overlap)
+
+    @property
+    def _backward_overlap(self) -> Overlap:
+        functions = self._functions
+        return Overlap(prefetch=functions.overlap_param_gather or self._offload, defer=functions.overlap_grad_reduce)
+
+    def _first(self, item: Item, i: Any) -> Any:
+        """Index of the first layer of group i among the stage's layers."""
+        return item.chunk * self._per_chunk + self._run_first + i * self._size
+
+    def _params(self, item: Item, i: Any) -> Any:
+        first = self._first(item, i)
+        stacked = jax.tree.map(lambda p: lax.dynamic_slice_in_dim(p, first, self._size), item.params)
+        group = self._functions.gather(stacked)
+        return group if self._size > 1 else jax.tree.map(lambda p: p[0], group)
+
+    def _info(self, item: Item, i: Any) -> tuple[Any, jax.Array | None]:
+        """(info, which layers of group i are no padding, or None if none is)."""
+        if self._functions.num_real is None:
+            return item.info, None
+        index = self._run_first + i * self._size + jnp.arange(self._size)
+        return item.info, index < self._functions.num_real[item.chunk]
+
+    def _accumulate(self, item: Item, grads: Any, found: dict[int, jax.Array], i: Any) -> Any:
         totals, tree = jax.tree.flatten(grads)
-        stacked = {leaf: g if run.size > 1 else g[None] for leaf, g in found.items()}
-        if self._defer:
-            self._in_order(totals, stacked)
-        for leaf, g in self._reduce(stacked).items():
-            g = jnp.where(active, g, 0).astype(totals[leaf].dtype)  # an idle slot's may be anything, NaN too
-            first = self._first(run, chunk, i)
-            g += lax.dynamic_slice_in_dim(totals[leaf], first, run.size)
+        stacked = {leaf: g if self._size > 1 else g[None] for leaf, g in found.items()}
+        if self._functions.overlap_grad_reduce:
+            _in_order(totals, stacked)
+        for leaf, g in self._functions.reduce(stacked).items():
+            # The gradient of an idle slot may be anything, even NaN.
+            g = jnp.where(item.is_active, g, 0).astype(totals[leaf].dtype)
+            first = self._first(item, i)
+            g += lax.dynamic_slice_in_dim(totals[leaf], first, self._size)
             totals[leaf] = lax.dynamic_update_slice_in_dim(totals[leaf], g, first, 0)
         return jax.tree.unflatten(tree, totals)
 
 
-def _group(block: Callable, size: int, *, unrolled: bool) -> Callable[[Any, jax.Array, Any], jax.Array]:
-    """`size` layers as one function of their parameters, x, and (info, which of them are real)."""
+def _in_order(totals: list[jax.Array], found: dict[int, jax.Array]) -> None:
+    """Makes `found` wait for `totals`. Otherwise XLA would combine the transfers of two layers, and both layers would stay
+    in memory."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for leaf in found:  # the results of a barrier all vary over the same axes
+        alike.setdefault(varying_axes(totals[leaf]), []).append(leaf)
+    for leaves in alike.values():
+        held = lax.optimization_barrier([(found[leaf], totals[leaf]) for leaf in leaves])
+        for leaf, (g, total) in zip(leaves, held, strict=True):
+            found[leaf], totals[leaf] = g, total
 
-    def layer(params: Any, x: jax.Array, info: Any, real: Any) -> jax.Array:
+
+def _group(block: Callable, size: int, *, unrolled: bool) -> Callable[[Any, jax.Array, Any], jax.Array]:
+    """`size` layers as one function of their parameters, x, and (info, which layers are no padding)."""
+
+    def layer(params: Any, x: jax.Array, info: Any, is_real: Any) -> jax.Array:
         y = block(params, x, info)
-        return y if real is None else jnp.where(real, y, x)
+        return y if is_real is None else jnp.where(is_real, y, x)
 
     def group(params: Any, x: jax.Array, info: Any) -> jax.Array:
-        info, real = info
+        info, is_real = info
         if size == 1:
-            return layer(params, x, info, None if real is None else real[0])
-        if unrolled:  # W is found among products that are not inside a loop
+            return layer(params, x, info, None if is_real is None else is_real[0])
+        if unrolled:  # W is looked for among products outside of loops
             for i in range(size):
-                one, is_real = jax.tree.map(lambda p, i=i: p[i], (params, real))
-                x = layer(one, x, info, is_real)
+                one, one_is_real = jax.tree.map(lambda p, i=i: p[i], (params, is_real))
+                x = layer(one, x, info, one_is_real)
             return x
-        return lax.scan(lambda x, each: (layer(each[0], x, info, each[1]), None), x, (params, real))[0]
+        return lax.scan(lambda x, each: (layer(each[0], x, info, each[1]), None), x, (params, is_real))[0]
 
     return group
 
 
-def _put(buffers: Sequence[jax.Array], values: Sequence[jax.Array], place: Any, i: Any) -> list[jax.Array]:
-    """Buffers with values at [place, i]; none where there are no buffers."""
+def _put(buffers: Sequence[jax.Array], values: Sequence[jax.Array], index: Any, i: Any) -> list[jax.Array]:
+    """The buffers with values at [index, i]; without buffers, none."""
 
     def put(buffer: jax.Array, value: jax.Array) -> jax.Array:
         value = put_in(jax.typeof(buffer).memory_space, value)
-        return lax.dynamic_update_slice(buffer, value[None, None], (place, i, *[0] * value.ndim))
+        return lax.dynamic_update_slice(buffer, value[None, None], (index, i, *[0] * value.ndim))
 
     return [put(*pair) for pair in zip(buffers, values, strict=bool(buffers))]
 
 
-def _take(buffers: Sequence[jax.Array], place: Any, i: Any) -> list[jax.Array]:
+def _take(buffers: Sequence[jax.Array], index: Any, i: Any) -> list[jax.Array]:
     def take(buffer: jax.Array) -> jax.Array:
         shape = (1, 1, *buffer.shape[2:])
-        x = lax.dynamic_slice(buffer, (place, i, *[0] * (buffer.ndim - 2)), shape)[0, 0]
-        return as_it_lies(put_in(DEVICE, x))
+        x = lax.dynamic_slice(buffer, (index, i, *[0] * (buffer.ndim - 2)), shape)[0, 0]
+        return keep_memory_order(put_in(DEVICE, x))
 
     return [take(buffer) for buffer in buffers]
 
 
-def as_it_lies(x: jax.Array) -> jax.Array:
-    """A slice of a large array. A product may want it transposed, and XLA would give the whole array that layout: a second
-    copy of it all."""
+def keep_memory_order(x: jax.Array) -> jax.Array:
+    """Fixes the order of dimensions in memory of a slice of a large array. A product may want the slice transposed, and
+    XLA would transpose the whole array for it: a second copy."""
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))

@@ -18,22 +18,22 @@ class Evaluation:
 
     def __init__(self, program: Program, samples: SampleSource, max_batches: int | None):
         self._program, self._samples = program, samples
-        whole = -(-len(samples) // program.batch.shape[0])
+        whole = -(-len(samples) // program.batch_layout.shape[0])
         self._num_batches = min(whole, max_batches or whole)
 
     def loss(self, params: object) -> float:
         """Nats a token: the sum over all valid tokens, over their count."""
         loss, tokens = 0.0, 0.0
         for batch in self._batches():
-            sums = self._program.evaluate(params, self._program.batch.place(batch))
+            sums = self._program.evaluate(params, self._program.batch_layout.put_on_mesh(batch))
             loss, tokens = loss + float(sums["loss"]), tokens + float(sums["tokens"])
         return loss / max(tokens, 1)
 
     def _batches(self) -> Iterator[Batch]:
         """This process's rows of each global batch."""
-        size = self._program.batch.shape[0]
+        size = self._program.batch_layout.shape[0]
         for first in range(0, self._num_batches * size, size):
-            rows = [self._sample(first + row) for row in self._program.batch.rows]
+            rows = [self._sample(first + row) for row in self._program.batch_layout.rows]
             yield {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
     def _sample(self, index: int) -> Batch:

@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxpar.config import Config
 from jaxpar.hardware import peak_flops
-from jaxpar.models.flops import model_flops_per_token
 from jaxpar.program import Program
 from jaxpar.run.metrics import MetricsWriter
 from jaxpar.run.progress import Reporter
@@ -32,14 +31,15 @@ class StepLog:
         self._config, self._report, self._writers = config, report, writers
         self._pending: tuple[int, dict[str, jax.Array], Mapping[str, np.ndarray], Mapping[str, float]] | None = None
         self._skipped_in_a_row = 0
-        self._place = program.batch
+        self._batch_layout = program.batch_layout
         devices = program.mesh.devices.flatten()
         peak = peak_flops(devices[0].device_kind)
         self._mfu_per_flops = None
-        if program.architecture and peak:
-            self._flops_per_token = model_flops_per_token(program.architecture, program.num_params, config.row_length)
+        flops_per_token = program.blueprint.flops_per_token
+        if flops_per_token and peak:
+            self._flops_per_token = flops_per_token
             self._mfu_per_flops = 1 / (peak * len(devices))
-        self._tokens = math.prod(program.batch.shape)
+        self._tokens = math.prod(program.batch_layout.shape)
         self._before = time.perf_counter()
 
     def enter(
@@ -113,7 +113,7 @@ class StepLog:
         folder = self._config.output_path / "skipped_batches"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step_{step}.process_{jax.process_index()}.npz"
-        arrays: Any = {"rows": np.asarray(self._place.resized(len(batch["tokens"])).rows), **batch}
+        arrays: Any = {"rows": np.asarray(self._batch_layout.resized(len(batch["tokens"])).rows), **batch}
         np.savez_compressed(path, **arrays)
         self._report.say(f"step {step}: loss or gradients are not finite, nothing was updated; its batch is in {path}")
         self._skipped_in_a_row += 1

@@ -1,4 +1,4 @@
-"""The scale of the loss that keeps fp16 gradients from vanishing (Micikevicius et al., 2018, arXiv:1710.03740)."""
+"""The loss scale, which keeps fp16 gradients from vanishing (Micikevicius et al., 2018, arXiv:1710.03740)."""
 
 import dataclasses
 from typing import Any
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class DynamicLossScale:
-    """Halved on overflow, doubled after a while without: the rule of Megatron-LM's `DynamicGradScaler`.
+    """A scale that is halved on overflow and doubled after a while without: Megatron-LM's `DynamicGradScaler`.
 
     Attributes:
-      initial, minimum: scales.
-      window: steps in a row without overflow, after which the scale doubles.
-      hysteresis: overflows since the last doubling from which on the scale is halved, each time.
+      initial, minimum: the first and the smallest scale.
+      window: the scale doubles after so many steps in a row without overflow.
+      hysteresis: the scale is halved at each overflow from this one on, counted from the last doubling.
     """
 
     initial: float
@@ -31,7 +31,7 @@ class DynamicLossScale:
         }
 
     def update(self, state: dict[str, Any], finite: jax.Array) -> dict[str, jax.Array]:
-        """The state after a step whose loss and gradients were all finite, or were not."""
+        """The state after a step. `finite`: the loss and all gradients were finite."""
         scale, good_steps, patience = state["scale"], state["good_steps"] + 1, state["patience"] - 1
         grows = good_steps >= self.window
         larger = jnp.where(grows & jnp.isfinite(scale * 2), scale * 2, scale)

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and decay, from Optax, with Megatron-LM's meanings of its settings."""
+"""Optax's AdamW with warm-up and decay. Its settings mean what they mean in Megatron-LM."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from jaxpar.parallel.sharding import ParamLayout
 
 
 def learning_rate_schedule(config: Config) -> optax.Schedule:
-    """Step (from 0) → learning rate: linear warm-up from lr_warmup_init to lr, then constant, linear or cosine decay to
-    min_lr, reached at step lr_decay_iters and kept from there on."""
+    """Step (from 0) → learning rate: linear warm-up from lr_warmup_init to lr, then constant, or linear or cosine decay to
+    min_lr, which is reached at step lr_decay_iters and kept after it."""
     sched, peak = config.actor.lr_sched, config.actor.optim.lr
     last = sched.lr_decay_iters or max(config.runner.max_steps, 0)
     warmup = sched.lr_warmup_iters or int((sched.lr_warmup_fraction or 0) * last)
@@ -27,13 +27,13 @@ def learning_rate_schedule(config: Config) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(sched.lr_warmup_init, peak, warmup), rest], [warmup])
 
 
-def build_optimizer(config: Config, layouts: Any) -> optax.GradientTransformation:
-    """Clip by the global norm of all gradients, then AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101).
+def build_optimizer(config: Config, param_layouts: Any) -> optax.GradientTransformation:
+    """Clips by the global norm of all gradients, then applies AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101).
 
-    Weight decay leaves out biases and norm scales, as in Megatron-LM.
+    Biases and norm scales have no weight decay, as in Megatron-LM.
 
     Args:
-      layouts: tree of `ParamLayout`, which tells the kinds of parameter apart.
+      param_layouts: tree of `ParamLayout`, whose names and dimensions tell biases and scales from weights.
     """
     optim = config.actor.optim
     adamw = optax.adamw(
@@ -42,7 +42,7 @@ def build_optimizer(config: Config, layouts: Any) -> optax.GradientTransformatio
         b2=optim.adam_beta2,
         eps=optim.adam_eps,
         weight_decay=optim.weight_decay,
-        mask=jax.tree.map(_decays, layouts),
+        mask=jax.tree.map(_decays, param_layouts),
     )
     return optax.chain(optax.clip_by_global_norm(optim.clip_grad), adamw) if optim.clip_grad else adamw
 

@@ -1,4 +1,4 @@
-"""The state of a training run and the one XLA program that advances it by a step."""
+"""The state of a training run, and the step that advances it: one XLA program."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,7 +15,7 @@ from jaxpar.models.protocol import FunctionalModel
 from jaxpar.parallel.collectives import DEVICE, put_in
 from jaxpar.step.loss_scale import DynamicLossScale
 
-# "step" int32, "params" and "opt_state" float32, "rng" uint32 key data, "loss_scale" if that is dynamic
+# "step" int32, "params" and "opt_state" float32, "rng" uint32 key data, and "loss_scale" if it is dynamic
 State = dict[str, Any]
 LossScale = float | DynamicLossScale | None
 Metrics = dict[str, jax.Array]
@@ -24,16 +24,19 @@ Metrics = dict[str, jax.Array]
 def state_shardings(
     model: FunctionalModel,
     optimizer: optax.GradientTransformation,
-    layouts: Any,
+    param_layouts: Any,
     mesh: Mesh,
     loss_scale: LossScale = None,
     *,
     offload: bool = False,
 ) -> tuple[State, State]:
-    """Shapes and shardings of the whole state: moments lie like their parameters, in pinned host memory to `offload` them,
-    scalars on every device."""
+    """Shapes and shardings of the whole state. Moments lie like their parameters, and scalars on every device.
+
+    Args:
+      offload: keep the moments in the host's pinned memory.
+    """
     everywhere = NamedSharding(mesh, P())
-    params = jax.tree.map(lambda layout: NamedSharding(mesh, layout.rest_spec), layouts)
+    params = jax.tree.map(lambda layout: NamedSharding(mesh, layout.rest_spec), param_layouts)
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0, loss_scale=loss_scale))
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
@@ -48,7 +51,7 @@ def state_shardings(
 
 def _in_host_memory(sharding: NamedSharding) -> NamedSharding:
     found = sharding.with_memory_kind("pinned_host")
-    # Compile-only devices know no memories, and jax forgets the kind; of an abstract mesh it does not.
+    # Compile-only devices have no memories, and jax drops the kind. For an abstract mesh it keeps it.
     abstract = sharding.mesh.abstract_mesh
     return found if found.memory_kind else NamedSharding(abstract, sharding.spec, memory_kind="pinned_host")
 
@@ -60,7 +63,11 @@ def init_state(
     params: Any = None,
     loss_scale: LossScale = None,
 ) -> State:
-    """State before the first step. New parameters (`params` None) depend on the seed alone, not on the mesh."""
+    """The state before the first step.
+
+    Args:
+      params: parameters to start from. None: new ones, which depend on the seed alone and not on the mesh.
+    """
     params = model.init(seed) if params is None else params
     state = {
         "step": jnp.zeros((), jnp.int32),
@@ -82,13 +89,13 @@ def build_train_step(
     """Returns (state, batch) → (state, metrics), for `jax.jit`.
 
     Args:
-      offload: the optimizer's state rests in host memory; the step fetches it.
+      offload: the optimizer's state rests in the host's memory, and the step fetches it.
 
-    Where the loss or any gradient is not finite, the step is counted and changes nothing else but a dynamic loss scale.
+    If the loss or any gradient is not finite, the step is counted, and changes nothing else except a dynamic loss scale.
 
     Metrics, all float32 scalars: `loss` (nats a token), `grad_norm` (global, before clipping; each parameter counts
-    once), `learning_rate`, `tokens` (valid ones in the global batch), `skipped` (1 if the update was not applied, else
-    0), and `loss_scale` (that the step used) if it is dynamic.
+    once), `learning_rate`, `tokens` (valid tokens in the global batch), `skipped` (1 if the update was not applied, else
+    0), and `loss_scale` (the one that the step used) if it is dynamic.
     """
     dynamic = loss_scale if isinstance(loss_scale, DynamicLossScale) else None
 
@@ -98,7 +105,7 @@ def build_train_step(
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         if offload:
-            # Once the gradients are there: XLA would begin before the forward pass, and activations are in the way then.
+            # Fetched once there are gradients. XLA would begin before the forward pass, when activations need the memory.
             opt_state, grads = lax.optimization_barrier((state["opt_state"], grads))
             state = {**state, "opt_state": jax.tree.map(partial(put_in, DEVICE), opt_state)}
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
@@ -122,11 +129,11 @@ def build_train_step(
 
 
 def scale_of(state: State, loss_scale: LossScale) -> jax.Array | None:
-    """The present scale, dynamic or not; None without one."""
+    """The present loss scale, dynamic or static; None if there is none."""
     if isinstance(loss_scale, DynamicLossScale):
         return state["loss_scale"]["scale"]
     return None if loss_scale is None else jnp.float32(loss_scale)
 
 
 def _num_updates(opt_state: Any) -> jax.Array:
-    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]  # all its counts are this one
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]  # all its counts are equal

@@ -177,7 +177,7 @@ def test_memory_of_gpipe_does():
     assert temporaries("gpipe", 16) > 1.8 * temporaries("1f1b", 16)
 
 
-@pytest.mark.parametrize("recompute", [Recompute(), Recompute("uniform", 1)], ids=str)
+@pytest.mark.parametrize("recompute", [Recompute(), Recompute("full", "uniform", 1)], ids=str)
 def test_a_step_keeps_no_scores_and_no_masks(monkeypatch, recompute):
     monkeypatch.setattr(blockwise, "MAX_TILE", 64)
     tile, seq = 64, 512  # tokens a rank, more than any other size

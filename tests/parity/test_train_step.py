@@ -89,7 +89,7 @@ GRID = [
     ((1, 4, 1, 2, 2), 6, 1), ((2, 4, 1, 2, 1), 6, 1), ((1, 4, 2, 1, 2), 3, 1), ((2, 3, 1, 1, 2), 3, 2),
 ]  # fmt: skip
 RECOMPUTE = [
-    Recompute(), Recompute("selective"), Recompute("uniform", 1), Recompute("uniform", 2), Recompute("block", 1)
+    Recompute(), Recompute("selective"), Recompute("full", "uniform", 1), Recompute("full", "uniform", 2), Recompute("full", "block", 1)
 ]  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def test_zero_stages(sizes, zero_stage, num_chunks, schedule):
     ("arch", "sizes", "options"),
     [
         (DECODER, (1, 2, 2, 1, 1), {"schedule": "zb1p", "recompute": Recompute(offload=True)}),
-        (SIX_LAYERS, (2, 1, 1, 1, 1), {"zero_stage": 3, "recompute": Recompute("uniform", 2, offload=True)}),
+        (SIX_LAYERS, (2, 1, 1, 1, 1), {"zero_stage": 3, "recompute": Recompute("full", "uniform", 2, offload=True)}),
     ],
     ids=str,
 )

@@ -44,7 +44,7 @@ def test_stack_of_blocks(sizes):
     ("sizes", "options"),
     [
         ((1, 2, 1, 2, 2), {"schedule": "gpipe"}),
-        ((1, 2, 2, 1, 1), {"recompute": Recompute("uniform", 1)}),
+        ((1, 2, 2, 1, 1), {"recompute": Recompute("full", "uniform", 1)}),
         ((2, 1, 1, 2, 1), {"zero_stage": 0}),
         ((1, 4, 1, 2, 1), {"num_microbatches": 3}),
         ((1, 2, 2, 1, 2), {"schedule": "zb1p"}),

@@ -174,7 +174,7 @@ def test_a_kill_leaves_the_last_checkpoint_and_metrics_without_gaps(tmp_path):
 def test_a_hugging_face_folder_gives_architecture_and_weights(tmp_path):
     first = fit(tmp_path, "runner.max_steps=2", *SMALL, *layout("all"))
     folder = tmp_path / "exported"
-    save_params(folder, first.state["params"], first.program.architecture, dtype="float32")
+    save_params(folder, first.state["params"], first.program.blueprint.architecture, dtype="float32")
     rng = np.random.default_rng(0)
     batch = {key: rng.integers(0, 258, (16, 32)) for key in ("tokens", "targets")}
     expected, _ = first.loss_and_grads(batch)
@@ -186,7 +186,7 @@ def test_a_hugging_face_folder_gives_architecture_and_weights(tmp_path):
     values["actor"]["model"] |= {"model_path": str(folder), "precision": "fp32"}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(values))
     trainer = jaxpar.Trainer(jaxpar.load_config(tmp_path / "own.yaml", ["runner.seq_length=32", *layout("cp4")]))
-    assert trainer.program.architecture.hidden_size == 32
+    assert trainer.program.blueprint.architecture.hidden_size == 32
     loss, _ = trainer.loss_and_grads(batch)
     assert abs(float(loss) - float(expected)) < 1e-5
 

@@ -472,7 +472,7 @@ def train_step(devices: int, global_batch: int, tensor=1, sequence=False, pipeli
         program.state_shardings,
     )
     batch = {
-        key: jax.ShapeDtypeStruct(program.batch.shape, dtype, sharding=program.batch.sharding)
+        key: jax.ShapeDtypeStruct(program.batch_layout.shape, dtype, sharding=program.batch_layout.sharding)
         for key, dtype in DTYPES.items()
     }
     text = program.train_step.lower(state, batch).compile().as_text()
@@ -529,8 +529,8 @@ def sums(result, kind, axes):
 @pytest.mark.parametrize("global_batch", [16, 64])
 def test_gradients_travel_once_a_step_whatever_the_microbatches(global_batch):
     program, result = train_step(4, global_batch, context=2)
-    assert sums(result, "reduce-scatter", ("dp", "cp"))[1] == program.num_params * 4
-    assert sums(result, "all-gather", ("dp", "cp"))[1] == program.num_params * 4
+    assert sums(result, "reduce-scatter", ("dp", "cp"))[1] == program.blueprint.num_params * 4
+    assert sums(result, "all-gather", ("dp", "cp"))[1] == program.blueprint.num_params * 4
     assert not any(c.in_loop for c in result.collectives if set(c.axes) & {"dp"})
 
 

@@ -9,7 +9,7 @@ from support import DECODER, GLOBAL_BATCH, SEQ, Step, decoder_case, make_batch, 
 
 from jaxpar.config import config_from_dict
 from jaxpar.models import Decoder, FunctionalModel
-from jaxpar.parallel.batch import GlobalBatch
+from jaxpar.parallel.batch import BatchLayout
 from jaxpar.step.optimizer import build_optimizer, learning_rate_schedule
 from jaxpar.step.train_step import build_train_step, init_state, state_shardings
 
@@ -110,7 +110,7 @@ def train(sizes, num_steps=2, **optim):
     )
     state = jax.jit(lambda: init_state(case.model, optimizer, 0), out_shardings=shardings)()
     state = {**state, "params": jax.device_put(case.params, step.shardings)}
-    batch, metrics = GlobalBatch(GLOBAL_BATCH, SEQ, step.mesh).place(make_batch()), []
+    batch, metrics = BatchLayout(GLOBAL_BATCH, SEQ, step.mesh).put_on_mesh(make_batch()), []
     for _ in range(num_steps):
         state, found = advance(state, batch)
         metrics.append({name: float(value) for name, value in found.items()})

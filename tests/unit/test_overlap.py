@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpar.backward.overlap import overlapped_loop
+from jaxpar.backward.overlap import Overlap, overlapped_loop
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize(("ahead", "behind", "reverse"), list(itertools.product([False, True], repeat=3)))
-def test_every_way_to_turn_the_loop_gives_the_same(count, ahead, behind, reverse):
+@pytest.mark.parametrize(("prefetch", "defer", "reverse"), list(itertools.product([False, True], repeat=3)))
+def test_every_way_to_turn_the_loop_gives_the_same(count, prefetch, defer, reverse):
     table = jnp.asarray(np.random.default_rng(0).normal(size=(count, 3)))
     calls = []
 
@@ -29,8 +29,8 @@ def test_every_way_to_turn_the_loop_gives_the_same(count, ahead, behind, reverse
         jax.debug.callback(lambda i: calls.append(int(i)), i)
         return table[i]
 
-    ways = {"ahead": ahead, "behind": behind, "reverse": reverse}
-    run = jax.jit(lambda carry: overlapped_loop(carry, count, fetch, compute, store, **ways))
+    overlap = Overlap(prefetch, defer)
+    run = jax.jit(lambda carry: overlapped_loop(carry, count, fetch, compute, store, overlap, reverse=reverse))
     x, kept = jax.block_until_ready(run((jnp.ones(3), jnp.zeros((count, 3)))))
     jax.effects_barrier()
 
@@ -52,8 +52,7 @@ def test_transfers_stand_beside_the_products_in_the_loop():
             lambda i: jnp.cos(table[i]),
             lambda carry, i, row: ((carry[0] * row, carry[1]), jnp.tan(carry[0])),
             lambda carry, i, found: (carry[0], carry[1].at[i].set(jnp.exp(found))),
-            ahead=True,
-            behind=True,
+            Overlap(prefetch=True, defer=True),
         )
     )(1.0, jnp.ones(6))
     (scan,) = [eqn for eqn in loop.jaxpr.eqns if eqn.primitive.name == "scan"]

@@ -1,0 +1,201 @@
+"""What a config means on N devices: sizes, model, how parameters lie, schedule, batch. No device is asked for anything,
+and nothing is compiled.
+
+`jaxpar mesh`, `compile`, `bench` and `train` all start from a `Blueprint`. `jaxpar.program` puts one on real devices.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AbstractMesh
+
+from jaxpar.attention import AttentionSettings
+from jaxpar.backward.recompute import Recompute
+from jaxpar.config import Architecture, Config, ConfigError, MeshSizes, checks
+from jaxpar.models import Decoder, FunctionalModel, Model
+from jaxpar.models.flops import flops_coefficients, model_flops_per_token
+from jaxpar.parallel.mesh import cross_host_warning
+from jaxpar.parallel.placement import LayerPlacement
+from jaxpar.parallel.sharding import layout_tree
+from jaxpar.pipeline.schedule import Schedule, ScheduleError, build_schedule
+from jaxpar.step.loss_scale import DynamicLossScale
+from jaxpar.step.optimizer import build_optimizer, learning_rate_schedule
+from jaxpar.step.train_step import LossScale
+
+DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
+
+UserModel = Model | Callable[[nnx.Rngs], nnx.Module]
+
+
+class Blueprint:
+    """A config on `num_devices` devices. Each part is worked out when it is first asked for, and raises ConfigError with
+    its own problems; `check` raises all problems at once.
+
+    Args:
+      config: from `jaxpar.load_config`.
+      model: a `jaxpar.Model`, or for a model that is not a stack of blocks a function of `nnx.Rngs` that builds it.
+        Default: the built-in decoder with the config's architecture.
+
+    Attributes:
+      rows_per_microbatch: rows of a microbatch on all dp ranks together.
+    """
+
+    def __init__(self, config: Config, num_devices: int, model: UserModel | None = None):
+        self.config, self.num_devices = config, num_devices
+        self._user_model = model
+
+    def check(self) -> None:
+        """Raises ConfigError with every problem that stands in the way of training."""
+        if self._user_model is not None:  # it has its own sizes, whatever architecture the file describes
+            self.config.check_train(self.sizes, None)
+        else:
+            self.config.prepare_train(self.num_devices)
+        if problems := list(checks.schedule_problems(self.config.actor.model, self.model.num_layers)):
+            raise ConfigError(problems)
+        _ = self.param_layouts, self.schedule
+
+    @cached_property
+    def sizes(self) -> MeshSizes:
+        """The five sizes of the mesh."""
+        return self.config.mesh_sizes(self.num_devices)
+
+    @cached_property
+    def mesh_shape(self) -> AbstractMesh:
+        """The mesh without devices."""
+        sizes = self.sizes.as_dict()
+        return AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+    @cached_property
+    def architecture(self) -> Architecture | None:
+        """The built-in decoder's; None for a user's own model, or if the config describes no model."""
+        return self.config.architecture() if self._user_model is None else None
+
+    @cached_property
+    def model(self) -> FunctionalModel:
+        if self._user_model is not None:
+            return FunctionalModel(self._user_model)
+        if self.architecture is None:
+            raise ConfigError(
+                "actor.model: describes no model: give model_path (a Hugging Face folder) or hidden_size, "
+                "intermediate_size, num_hidden_layers, num_attention_heads, …, or Trainer(config, model=…)"
+            )
+        return FunctionalModel(Decoder(self.architecture))
+
+    @cached_property
+    def num_params(self) -> int:
+        """How many numbers are trained, the padding of the vocabulary included."""
+        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.model.shapes))
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of layers (virtual stages) of each pipeline stage."""
+        return self.config.actor.model.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def placement(self) -> LayerPlacement:
+        return LayerPlacement(self.model.num_layers, self.sizes.pp, self.num_chunks)
+
+    @cached_property
+    def param_layouts(self) -> Any:
+        """Tree of `jaxpar.parallel.sharding.ParamLayout`."""
+        return layout_tree(
+            self.model.shapes,
+            self.model.dims,
+            self.mesh_shape,
+            explicit=self.model.explicit,
+            zero_stage=self.config.zero_stage,
+            num_chunks=self.num_chunks,
+        )
+
+    def schedule_of(self, num_microbatches: int) -> Schedule:
+        """The pipeline's table for a number of microbatches."""
+        name = self.config.actor.model.pipeline_schedule
+        return build_schedule(name, self.sizes.pp, num_microbatches, self.num_chunks)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The pipeline's table; with dynamic batches, the largest that may be needed."""
+        try:
+            return self.schedule_of(self.config.num_microbatches(self.sizes))
+        except ScheduleError as error:
+            raise ConfigError([str(error)]) from None
+
+    @property
+    def rows_per_microbatch(self) -> int:
+        return self.sizes.dp * self.config.rows_per_microbatch
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """Rows and tokens of a global batch; with dynamic batches, the most rows that there may be."""
+        return self.rows_per_microbatch * self.schedule.num_microbatches, self.config.row_length
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return build_optimizer(self.config, self.param_layouts)
+
+    @property
+    def learning_rate(self) -> optax.Schedule:
+        return learning_rate_schedule(self.config)
+
+    @property
+    def loss_scale(self) -> LossScale:
+        """A number, how it changes, or None."""
+        optim = self.config.actor.optim
+        if self.config.actor.model.precision != "fp16":
+            return None
+        return optim.loss_scale or DynamicLossScale(
+            optim.initial_loss_scale, optim.min_loss_scale, optim.loss_scale_window, optim.hysteresis
+        )
+
+    @property
+    def recompute(self) -> Recompute:
+        model = self.config.actor.model
+        return Recompute(
+            model.recompute_granularity,
+            model.recompute_method,
+            model.recompute_num_layers or 0,
+            offload=model.offload_activations,
+        )
+
+    @property
+    def attention(self) -> AttentionSettings:
+        """`auto` is plain JAX, because the Pallas kernel has been compiled for H100s and run in Pallas' interpreter, but
+        never on a GPU."""
+        model = self.config.actor.model
+        a2a_size, _ = model.hierarchical_context_parallel_sizes or (1, 1)
+        backend: Any = "pallas" if model.attention_backend == "pallas" else "xla"
+        return AttentionSettings(model.cp_comm_type, a2a_size, backend)
+
+    @property
+    def compute_dtype(self) -> Any:
+        return DTYPES[self.config.actor.model.precision]
+
+    @property
+    def document_flops(self) -> tuple[float, float, int | None]:
+        """FLOPs that training on a document needs: for each token; for each pair of a token and one that it may attend to;
+        and how many tokens it may attend to (None: all before it). For a user's own model an estimate, with attention as
+        wide as its "embed" dimension."""
+        if self.architecture:
+            return *flops_coefficients(self.architecture, self.num_params), self.architecture.sliding_window
+        layers = jax.tree.leaves(self.param_layouts["layers"])
+        width = next((x.shape[x.dims.index("embed")] for x in layers if "embed" in x.dims), 0)
+        return 6 * self.num_params, 6 * self.model.num_layers * width, None
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """Useful FLOPs of a step for each token (`jaxpar.models.flops`); None for a user's own model."""
+        if self.architecture is None:
+            return None
+        return model_flops_per_token(self.architecture, self.num_params, self.config.row_length)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to tell the user about the mesh."""
+        warning = cross_host_warning(self.sizes, self.num_devices // self.config.cluster.num_nodes)
+        return [warning] if warning else []
