@@ -1,11 +1,12 @@
-"""Where items wait between two slots: as few places as fit, and who writes and reads which. No jax here."""
+"""Where items wait between two slots: the fewest places that are enough, and which slot writes and reads each. Needs no
+jax."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-# kind → slot that writes, slots that read, virtual stages from the writer to the reader.
+# kind → the slot that writes, the slots that read, the number of virtual stages from writer to reader
 KINDS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "kept": ("F", ("B", "W"), 0),
     "pending": ("B", ("W",), 0),
@@ -16,23 +17,23 @@ KINDS: dict[str, tuple[str, tuple[str, ...], int]] = {
 
 
 @dataclass(frozen=True)
-class Buffers:
-    """Places for what waits, the fewest that fit; the same number on all stages because all run one program.
+class BufferPlan:
+    """The fewest places in which values can wait. All stages have the same number, because all run the same program.
 
     Attributes:
-      sizes: how many places each kind needs: "kept" (what backward needs of an item, from its F to its last slot),
-        "pending" (what W needs of B), "from_below" and "from_above" (arrived, not yet used), "outputs" (of the last
-        virtual stage, waiting for the loss).
+      sizes: the number of places of each kind: "kept" (what the backward pass needs of an item, from its F to its last
+        slot), "pending" (what W needs of B), "from_below" and "from_above" (arrived, but not yet used), "outputs" (of the
+        last virtual stage, waiting for the loss).
       tables: int arrays [ticks, stages], the place that a slot reads or writes, named by kind and slot: "kept_write",
-        "kept_read_B", … An unused slot runs too, and scribbles on a free place.
+        "kept_read_B", … An idle slot runs too, and writes garbage to a free place.
     """
 
     sizes: Mapping[str, int]
     tables: Mapping[str, np.ndarray]
 
 
-def plan_buffers(ticks_of: Mapping[str, np.ndarray], runs: Mapping[str, np.ndarray], num_stages: int) -> Buffers:
-    """For a table's `Schedule.ticks_of` and `Schedule.runs`."""
+def plan_buffers(ticks_of: Mapping[str, np.ndarray], runs: Mapping[str, np.ndarray], num_stages: int) -> BufferPlan:
+    """Plans the places for a schedule's `ticks_of` and `runs`."""
     virtual = np.arange(len(ticks_of["F"]))
     sizes: dict[str, int] = {}
     tables: dict[str, np.ndarray] = {}
@@ -45,7 +46,8 @@ def plan_buffers(ticks_of: Mapping[str, np.ndarray], runs: Mapping[str, np.ndarr
         written = ticks_of[writer][targets - step], stage
         read = {slot: (ticks_of[slot][targets], stage) for slot in readers}
 
-        # A message is written when its slot has ended, after the slot's own reads; what a stage itself makes, at once.
+        # A message is written after its slot has ended, and so after that slot's own reads. What a stage makes for
+        # itself is written at once.
         starts = _times(len(runs[writer]), writer)[:, None] + bool(step) + np.zeros(num_stages, int)
         ends = starts.copy()
         for slot, (tick, _) in read.items():
@@ -58,20 +60,20 @@ def plan_buffers(ticks_of: Mapping[str, np.ndarray], runs: Mapping[str, np.ndarr
         for slot, where in read.items() if len(targets) else ():
             tables[f"{kind}_read_{slot}"] = table = np.zeros_like(starts)
             table[where] = write[written]
-    return Buffers({kind: int(size) for kind, size in sizes.items()}, tables)
+    return BufferPlan({kind: int(size) for kind, size in sizes.items()}, tables)
 
 
 def _times(num_ticks: int, slot: str) -> np.ndarray:
-    """When each tick's slot starts, in half slots, which is as fine as it needs."""
+    """When a slot starts in each tick, in half slots."""
     return (np.arange(num_ticks) * 3 + "FBW".index(slot)) * 2
 
 
 def _places(starts: Sequence[Sequence[int]], ends: Sequence[Sequence[int]]) -> np.ndarray:
-    """A place for each interval, int [stages, intervals]. In order of their starts the first free place will do: when
-    place n is taken, n other intervals are open, so none fewer fits."""
+    """A place for each interval, int [stages, intervals]. Each interval, in the order of their starts, takes the first free
+    place. Place n is taken only if n other intervals are open, so no fewer places are enough."""
     result = np.zeros(np.shape(starts), int)
     for stage, intervals in enumerate(zip(starts, ends, strict=True)):
-        free_from: list[int] = []  # of each place
+        free_from: list[int] = []  # for each place
         for i, (start, end) in enumerate(zip(*intervals, strict=True)):
             place = next((n for n, free in enumerate(free_from) if free < start), len(free_from))
             free_from[place : place + 1] = [end]

@@ -1,4 +1,4 @@
-"""What makes a schedule's tables runnable, and errors that point into them. No jax here."""
+"""Checks that a schedule's tables can be run, with errors that point into them. Needs no jax."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 import numpy as np
 
 IDLE = -1  # instead of an item
-AROUND = 4  # ticks drawn before and after a fault
+AROUND = 4  # ticks that are drawn before and after a fault
 
 
 class ScheduleError(ValueError):
-    """A table that cannot be run; the message points at tick, slot and stage."""
+    """A table cannot be run. The message points at the tick, slot and stage."""
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Who does what in each slot, not checked yet.
+    """The tables of a schedule, before they are checked.
 
     Attributes:
-      slots: for F, B and maybe W, an int array [ticks, stages], chunk · M + microbatch or IDLE.
+      slots: for F, B and possibly W, an int array [ticks, stages]: chunk * M + microbatch, or IDLE.
     """
 
     name: str
@@ -27,10 +27,10 @@ class Tables:
     slots: Mapping[str, np.ndarray]
 
     def ticks(self) -> dict[str, np.ndarray]:
-        """For each slot in use the tick of each item, int [virtual stages, microbatches].
+        """For each slot in use, the tick of each item, int [virtual stages, microbatches].
 
         Raises:
-          ScheduleError: not each item once in each slot, or one before what it needs.
+          ScheduleError: an item is not in each slot exactly once, or it comes before something that it needs.
         """
         self._check_shapes()
         evaluates = all((table == IDLE).all() for slot, table in self.slots.items() if slot != "F")
@@ -50,7 +50,8 @@ class Tables:
         return ticks
 
     def label(self, slot: str, item: int) -> str:
-        """F3 is the forward of microbatch 3; with several chunks F3a is that in the first chunk, F3b in the second."""
+        """F3 is the forward of microbatch 3. With several chunks, F3a is its forward in the first chunk, F3b in the
+        second."""
         if not 0 <= item < self.num_chunks * self.num_microbatches:
             return f"{slot}[{item}]"
         chunk, microbatch = divmod(item, self.num_microbatches)
@@ -60,16 +61,16 @@ class Tables:
         forward = self.slots["F"]
         if min(self.num_chunks, self.num_microbatches) < 1 or forward.ndim != 2 or not forward.size:
             raise ScheduleError(
-                f"{self.name}: needs at least one tick, stage, microbatch and chunk: a table of shape {forward.shape} for "
-                f"{self.num_microbatches} microbatches in {self.num_chunks} chunks"
+                f"{self.name}: a table needs at least one tick, stage, microbatch and chunk, but this one has the shape "
+                f"{forward.shape} for {self.num_microbatches} microbatches in {self.num_chunks} chunks"
             )
         for slot, table in self.slots.items():
             if table.shape != forward.shape:
                 raise ScheduleError(
-                    f"{self.name}: tables F and {slot} of shapes {forward.shape} and {table.shape} do not match"
+                    f"{self.name}: tables F and {slot} have different shapes, {forward.shape} and {table.shape}"
                 )
             if table.dtype.kind != "i":
-                raise ScheduleError(f"{self.name}: table {slot} is of {table.dtype}, not of integers")
+                raise ScheduleError(f"{self.name}: table {slot} holds {table.dtype}, not integers")
 
     def _ticks_of(self, slot: str) -> np.ndarray:
         table, items = self.slots[slot], self.num_chunks * self.num_microbatches
@@ -105,7 +106,7 @@ class Tables:
         return ScheduleError(f"{self.name}: tick {tick}, stage {stage}: {text}\n{drawn}")
 
     def _excerpt(self, tick: int, stage: int, slot: str) -> str:
-        """The ticks and stages around a fault, drawn, with a mark at the fault."""
+        """A drawing of the ticks and stages around a fault, with a mark at the fault."""
         num_ticks, num_stages = self.slots["F"].shape
         ticks = range(max(0, tick - AROUND), min(num_ticks, tick + AROUND + 1))
         stages = range(num_stages) if num_stages <= 8 else range(max(0, stage - 2), min(num_stages, stage + 3))
@@ -125,7 +126,8 @@ class Tables:
 
 
 def _needs(num_virtual: int, slots: Mapping) -> Iterator[tuple[str, int, str, int, int]]:
-    """(slot, virtual stage, slot that it needs, of which virtual stage, how many ticks before at least)."""
+    """Every dependence: (slot, virtual stage, the slot that it needs, of which virtual stage, at least how many ticks
+    earlier)."""
     for v in range(num_virtual):
         if v > 0:
             yield "F", v, "F", v - 1, 1

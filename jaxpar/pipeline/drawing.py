@@ -1,4 +1,4 @@
-"""A schedule for people: drawn in the terminal or as an SVG picture, and measured beside what papers publish. No jax."""
+"""Draws a schedule in the terminal or as SVG, and compares its figures with those that papers publish. Needs no jax."""
 
 import colorsys
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from jaxpar.parallel.placement import LayerPlacement
 from jaxpar.pipeline.check import IDLE
 from jaxpar.pipeline.schedule import Schedule
 
-Costs = tuple[float, float, float]  # of a microbatch's F, B and W on a whole stage, in any unit
+Costs = tuple[float, float, float]  # times of F, B and W of a microbatch on a whole stage, in any unit
 STYLES = {"F": "green", "B": "blue", "W": "yellow"}
 
-# Pixels. The narrowest slot is SLOT wide, which is room for its label, unless the picture gets wider than WIDEST.
+# Pixels. The narrowest slot is SLOT wide, which leaves room for its label, unless the picture became wider than WIDEST.
 SLOT, WIDEST, ROW, BOX, LEFT, TOP, MARGIN = 32, 20_000, 34, 28, 76, 76, 16
 HUES = {"F": 135, "B": 212, "W": 35}
-# Boxes are light and their text is dark on any page; the rest follows the reader's.
+# Boxes are light and their text is dark on any page. The rest follows the reader's colour scheme.
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #1f2328 } .title { font-size: 15px; font-weight: 600 }
 .page { fill: #ffffff } .line { stroke: #8c959f } .idle { fill: url(#idle); stroke: #8c959f; stroke-opacity: 0.5 }
@@ -28,7 +28,7 @@ text { font: 12px system-ui, sans-serif; fill: #1f2328 } .title { font-size: 15p
 
 
 def terminal_lines(schedule: Schedule, width: int) -> list[Text]:
-    """A line for each stage, a column for each slot that the program executes, cut into blocks of `width` characters."""
+    """A line for each stage and a column for each slot that the program executes, in blocks of `width` characters."""
     columns = [
         [
             (schedule.tables.label(slot, item) if item != IDLE else "", slot)
@@ -53,7 +53,7 @@ def terminal_lines(schedule: Schedule, width: int) -> list[Text]:
 
 
 def summary_lines(schedule: Schedule, costs: Costs) -> list[str]:
-    """Time, bubble, memory and messages, in words, beside the published formulas."""
+    """Time, bubble, memory and messages of a schedule, beside the published formulas."""
     num_stages, microbatches, chunks = schedule.num_stages, schedule.num_microbatches, schedule.num_chunks
     time, fraction = schedule.slot_time(*costs), schedule.bubble_fraction(*costs)
     up = microbatches * (num_stages * chunks - 1)
@@ -71,37 +71,38 @@ def summary_lines(schedule: Schedule, costs: Costs) -> list[str]:
         f"  Megatron-LM's 1F1B: {_megatron_in_flight(schedule)}",
         "places: "
         + ", ".join(f"{kind} {size}" for kind, size in sizes.items())
-        + " (each for one item, on every stage)",
-        f"messages: {up} activations up and {up if 'B' in sends else 0} gradients down, M(PV-1) each; a stage sends in each "
-        f"executed slot, {' + '.join(map(str, sends.values()))}",
+        + " (each holds one item, on every stage)",
+        f"messages: {up} activations up and {up if 'B' in sends else 0} gradients down, M(PV-1) each; a stage sends in every "
+        f"executed slot, {' + '.join(map(str, sends.values()))} times",
     ]
     return lines
 
 
 def placement_line(placement: LayerPlacement) -> str:
-    """Layers on each stage, and what padding costs where they are not equally many."""
+    """The layers on each stage, and what padding costs if their numbers differ."""
     counts = ["+".join(map(str, stage)) for stage in placement.counts.tolist()]
     chunks = f" x {placement.num_chunks} chunks" if placement.num_chunks > 1 else ""
     parts = _count(placement.num_stages, "stage") + chunks
     line = f"layers: {placement.num_layers} on {parts}: {', '.join(counts)}"
     if not placement.is_padded:
         return line
-    slots = placement.table.size
+    padded = placement.table.size
     return (
-        f"{line}; all stages run as many as the fullest, so {slots - placement.num_layers} of {slots} layer slots only pad: "
-        f"{slots / placement.num_layers - 1:.1%} more time in layers"
+        f"{line}; all parts compute as many as the largest, so {padded - placement.num_layers} of {padded} computed layers are "
+        f"padding: {padded / placement.num_layers - 1:.1%} more time in layers"
     )
 
 
 def svg(schedule: Schedule, costs: Costs) -> str:
-    """An SVG document: a row a stage, a box a slot as wide as its cost. Readable on light and dark pages.
+    """An SVG document with a row for each stage and a box for each slot, as wide as its cost. It can be read on light and
+    dark pages.
 
     Raises:
-      ValueError: all slots cost nothing.
+      ValueError: all costs are zero.
     """
     time, widths = schedule.slot_time(*costs), schedule.slot_costs(*costs)
     if not time:
-        raise ValueError("a schedule whose slots all cost nothing has no picture")
+        raise ValueError("a schedule cannot be drawn if all its slots cost nothing")
     scale = min(SLOT / min(width for width in widths.values() if width), WIDEST / time)
     width, bottom = LEFT + time * scale + MARGIN, TOP + schedule.num_stages * ROW
     title = f"{_sizes(schedule)}; bubble {schedule.bubble_fraction(*costs):.1%}"
@@ -143,7 +144,7 @@ def _boxes(schedule: Schedule, widths: dict[str, float], scale: float) -> Iterat
 
 
 def _box(x: float, y: float, width: float, slot: str, shade: float, label: str, about: str) -> str:
-    """`shade`: 0 to 1, light to dark. Without a label: an idle slot."""
+    """A box of a shade from 0, light, to 1, dark. Without a label it is an idle slot."""
     where = f'x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{BOX}" rx="2"'
     if not label:
         return f'<rect {where} class="idle"><title>{about}: {slot} idle</title></rect>'
@@ -183,7 +184,7 @@ def _placed_legend(legend: list[tuple[tuple[str, float, str, str], int]]) -> Ite
 
 
 def _axis(time: float, costs: Costs, scale: float, bottom: float) -> Iterator[str]:
-    """Of time, with a number about every 80 pixels, in steps of 1, 2 or 5 times a power of ten."""
+    """The time axis, with a number about every 80 pixels, in steps of 1, 2 or 5 times a power of ten."""
     exponents = (10.0**power for power in range(-12, 13))
     step = next((s for ten in exponents for s in (ten, 2 * ten, 5 * ten) if s * scale >= 80), time)
     yield f'<line class="line" x1="{LEFT}" x2="{LEFT + time * scale:.2f}" y1="{bottom}" y2="{bottom}"/>'
@@ -196,7 +197,7 @@ def _axis(time: float, costs: Costs, scale: float, bottom: float) -> Iterator[st
 
 
 def _published_bubbles(schedule: Schedule, costs: Costs) -> Iterator[str]:
-    """Formulas of the papers for the bubble's time, for the same costs; B here is the gradient of the activations alone."""
+    """The time of the bubble by the papers' formulas, for the same costs. B is the gradient of the activations alone."""
     time, fraction = schedule.slot_time(*costs), schedule.bubble_fraction(*costs)
     (forward, backward, weight), chunks = costs, schedule.num_chunks
     others = schedule.num_stages - 1
@@ -224,8 +225,8 @@ def _published_bubbles(schedule: Schedule, costs: Costs) -> Iterator[str]:
 
 
 def _megatron_in_flight(schedule: Schedule) -> str:
-    """Microbatches that Megatron-LM's schedule of as many chunks holds on each stage (its number of warm-up microbatches in
-    core/pipeline_parallel/schedules.py, and the one in work)."""
+    """The microbatches that Megatron-LM's schedule with as many chunks holds on each stage: its warm-up microbatches
+    (core/pipeline_parallel/schedules.py) and the one in work."""
     stages, chunks, items = schedule.num_stages, schedule.num_chunks, schedule.num_chunks * schedule.num_microbatches
     if chunks == 1:
         return f"P-s: {_per_stage([min(items, stages - s) for s in range(stages)])}"

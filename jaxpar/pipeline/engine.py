@@ -241,7 +241,7 @@ class Engine:
 
 
 def _add(totals: Any, more: Any) -> Any:
-    """Sums for the parts in `more`."""
+    """The sums for the parts that are in `more`."""
     return {part: jax.tree.map(jnp.add, totals[part], grads) for part, grads in more.items()}
 
 

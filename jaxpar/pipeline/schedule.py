@@ -1,12 +1,12 @@
-"""Pipeline schedules as data: who does what in each tick. No jax here.
+"""Pipeline schedules as data: which stage does what in each tick. Needs no jax.
 
-Each of P stages holds V chunks of the layers; chunk c of stage s is the virtual stage c·P + s. A tick has three slots:
+Each of P stages holds V chunks of the layers; chunk c of stage s is the virtual stage c * P + s. A tick has three slots:
 F (forward), B (gradient of the activations, and of the weights too unless the table splits them) and W (gradient of the
-weights). In a slot each stage works on one item, a microbatch in one of its chunks, or on none. All stages run the
-slots of a tick in step; after its slot an activation goes one virtual stage up, a gradient one down, and waits there
-until its turn in a later tick.
+weights). In a slot, each stage works on one item, which is a microbatch in one of its chunks, or it is idle. All stages
+run the slots of a tick in lock-step. After its slot, an activation goes one virtual stage up or a gradient one down, and
+waits there for its turn in a later tick.
 
-A new schedule is one function that returns a table, and an entry in SCHEDULES.
+A new schedule is a function that returns a table, and an entry in SCHEDULES.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from itertools import groupby
 
 import numpy as np
 
-from jaxpar.pipeline.buffers import Buffers, plan_buffers
+from jaxpar.pipeline.buffers import BufferPlan, plan_buffers
 from jaxpar.pipeline.check import IDLE, ScheduleError, Tables
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of ticks that use the same slots, so that one loop body serves them all."""
+    """Consecutive ticks that use the same slots, so that one loop serves them all."""
 
     ticks: slice
     forward: bool
@@ -37,13 +37,12 @@ class Schedule:
     Attributes:
       name: its name in YAML.
       num_chunks, num_microbatches: V and M.
-      forward, backward, weight: int arrays [ticks, stages], chunk · M + microbatch of the item that each stage works
-        on, or IDLE. `weight` is None where B computes the gradient of the weights too; a table without any B only
-        evaluates.
-      ticks_of: for each slot in use the tick of each item, int [virtual stages, microbatches].
+      forward, backward, weight: int arrays [ticks, stages]: chunk * M + microbatch of the item that each stage works on,
+        or IDLE. `weight` is None if B computes the gradient of the weights too. A table without any B only evaluates.
+      ticks_of: for each slot in use, the tick of each item, int [virtual stages, microbatches].
 
     Raises:
-      ScheduleError: on creation, where the table is not runnable.
+      ScheduleError: on creation, if the table cannot be run.
     """
 
     name: str
@@ -76,22 +75,22 @@ class Schedule:
 
     @property
     def slots(self) -> dict[str, np.ndarray]:
-        """The tables in use, by slot: F, B and W in the order in which a tick runs them."""
+        """The tables in use, by slot, in the order in which a tick runs them: F, B, W."""
         return {slot: self.tables.slots[slot] for slot in self.ticks_of}
 
     @cached_property
     def runs(self) -> dict[str, np.ndarray]:
-        """bool [ticks] for each slot, and for "head" (the loss), "embed" and "embed_grad": ticks that execute it.
+        """bool [ticks] for each slot, and for "head" (the loss), "embed" and "embed_grad": the ticks that execute it.
 
-        A slot runs from its first item to its last without a gap, so that the program has few loops; ticks in between
-        that no stage uses cost time all the same.
+        A slot runs from its first item to its last without a gap, so that the program has few loops. Ticks in between
+        that no stage uses still cost time.
         """
         first, last = self.num_microbatches, (self.num_chunks - 1) * self.num_microbatches
         none = np.zeros(self.num_ticks, bool)
         runs = dict.fromkeys("FBW", none) | {s: _filled((table != IDLE).any(1)) for s, table in self.slots.items()}
         entering = {slot: (t[:, 0] != IDLE) & (t[:, 0] < first) for slot, t in self.slots.items()}
         leaving = self.slots.get("B", self.forward)[:, -1]
-        # With one chunk the embedding runs along with the layers; with more, only where a microbatch enters.
+        # With one chunk, the embedding runs along with the layers. With more, it runs only if a microbatch enters.
         alone = self.num_chunks == 1
         return {
             **runs,
@@ -102,9 +101,9 @@ class Schedule:
 
     @cached_property
     def segments(self) -> list[Segment]:
-        """The loops of the program. Their number does not grow with that of the microbatches.
+        """The loops of the program. Their number does not grow with the number of microbatches.
 
-        Ticks before the first loss and after the last have loops of their own, which need not look whether there is one.
+        Ticks before the first loss and after the last one have loops of their own, which need no check for a loss.
         """
         runs, segments, start = self.runs, [], 0
         for flags, ticks in groupby(zip(runs["F"], runs["B"], runs["W"], _filled(runs["head"]), strict=True)):
@@ -115,13 +114,13 @@ class Schedule:
 
     @property
     def timeline(self) -> list[tuple[int, str]]:
-        """(tick, slot) of all slots that the program executes, one after the other."""
+        """(tick, slot) of every slot that the program executes, in order."""
         return [(tick, slot) for tick in range(self.num_ticks) for slot in self.slots if self.runs[slot][tick]]
 
     @cached_property
     def in_flight(self) -> list[int]:
-        """For each stage, the most items (microbatches, or microbatches of a chunk) whose forward is done and whose
-        last slot is not, the one in work included: what it must keep activations for."""
+        """For each stage, the largest number of items (microbatches in a chunk) for which it must keep activations: those
+        whose F has begun and whose last slot has not ended."""
         counts = np.zeros((self.num_ticks + 1, self.num_stages), int)
         stages = np.arange(self.num_stages * self.num_chunks)[:, None] % self.num_stages
         np.add.at(counts, (self.ticks_of["F"], stages), 1)
@@ -129,26 +128,25 @@ class Schedule:
         return [int(n) for n in counts.cumsum(0).max(0)]
 
     @cached_property
-    def buffers(self) -> Buffers:
+    def buffers(self) -> BufferPlan:
         return plan_buffers(self.ticks_of, self.runs, self.num_stages)
 
     def slot_costs(
         self, forward_cost: float = 1.0, backward_cost: float = 1.0, weight_cost: float = 1.0
     ) -> dict[str, float]:
-        """Time of each slot in use, in units in which one microbatch's F, B and W take these costs on a whole stage."""
+        """The time of each slot in use, if F, B and W of one microbatch on a whole stage take these times."""
         costs = {"F": forward_cost, "B": backward_cost, "W": weight_cost}
         if self.weight is None:
             costs["B"] += costs["W"]
         return {slot: costs[slot] / self.num_chunks for slot in self.slots}
 
     def slot_time(self, forward_cost: float = 1.0, backward_cost: float = 1.0, weight_cost: float = 1.0) -> float:
-        """Time of the whole table, in the units of `slot_costs`. A slot costs the same to all stages, and costs it to those
-        that have nothing to do in it."""
+        """The time of the whole table, in the units of `slot_costs`. A slot costs an idle stage as much as a busy one."""
         costs = self.slot_costs(forward_cost, backward_cost, weight_cost)
         return float(sum(self.runs[slot].sum() * cost for slot, cost in costs.items()))
 
     def bubble_fraction(self, forward_cost: float = 1.0, backward_cost: float = 1.0, weight_cost: float = 1.0) -> float:
-        """Share of a stage's time in which it does nothing useful."""
+        """The share of its time in which a stage does nothing useful."""
         useful = sum(self.slot_costs(forward_cost, backward_cost, weight_cost).values()) * self.num_chunks
         return 1 - self.num_microbatches * useful / self.slot_time(forward_cost, backward_cost, weight_cost)
 
@@ -159,11 +157,11 @@ def gpipe(num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedu
 
 
 def one_forward_one_backward(num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
-    """1F1B (Narayanan et al., 2021, arXiv:2104.04473) in lock-step: the last stage turns each microbatch round at once.
+    """1F1B (Narayanan et al., 2021, arXiv:2104.04473) in lock-step: the last stage does B of a microbatch right after F.
 
-    Stage s keeps 2(P-1-s)+1 microbatches ("eager 1F1B"), whatever their number, and the time is that of 1F1B:
-    (M+P-1)(F+B). With V chunks it is the paper's interleaved schedule: the bubble is divided by V, and stage s keeps
-    (V+1)P-2s-1 items, each 1/V of a microbatch's activations on the stage, as many as Megatron-LM.
+    Stage s keeps 2(P-1-s)+1 microbatches ("eager 1F1B"), whatever their number. The time is that of 1F1B: (M+P-1)(F+B).
+    With V chunks it is the paper's interleaved schedule: the bubble is divided by V, and stage s keeps (V+1)P-2s-1 items,
+    each with 1/V of a microbatch's activations on the stage, as in Megatron-LM.
     """
     return _waves("1f1b", num_stages, num_microbatches, num_chunks)
 
@@ -171,9 +169,9 @@ def one_forward_one_backward(num_stages: int, num_microbatches: int, num_chunks:
 def zero_bubble(num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
     """1F1B with the gradient of the weights put off (Qi et al., 2023, arXiv:2401.10241), in lock-step.
 
-    Every stage does W of an item in the tick of stage 0's B of it, when no other stage waits for anything. The time is
-    ((MV+P-1)(F+B) + MV·W)/V: with one chunk 2/3 of 1F1B's bubble where F = B = W, with two chunks that of the paper's
-    ZB-H1, (P-1)(F+B-W).
+    Every stage does W of an item in the tick in which stage 0 does B of it, when no other stage waits for anything. The
+    time is ((MV+P-1)(F+B) + MV * W)/V. If F = B = W, the bubble is 2/3 of 1F1B's with one chunk, and with two chunks that
+    of the paper's ZB-H1, (P-1)(F+B-W).
     """
     return _waves("zb1p", num_stages, num_microbatches, num_chunks, split_weight=True)
 
@@ -188,18 +186,23 @@ SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
 
 
 def forward_only(num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
-    """For evaluation."""
+    """The schedule of an evaluation."""
     return _waves("forward_only", num_stages, num_microbatches, num_chunks, backward=False)
 
 
 def build_schedule(name: str, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
-    """The table called `name` (a key of SCHEDULES).
+    """Makes the table of a schedule.
+
+    Args:
+      name: a key of SCHEDULES.
 
     Raises:
-      ScheduleError: no such schedule, a size below 1, or several chunks on one stage.
+      ScheduleError: there is no such schedule, a size is below 1, or one stage has several chunks.
     """
     if name not in SCHEDULES:
-        raise ScheduleError(f"actor.model.pipeline_schedule: {name!r} is none of: {', '.join(SCHEDULES)}")
+        raise ScheduleError(
+            f"actor.model.pipeline_schedule: {name!r} is not a schedule: choose one of {', '.join(SCHEDULES)}"
+        )
     if min(num_stages, num_microbatches, num_chunks) < 1:
         raise ScheduleError(
             f"a schedule needs at least one stage, microbatch and chunk, not {num_stages}, {num_microbatches} and "
@@ -222,8 +225,8 @@ def _waves(
     split_weight: bool = False,
     backward: bool = True,
 ) -> Schedule:
-    """Stage s does its forwards one after the other from tick s on, the last stage its backwards as soon as it can, each
-    stage below a tick later."""
+    """Stage s does its forwards one after the other from tick s on. The last stage does its backwards as early as it can,
+    and each stage below does them one tick later."""
     stages, groups = np.arange(num_stages), _groups(num_stages, num_microbatches)
     up = _order(groups, num_microbatches, range(num_chunks))
     down = _order(groups, num_microbatches, range(num_chunks)[::-1])
@@ -242,8 +245,8 @@ def _waves(
 
 
 def _groups(num_stages: int, num_microbatches: int) -> list[list[int]]:
-    """Microbatches that go through a chunk before the next chunk's turn: at least P of them, so that the first is back
-    from the last stage by then. Fewer than P microbatches leave gaps (IDLE)."""
+    """Groups of microbatches that go through one chunk before the next chunk's turn. A group has at least P of them, so
+    that the first is back from the last stage by then. Fewer than P microbatches leave gaps (IDLE)."""
     if num_microbatches < num_stages:
         return [[*range(num_microbatches), *[IDLE] * (num_stages - num_microbatches)]]
     return [part.tolist() for part in np.array_split(np.arange(num_microbatches), num_microbatches // num_stages)]
@@ -257,7 +260,7 @@ def _order(groups: list[list[int]], num_microbatches: int, chunks: range) -> lis
 
 
 def _wave(start: np.ndarray, items: list[int]) -> np.ndarray:
-    """A table in which stage s does `items` one a tick from tick start[s] on."""
+    """A table in which stage s does `items`, one in each tick, from tick start[s] on."""
     table = np.full((start.max() + len(items), len(start)), IDLE)
     for stage, tick in enumerate(start):
         table[tick : tick + len(items), stage] = items
@@ -265,5 +268,5 @@ def _wave(start: np.ndarray, items: list[int]) -> np.ndarray:
 
 
 def _filled(used: np.ndarray) -> np.ndarray:
-    """True from the first to the last True."""
+    """True from the first True to the last one."""
     return np.maximum.accumulate(used) & np.maximum.accumulate(used[::-1])[::-1]

@@ -72,10 +72,10 @@ def test_mesh_says_that_a_tensor_group_crosses_hosts():
 
 def test_mesh_says_what_uneven_stages_cost():
     quickstart = CONFIGS / "quickstart.yaml"
-    assert "only pad" not in jaxpar("mesh", quickstart).stdout
+    assert "are padding" not in jaxpar("mesh", quickstart).stdout
     result = jaxpar("mesh", quickstart, "actor.model.num_hidden_layers=5")
-    assert "layers: 5 on 2 stages: 3, 2; all stages run as many" in result.stdout
-    assert "1 of 6 layer slots only pad: 20.0% more time in layers" in result.stdout
+    assert "layers: 5 on 2 stages: 3, 2; all parts compute as many" in result.stdout
+    assert "1 of 6 computed layers are padding: 20.0% more time in layers" in result.stdout
 
 
 def test_schedule_is_drawn_in_plain_lines():

@@ -144,6 +144,6 @@ def test_words_of_what_has_no_pipeline_or_no_backward():
 def test_layers():
     assert drawing.placement_line(LayerPlacement(32, 4)) == "layers: 32 on 4 stages: 8, 8, 8, 8"
     assert drawing.placement_line(LayerPlacement(30, 4, 2)) == (
-        "layers: 30 on 4 stages x 2 chunks: 4+4, 4+4, 4+3, 4+3; all stages run as many as the fullest, so 2 of 32 layer "
-        "slots only pad: 6.7% more time in layers"
+        "layers: 30 on 4 stages x 2 chunks: 4+4, 4+4, 4+3, 4+3; all parts compute as many as the largest, so 2 of 32 "
+        "computed layers are padding: 6.7% more time in layers"
     )

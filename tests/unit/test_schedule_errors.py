@@ -97,10 +97,10 @@ def test_weights_before_backward_or_never():
 
 
 def test_tables_that_are_none():
-    assert broken(lambda f, b: (f, b[:-1])) == "mine: tables F and B of shapes (8, 3) and (7, 3) do not match"
-    assert broken(lambda f, b: (f, b * 1.0)) == "mine: table B is of float64, not of integers"
+    assert broken(lambda f, b: (f, b[:-1])) == "mine: tables F and B have different shapes, (8, 3) and (7, 3)"
+    assert broken(lambda f, b: (f, b * 1.0)) == "mine: table B holds float64, not integers"
     assert broken(lambda f, b: (f[:0], b[:0])) == (
-        "mine: needs at least one tick, stage, microbatch and chunk: a table of shape (0, 3) for 4 microbatches in 1 chunks"
+        "mine: a table needs at least one tick, stage, microbatch and chunk, but this one has the shape (0, 3) for 4 microbatches in 1 chunks"
     )
 
 
@@ -119,7 +119,7 @@ def test_only_the_neighbourhood_of_a_large_table_is_drawn():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("1f2b", 2, 2), f"'1f2b' is none of: {', '.join(SCHEDULES)}"),
+        (("1f2b", 2, 2), f"'1f2b' is not a schedule: choose one of {', '.join(SCHEDULES)}"),
         (("1f1b", 0, 2), "at least one stage, microbatch and chunk, not 0, 2 and 1"),
         (("1f1b", 2, 0), "not 2, 0 and 1"),
         (("1f1b", 2, 2, 0), "not 2, 2 and 0"),
