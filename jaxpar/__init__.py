@@ -36,7 +36,7 @@ _WITH_JAX = {
 
 
 def __getattr__(name: str) -> Any:
-    # Late, because jax must not be imported before the command line has set up its devices, and data workers need none.
+    # Imported late: the command line must set up XLA before jax is loaded, and data workers need no jax.
     if name not in _WITH_JAX:
         raise AttributeError(f"module 'jaxpar' has no attribute {name!r}")
     import importlib

@@ -1,4 +1,4 @@
-"""`jaxpar train | mesh | compile | bench | schedule`: reads the command line, prints, and turns errors into one line and an exit code."""
+"""The command line: `jaxpar train | mesh | compile | bench | schedule | checkpoint`. Every error is one line and an exit code."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file's.")
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file.")
 ]
 Arguments = Annotated[
     list[str] | None,
@@ -43,15 +43,15 @@ def train(
     config_path: ConfigPath,
     overrides: Overrides = None,
     profile: Annotated[
-        str | None, typer.Option(metavar="STEP:COUNT", help="Trace COUNT steps from step STEP on for xprof.")
+        str | None, typer.Option(metavar="STEP:COUNT", help="Trace COUNT steps, from step STEP on, for xprof.")
     ] = None,
-    verbose: Annotated[bool, typer.Option(help="Show the XLA and NCCL settings, each with its reason.")] = False,
+    verbose: Annotated[bool, typer.Option(help="Show the XLA and NCCL settings and the reason for each.")] = False,
 ) -> None:
-    """Train a model. Ctrl-C saves; the same command goes on where it was if runner.resume_dir is auto.
+    """Train a model. Ctrl-C saves and stops; with runner.resume_dir: auto, the same command continues from there.
 
-    Exit codes: 2 a mistake in the config, or a checkpoint that cannot be written or read; 3 the run has gone wrong
-    (losses or gradients not finite, replicas that differ); 75 a process died or hangs: start again; 128 + the signal's
-    number: stopped by it, saved.
+    Exit codes: 2: a mistake in the config, or a checkpoint cannot be written or read. 3: the run has gone wrong (losses or
+    gradients are not finite, or replicas differ). 75: a process died or hangs; start it again. 128 + a signal's number:
+    stopped by that signal, and saved.
     """
     config = load_config(config_path, overrides or ())
     from jaxpar.run import xla
@@ -59,7 +59,7 @@ def train(
     settings = xla.apply(config.cluster.xla_flags, config.cluster.deterministic)
     if verbose:
         print("\n".join(settings))
-    # After the config is known to be good: jax takes seconds to load.
+    # jax takes seconds to load, so a mistake in the config is reported before that.
     from jaxpar.run.profile import Steps
     from jaxpar.trainer import Interrupted, NonFiniteError, ReplicaError, Trainer
 
@@ -69,8 +69,8 @@ def train(
     try:
         trainer.fit(steps)
     except Interrupted as stop:
-        again = "run the same command to go on" if config.runner.resume_dir else "set runner.resume_dir=auto to go on"
-        _error(f"{stop}: {again}")
+        how = "run the same command" if config.runner.resume_dir else "set runner.resume_dir=auto"
+        _error(f"{stop}: {how} to continue")
         raise typer.Exit(128 + stop.signal) from None
     except (NonFiniteError, ReplicaError) as error:
         _error(str(error))
@@ -122,8 +122,8 @@ def compile_(
     hlo_file: Annotated[Path | None, typer.Option("--hlo", help="Write the optimized program here.")] = None,
     verbose: Annotated[bool, typer.Option(help="Show the XLA flags, each with its reason.")] = False,
 ) -> None:
-    """Compile the train step for a whole cluster without having it; say what it needs and whether it fits. Several
-    layouts give a table."""
+    """Compile the train step for a cluster that you need not have; say what it needs and whether it fits. Several layouts
+    give a table."""
     from jaxpar.measure.layouts import layout_overrides, split_arguments
 
     overrides, layouts = split_arguments(arguments or ())
@@ -131,18 +131,12 @@ def compile_(
     overrides += [f"cluster.num_gpus_per_node={gpus_per_node}"] * bool(gpus_per_node)
     config = load_config(config_path, overrides)
     from jaxpar.hardware import GPUS
-    from jaxpar.run import xla
 
     if tpu is None and gpu not in GPUS:
-        raise ConfigError(f"--gpu: {gpu!r} is none of: {', '.join(GPUS)}")
+        raise ConfigError(f"--gpu: {gpu!r} is not known: choose one of {', '.join(GPUS)}")
     if hlo_file and len(layouts) > 1:
-        raise ConfigError(f"--hlo: is for one program, but there are {len(layouts)} layouts: give one of them")
-    # There is no GPU to try kernels on.
-    flags = (
-        xla.apply({"xla_gpu_autotune_level": 0, **config.cluster.xla_flags}, config.cluster.deterministic)
-        if tpu is None
-        else []
-    )
+        raise ConfigError(f"--hlo: writes one program, but {len(layouts)} layouts are given: give one of them")
+    flags = _flags_to_compile(config) if tpu is None else []
     os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxpar import display
     from jaxpar.measure.compile import compile_step, gpu_devices, tpu_devices
@@ -185,11 +179,11 @@ def compile_(
 def bench(
     config_path: ConfigPath,
     arguments: Arguments = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps to time: 20; of each layout 3.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps to time. Default: 20, or 3 of each layout.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
-    """Time the train step on the devices here, with random tokens: step time, tokens/s, MFU and memory; or, with
-    layouts, each of them beside one device and beside plain data-parallel JAX."""
+    """Time the train step on the devices of this machine, with random tokens: step time, tokens/s, MFU and memory. With
+    layouts, time each of them beside one device and beside plain data-parallel JAX."""
     from jaxpar.measure.layouts import layout_overrides, one_device, split_arguments
 
     overrides, layouts = split_arguments(arguments or ())
@@ -210,7 +204,9 @@ def bench(
     _notes(console, config.notes)
     if layouts:
         if jax.process_count() > 1:
-            raise ConfigError("jaxpar bench: layouts are compared in one process; this is one of several")
+            raise ConfigError(
+                "jaxpar bench: layouts are compared in one process, but this is one of several: start a single process"
+            )
 
         def on(settings: list[str]) -> Config:
             return load_config(config_path, [*overrides, *settings])
@@ -233,16 +229,18 @@ def bench(
 @app.command(epilog="Example: jaxpar schedule zb1p --stages 4 --microbatches 8 --chunks 2 --svg zb1p.svg")
 def schedule(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"{', '.join(SCHEDULES)}.")],
-    stages: Annotated[int, typer.Option(help="P: pipeline_model_parallel_size.")] = 4,
-    microbatches: Annotated[int, typer.Option(help="M: global_batch_size / (micro_batch_size x dp).")] = 8,
-    chunks: Annotated[int, typer.Option(help="V: virtual_pipeline_model_parallel_size.")] = 1,
-    forward_cost: Annotated[float, typer.Option(help="Time of a microbatch's F on a stage, in any unit.")] = 1.0,
-    backward_cost: Annotated[float, typer.Option(help="That of B, the gradient of the activations.")] = 1.0,
-    weight_cost: Annotated[float, typer.Option(help="That of W, the gradient of the weights.")] = 1.0,
-    layers: Annotated[int | None, typer.Option(help="num_hidden_layers, to see how they are placed.")] = None,
+    stages: Annotated[int, typer.Option(help="P, pipeline_model_parallel_size.")] = 4,
+    microbatches: Annotated[int, typer.Option(help="M, global_batch_size / (micro_batch_size x dp).")] = 8,
+    chunks: Annotated[int, typer.Option(help="V, virtual_pipeline_model_parallel_size.")] = 1,
+    forward_cost: Annotated[
+        float, typer.Option(help="Time of F, the forward pass of a microbatch on a stage, in any unit.")
+    ] = 1.0,
+    backward_cost: Annotated[float, typer.Option(help="Time of B, the gradient of the activations.")] = 1.0,
+    weight_cost: Annotated[float, typer.Option(help="Time of W, the gradient of the weights.")] = 1.0,
+    layers: Annotated[int | None, typer.Option(help="num_hidden_layers, to show which stage holds how many.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Write a picture here.")] = None,
 ) -> None:
-    """Draw a pipeline schedule; say its bubble, memory and messages, and what papers publish for them."""
+    """Draw a pipeline schedule, with its bubble, memory and messages, and the figures that papers publish for them."""
     from jaxpar.parallel.placement import LayerPlacement
     from jaxpar.pipeline import drawing
 
@@ -250,8 +248,8 @@ def schedule(
     costs = (forward_cost, backward_cost, weight_cost)
     if not (all(0 <= cost < math.inf for cost in costs) and sum(costs) > 0):
         raise ConfigError(
-            f"--forward-cost {costs[0]:g}, --backward-cost {costs[1]:g}, --weight-cost {costs[2]:g}: choose numbers from 0 "
-            "on that are not all 0"
+            f"--forward-cost {costs[0]:g}, --backward-cost {costs[1]:g}, --weight-cost {costs[2]:g}: choose "
+            "numbers of at least 0, not all of them 0"
         )
     if layers is not None and layers < stages * chunks:
         raise ConfigError(
@@ -274,8 +272,11 @@ def schedule(
 
 @checkpoint_app.command(epilog="Example: jaxpar checkpoint inspect results/quickstart/checkpoints/global_step_200")
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a folder of them: its newest.")],
-    verify: Annotated[bool, typer.Option(help="Read all files and compare their checksums.")] = False,
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", help="A checkpoint, or a folder of checkpoints, of which the newest is shown."),
+    ],
+    verify: Annotated[bool, typer.Option(help="Read all files and check their checksums.")] = False,
 ) -> None:
     """Show what a checkpoint holds: step, mesh, parameters, sizes, and whether it is complete."""
     from jaxpar import display
@@ -290,14 +291,14 @@ def inspect(
     if verify:
         if problems := list(damages(found, 0, 1)):
             raise ConfigError(problems)
-        console.print("all checksums are right")
+        console.print("all checksums match")
 
 
 def main() -> None:
-    """Entry point: a user's mistake is an error on standard error and exit code 2, never a traceback."""
-    # jaxlib's own notices (topology, unused flags) would tear the progress bar.
+    """Entry point. A user's mistake is a line on standard error and exit code 2, never a traceback."""
+    # jaxlib's own notices (topology, unused flags) would break the progress bar.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Orbax logs with a traceback what it then raises, and what it raises is told once, in words.
+    # Orbax logs what it then raises, with a traceback. We report it once, in words.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
     try:
@@ -315,9 +316,17 @@ def main() -> None:
 
 
 def _unraisable(what: Any) -> None:
-    # TensorStore's futures say so, once each, after a write that failed.
+    # After a failed write, each of TensorStore's futures says so.
     if str(what.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(what)
+
+
+def _flags_to_compile(config: Config) -> list[str]:
+    from jaxpar.run import xla
+
+    # There is no GPU on which kernels could be tried.
+    flags = {"xla_gpu_autotune_level": 0, **config.cluster.xla_flags}
+    return xla.apply(flags, config.cluster.deterministic)
 
 
 def _print_head(trainer: "Trainer", config: Config) -> None:
@@ -325,22 +334,11 @@ def _print_head(trainer: "Trainer", config: Config) -> None:
 
     from jaxpar import display
 
-    if jax.process_index():
-        return
-    console = _console()
-    kind = jax.devices()[0].device_kind
-    where = "simulated on the CPU" if jax.default_backend() == "cpu" else kind
-    program, schedule = trainer.program, trainer.program.blueprint.schedule
-    sizes = config.mesh_sizes(program.mesh.size)
-    console.print(f"mesh: {display.mesh_line(sizes)}, {where}", highlight=False)
-    bubble = f", bubble {schedule.bubble_fraction():.1%}" if sizes.pp > 1 else ""
-    most = "up to " if config.runner.enable_dynamic_batch_size else ""
-    console.print(
-        f"model: {program.blueprint.num_params:,} parameters in {config.actor.model.precision}; "
-        f"{most}{schedule.num_microbatches} microbatches a step, schedule {schedule.name}{bubble}",
-        highlight=False,
-    )
-    _notes(console, config.notes + trainer.warnings)
+    if jax.process_index() == 0:
+        console = _console()
+        for line in display.training_lines(trainer.program, config):
+            console.print(line, highlight=False)
+        _notes(console, config.notes + trainer.warnings)
 
 
 def _notes(console: Console, notes: list[str]) -> None:
@@ -349,7 +347,7 @@ def _notes(console: Console, notes: list[str]) -> None:
 
 
 def _console() -> Console:
-    # Not a terminal (a log file, a pipe): wide, so that tables are not folded at 80 columns.
+    # A log file or a pipe gets wide lines, so that tables are not folded at 80 columns.
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 

@@ -1,4 +1,4 @@
-"""Text and tables for people: what `jaxpar mesh` and `jaxpar compile` print, and the head of a training run."""
+"""Text and tables that the commands print."""
 
 import math
 from collections.abc import Mapping
@@ -10,16 +10,30 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from rich.table import Table
 
-from jaxpar.config import MeshSizes
+from jaxpar.config import Config, MeshSizes
 from jaxpar.parallel.mesh import AXES, device_grid
 
 if TYPE_CHECKING:
     from jaxpar.measure.bench import Comparison, Measurement
     from jaxpar.measure.compile import Report
+    from jaxpar.program import Program
+
+
+def training_lines(program: "Program", config: Config) -> list[str]:
+    """The head of a training run: mesh, devices, model, schedule."""
+    where = "simulated on the CPU" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    blueprint, schedule = program.blueprint, program.blueprint.schedule
+    bubble = f", bubble {schedule.bubble_fraction():.1%}" if blueprint.sizes.pp > 1 else ""
+    up_to = "up to " if config.runner.enable_dynamic_batch_size else ""
+    return [
+        f"mesh: {mesh_line(blueprint.sizes)}, {where}",
+        f"model: {blueprint.num_params:,} parameters in {config.actor.model.precision}; "
+        f"{up_to}{schedule.num_microbatches} microbatches a step, schedule {schedule.name}{bubble}",
+    ]
 
 
 def report_lines(report: "Report") -> list[str]:
-    """What a compiled step needs, in words; bytes and FLOPs a device."""
+    """What a compiled step needs, with bytes and FLOPs of one device."""
     memory = report.memory
     gib = {key: value / 2**30 for key, value in vars(memory).items()}
     verdict = "fits" if memory.fits else "does not fit"
@@ -44,7 +58,7 @@ def report_lines(report: "Report") -> list[str]:
 
 
 def report_table(reports: "Mapping[str, Report]", device: str) -> Table:
-    """What several layouts need, beside each other."""
+    """What several layouts need, side by side."""
     count = next(iter(reports.values())).devices
     table = Table("layout", title=f"one step on {count} of {device}; memory and FLOPs a device", title_justify="left")
     for column in ("peak GB", "fits", "arguments GB", "temporaries GB", "FLOPs", "useful", "bubble", "compiled in s"):
@@ -64,7 +78,7 @@ def report_table(reports: "Mapping[str, Report]", device: str) -> Table:
             f"{report.compile_seconds:.0f}",
         )
     if any(report.uncounted for report in reports.values()):
-        table.caption = "* not everything could be counted: compile that layout alone to see what"
+        table.caption = "* not everything could be counted: compile that layout alone to see what is missing"
     return table
 
 
@@ -78,9 +92,9 @@ def collective_table(report: "Report") -> Table:
 
 
 def measurement_lines(m: "Measurement") -> list[str]:
-    """What a config's train step cost, in words."""
+    """What the train step of a config costs."""
     ms = {name: 1000 * seconds for name, seconds in m.step_seconds.items()}
-    mfu = "MFU not known (no peak is known of this device)" if m.mfu is None else f"MFU {m.mfu:.1%}"
+    mfu = "MFU unknown (the peak of this device is not known)" if m.mfu is None else f"MFU {m.mfu:.1%}"
     peak = "" if m.measured_peak is None else f"; measured peak {m.measured_peak / 2**30:.2f} GiB"
     gib = {key: value / 2**30 for key, value in vars(m.memory).items()}
     return [
@@ -95,8 +109,8 @@ def measurement_lines(m: "Measurement") -> list[str]:
 
 
 def comparison_table(rows: "list[Comparison]", base: str) -> Table:
-    """Layouts beside each other; in brackets what they take of the row `base`."""
-    table = Table("layout", title="a step; in brackets times plain JAX", title_justify="left")
+    """Layouts side by side, with each figure divided by that of the row `base` in brackets."""
+    table = Table("layout", title="one step; in brackets: divided by plain JAX", title_justify="left")
     for column in ("microbatches", "CPU seconds", "wall seconds", "temporaries, MB a device", "TFLOP in all", "loss"):
         table.add_column(column, justify="right")
     one = next(row for row in rows if row.name == base)
@@ -122,7 +136,7 @@ def mesh_line(sizes: MeshSizes) -> str:
 
 
 def device_table(sizes: MeshSizes, devices_per_host: int) -> Table:
-    """Which host and device holds which mesh coordinate; one line for up to eight devices of a host."""
+    """The mesh coordinates of each device of each host, up to eight devices in a line."""
     coordinates = np.empty((sizes.num_devices, len(AXES)), int)
     grid = device_grid(sizes)
     for coordinate in np.ndindex(grid.shape):
@@ -139,10 +153,10 @@ def device_table(sizes: MeshSizes, devices_per_host: int) -> Table:
 
 
 def parameter_table(layouts: Any, mesh_shape: Mapping[str, int]) -> Table:
-    """Shape, split and bytes a device of every parameter: float32 master weights and Adam's two moments at rest."""
+    """Shape, split and bytes on each device of every parameter."""
     table = Table("parameter", "shape", "dimensions", "split in a step", "split at rest", title_justify="left")
     table.add_column("bytes a device", justify="right")
-    table.title = "parameters (bytes: one float32 master copy at rest; Adam's moments are twice as much again)"
+    table.title = "parameters (bytes: the float32 copy at rest; Adam's moments take twice as much again)"
     layouts = jax.tree.leaves(layouts)
     for layout in layouts:
         table.add_row(
@@ -161,12 +175,12 @@ def parameter_table(layouts: Any, mesh_shape: Mapping[str, int]) -> Table:
 
 
 def checkpoint_lines(path: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """A checkpoint's manifest, in words."""
+    """What the manifest of a checkpoint says."""
     mesh = "  ".join(f"{axis} {size}" for axis, size in manifest["mesh"].items())
     files = [file for file in path.rglob("*") if file.is_file()]
     lines = [
         f"{path}: complete, step {manifest['step']}, written {manifest['written']}",
-        f"mesh: {mesh}, {manifest['processes']} processes; any other can read it",
+        f"mesh: {mesh}, {manifest['processes']} processes; any other mesh can read it",
         f"data: {manifest['data']['batch']} global batches of {manifest['data']['global_batch_size']} sequences read",
         f"size: {sum(file.stat().st_size for file in files):,} bytes in {len(files)} files, compressed",
         "versions: " + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
@@ -177,7 +191,7 @@ def checkpoint_lines(path: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def checkpoint_table(manifest: Mapping[str, Any]) -> Table:
-    """Every parameter, and in one line each the other parts of the state."""
+    """Every parameter, and one line for each other part of the state."""
     table = Table("parameter", "shape", "type", title="state", title_justify="left")
     table.add_column("bytes", justify="right")
     others: dict[str, list[int]] = {}

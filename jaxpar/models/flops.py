@@ -1,18 +1,18 @@
-"""Useful FLOPs of a training step, by formula: what model FLOPs utilization (MFU) counts."""
+"""The useful FLOPs of a training step, by formula: the numerator of model FLOPs utilization (MFU)."""
 
 from jaxpar.config import Architecture
 
 
 def model_flops_per_token(architecture: Architecture, num_params: int, seq_length: int) -> float:
     """FLOPs that a training step needs for one token: 6 for each parameter of a matrix product, and for attention
-    6 · layers · heads · head_dim · seq, which counts the causal half (Chowdhery et al., 2022, arXiv:2204.02311,
-    appendix B, halved)."""
+    6 * layers * heads * head_dim * seq, the causal half (half of Chowdhery et al., 2022, arXiv:2204.02311, appendix B)."""
     per_token, per_pair = flops_coefficients(architecture, num_params)
     return per_token + per_pair * min(seq_length, architecture.sliding_window or seq_length)
 
 
 def flops_coefficients(architecture: Architecture, num_params: int) -> tuple[float, float]:
-    """FLOPs that a training step needs for a token outside of attention, and for a token and one that it may see."""
+    """FLOPs that a training step needs for each token outside of attention, and for each pair of a token and one that it
+    may attend to."""
     a = architecture
     lookups = 0 if a.tie_word_embeddings else a.padded_vocab_size * a.hidden_size
     return 6 * (num_params - lookups), 6 * a.num_hidden_layers * a.num_attention_heads * a.head_dim

@@ -150,7 +150,7 @@ def test_inspect_and_what_is_torn_or_damaged(tmp_path):
     assert shown.exit_code == 0, shown.output
     assert "complete, step 4" in shown.output and "dp 4  pp 1" in shown.output
     assert re.search(r"layers/attention/query .* 4 x 32 x 4 x 8 .* 16,384", shown.output)
-    assert "all checksums are right" in shown.output
+    assert "all checksums match" in shown.output
     manifest = json.loads((newest / "manifest.json").read_text())
     assert manifest["tree"]["params/layers/attention/query"] == "float32[4,32,4,8]"
     assert manifest["config"]["actor"]["global_batch_size"] == 16 and manifest["versions"]["jax"] == jax.__version__

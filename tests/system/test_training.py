@@ -147,7 +147,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     done = metrics(tmp_path)[-1]["step"]
-    assert f"stopped after step {done} of 400, which is saved: run the same command to go on" in errors
+    assert f"stopped after step {done} of 400, which is saved: run the same command to continue" in errors
     assert "Traceback" not in errors
     assert 5 <= done < 400
     last = done + 3
