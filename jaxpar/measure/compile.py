@@ -22,6 +22,7 @@ from jaxpar.measure.hlo import Collective, count
 from jaxpar.models.flops import model_flops_per_token
 from jaxpar.parallel.batch import DTYPES
 from jaxpar.parallel.mesh import AXES
+from jaxpar.pipeline.tick_scope import taken_fraction
 from jaxpar.program import Program
 
 MEMORY_FRACTION = 0.92  # of a GPU that XLA may take; the rest is for CUDA, NCCL and cuBLAS
@@ -151,7 +152,8 @@ def read_report(
     """What a compiled train step needs; arguments as in `compile_step` and from `compile_train_step`."""
     text, devices = compiled.as_text() or "", program.mesh.size
     # Programs name devices by their place in the mesh, not by their ids.
-    counted = count(text, np.arange(program.mesh.size).reshape(tuple(program.mesh.shape.values())), AXES)
+    grid = np.arange(program.mesh.size).reshape(tuple(program.mesh.shape.values()))
+    counted = count(text, grid, AXES, taken=taken_fraction)
     model_flops = None
     if program.architecture:
         tokens = math.prod(program.batch.shape)

@@ -21,6 +21,7 @@ from jaxpar.parallel.collectives import rank_and_size, vary, zeros
 from jaxpar.pipeline.ends import Ends
 from jaxpar.pipeline.layers import Buffers, Layers
 from jaxpar.pipeline.schedule import IDLE, Schedule, Segment
+from jaxpar.pipeline.tick_scope import scope_name
 
 Row = dict[str, jax.Array]  # a tick's line of every table
 
@@ -237,7 +238,7 @@ class _Engine:
             return nothing()
         if not self.functions.skips:
             return jax.tree.map(lambda x: jnp.where(row[flag], x, 0), run())
-        with jax.named_scope(f"in_{needed.sum()}_of_{len(needed)}_ticks"):  # for `jaxpar.measure.hlo`
+        with jax.named_scope(scope_name(needed.sum(), len(needed))):
             return lax.cond(row[flag], run, nothing)
 
     def _pass_up(self, from_below: jax.Array, y: jax.Array, row: Row) -> jax.Array:

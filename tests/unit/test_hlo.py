@@ -2,6 +2,7 @@
 
 import functools
 import re
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpar.config import MeshSizes, config_from_dict
 from jaxpar.measure.hlo import Collective, attention_flops, count
-from jaxpar.measure.hlo.groups import MeshAxes, joined, parse_groups
+from jaxpar.measure.hlo.groups import MeshAxes, device_groups, parse_groups
 from jaxpar.parallel.batch import DTYPES
 from jaxpar.parallel.mesh import AXES, build_mesh, device_grid
+from jaxpar.pipeline.tick_scope import scope_name, taken_fraction
 from jaxpar.program import Program
 
 N = 16
@@ -109,7 +111,7 @@ def test_trip_counts_from_conditions(start, more, step, turns):
 def test_a_loop_that_depends_on_data_counts_once_and_says_so():
     result = counted(lambda x: lax.while_loop(lambda x: x.sum() > 0, lambda x: jnp.sin(x @ x), x), (N, N))
     assert result.flops == PRODUCT
-    assert len(result.uncounted) == 1 and "number of turns depends on data" in result.uncounted[0]
+    assert len(result.uncounted) == 1 and "its trip count depends on data" in result.uncounted[0]
 
 
 def test_of_a_conditional_the_most_expensive_branch():
@@ -120,6 +122,18 @@ def test_of_a_conditional_the_most_expensive_branch():
         (N, N),
     )
     assert result.flops == 2 * PRODUCT and result.uncounted == []
+
+
+def test_a_conditional_counts_as_often_as_it_is_said_to_be_taken():
+    def in_some_ticks(x):
+        with jax.named_scope(scope_name(3, 7)):
+            return lax.cond(x[0, 0] > 0, lambda x: jnp.sin(x @ x), lambda x: x, x)
+
+    text = compiled(in_some_ticks, (N, N)).as_text()
+    assert count(text).flops == PRODUCT
+    assert count(text, taken=taken_fraction).flops == PRODUCT * 3 / 7
+    assert taken_fraction(f"jit(f)/{scope_name(3, 7)}/cond") == Fraction(3, 7)
+    assert taken_fraction(f"jit(f)/{scope_name(3, 7)}/inner/cond") is None
 
 
 def test_gradient_of_a_scan_is_two_more_products():
@@ -216,7 +230,7 @@ def test_groups_that_fit_no_axes_are_told():
     line = "ROOT %y = f32[4] all-reduce(%x), channel_id=1, replica_groups={{0,3},{1,2}}, use_global_device_ids=true"
     result = count(snippet(line, 4), np.arange(4).reshape(2, 2), ("a", "b"))
     assert result.collectives == [Collective("all-reduce", (), 1, 16, "f32", False)]
-    assert result.uncounted == ["all-reduce in groups of 2 that are no axes of the mesh (1 time a step)"]
+    assert result.uncounted == ["all-reduce in groups of 2 that match no axes of the mesh (1 time per step)"]
 
 
 def test_groups_in_an_unknown_notation_are_told():
@@ -254,7 +268,7 @@ def test_notations_of_groups(text, groups):
 
 
 def test_what_the_numbers_in_groups_mean():
-    read = functools.partial(joined, replicas=2, partitions=3)
+    read = functools.partial(device_groups, replicas=2, partitions=3)
     assert read([], channel=True, global_ids=True, pairs=False) == [(0, 1, 2, 3, 4, 5)]
     assert read([(0, 4)], channel=True, global_ids=True, pairs=False) == [(0, 4)]
     assert read([(0, 1)], channel=False, global_ids=False, pairs=False) == [(0, 3), (1, 4), (2, 5)]
@@ -395,7 +409,7 @@ def test_pallas_kernels_by_name_and_shapes():
     forward = count(triton(config.replace("NAME", "mha_forward")))
     assert forward.flops == forward.kernel_flops == 4 * 2 * 8 * 1024 * 512 * 64
     assert forward.uncounted == [
-        "kernel mha_forward (__gpu$xla.gpu.triton): counted without a mask, which its call does not show (1 time a step)"
+        "kernel mha_forward (__gpu$xla.gpu.triton): counted without a mask, because its call does not show one (1 time per step)"
     ]
     assert count(triton(config.replace("NAME", "mha_backward"))).flops == 2.5 * forward.flops
     assert count(triton(config.replace("NAME", "mha_preprocess_backward"))).uncounted == []
@@ -406,7 +420,7 @@ def test_pallas_kernels_by_name_and_shapes():
     assert count(text, kernels=own).uncounted == []
     unknown = count(text)
     assert unknown.flops == 0
-    assert unknown.uncounted == ["kernel my_kernel (__gpu$xla.gpu.triton): FLOPs not known (1 time a step)"]
+    assert unknown.uncounted == ["kernel my_kernel (__gpu$xla.gpu.triton): its FLOPs are not known (1 time per step)"]
 
 
 def test_our_flash_kernels():
@@ -428,7 +442,7 @@ def test_our_flash_kernels():
 
 def test_unknown_calls_are_told_and_harmless_ones_are_not():
     assert count(call("mine", "f32[4]", ["f32[4]"], "{}")).uncounted == [
-        "custom call mine: FLOPs not known (1 time a step)"
+        "custom call mine: its FLOPs are not known (1 time per step)"
     ]
     assert count(call("__gpu$TopK", "f32[4]", ["f32[4]"], "{}")).uncounted == []
     estimate = '{"custom_call_config": {"cost_estimate":{"flops":"1234","transcendentals":0}}}'
@@ -476,7 +490,7 @@ def train_step(devices: int, global_batch: int, tensor=1, sequence=False, pipeli
         for key, dtype in DTYPES.items()
     }
     text = program.train_step.lower(state, batch).compile().as_text()
-    return program, count(text, device_grid(MeshSizes(**program.mesh.shape)), AXES)
+    return program, count(text, device_grid(MeshSizes(**program.mesh.shape)), AXES, taken=taken_fraction)
 
 
 def layer_flops(global_batch: int, products: int = 3) -> tuple[int, int]:
