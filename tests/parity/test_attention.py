@@ -171,7 +171,7 @@ def test_large_scores_do_not_overflow():
 
 @pytest.mark.parametrize("cp", [None, 2, 4])
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_token_that_may_attend_to_nothing(cp, causal):
+def test_a_token_with_no_key_to_attend_to(cp, causal):
     # A window of 0 allows only later keys: none at all with causal order, and none for the last token without it.
     actual = results(attention, cp, GROUPED, causal=causal, window=0)
     wanted = results(reference_attention, None, GROUPED, causal=causal, window=0)
@@ -221,7 +221,7 @@ def test_errors():
         with_gradients(attention, 4).lower(*values, segments)
 
 
-# --- the work of each rank --------------------------------------------------------------------------------------------------
+# --- the work of each rank --------------------------------------------------------------------------------------------
 
 HEADS = GROUPED[0]
 
