@@ -1,7 +1,7 @@
-"""GPUs that a program can be compiled for without having one.
+"""GPUs and TPUs for which a program can be compiled on a machine that does not have them.
 
-Numbers are of the SXM boards, from NVIDIA's data sheets and architecture white papers, in the fields of XLA's
-GpuTargetConfigProto (xla/stream_executor/device_description.proto and xla/tools/hlo_opt).
+The numbers are those of the SXM boards, from NVIDIA's data sheets and architecture white papers. The fields are those of
+XLA's GpuTargetConfigProto (xla/stream_executor/device_description.proto and xla/tools/hlo_opt).
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """Attributes: names of NVIDIA's; memory in bytes, bandwidth in bytes/s, peak_flops dense bf16 FLOP/s."""
+    """One GPU, as XLA's compiler describes it.
+
+    Attributes:
+      description: NVIDIA's name of the device, which is also jax's `device_kind`.
+      shared_memory_per_core, memory, l2_cache: bytes.
+      memory_bandwidth: bytes/s.
+      peak_flops: dense bf16 FLOP/s.
+    """
 
     description: str
     compute_capability: tuple[int, int]
@@ -23,7 +30,7 @@ class Gpu:
     peak_flops: float
 
     def target_config(self) -> str:
-        """GpuTargetConfigProto in text form."""
+        """The GpuTargetConfigProto in text form."""
         major, minor = self.compute_capability
         return f"""
 gpu_device_info {{
@@ -44,7 +51,7 @@ device_description_str: "{self.description}"
 """
 
 
-# Bytes of a chip, by libtpu's names of the kinds; from the pages of each at https://cloud.google.com/tpu/docs.
+# Memory of one chip in bytes, by libtpu's name of the kind, from the kind's page at https://cloud.google.com/tpu/docs.
 TPU_MEMORY = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30, "tpu7x": 192 * 2**30}
 
 _MIB = 2**20
@@ -58,5 +65,5 @@ GPUS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 peak of one device in FLOP/s, by the name that jax has for its kind; None for a kind not listed here."""
+    """Dense bf16 peak of one device in FLOP/s, by jax's `device_kind`; None for a kind that is not listed here."""
     return next((gpu.peak_flops for gpu in GPUS.values() if gpu.description == device_kind), None)

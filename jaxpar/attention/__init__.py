@@ -1,4 +1,4 @@
-"""Attention: one function for models, and the kinds behind it."""
+"""Attention: the function that models call, and its implementations under context parallelism."""
 
 from jaxpar.attention.dispatch import attention
 from jaxpar.attention.reference import reference_attention

@@ -1,9 +1,9 @@
-"""A product of some queries with some keys as flash kernels for GPUs, in Pallas (Triton).
+"""The backend `pallas`: attention of one block as flash kernels for GPUs, in Pallas (Triton).
 
-FlashAttention-2 (Dao, 2023, arXiv:2307.08691): a program of the grid holds a tile of queries and walks over the keys, or
-for their gradients a tile of keys and walks over the queries. It differs from kernels at hand in what a ring needs: the
-forward pass returns the log-sum-exp, the backward pass takes that over *all* keys, several query heads read one kv head
-where it lies, and a mask may sit at any offset.
+FlashAttention-2 (Dao, 2023, arXiv:2307.08691): a program of the grid holds a tile of queries and walks over the keys; for
+the gradients of the keys it holds a tile of keys and walks over the queries. Unlike the kernels that come with JAX, these
+do what a ring needs: the forward pass returns the log-sum-exp, the backward pass takes the log-sum-exp over *all* keys,
+several query heads read one kv head without copies of it, and the mask may be at any offset.
 """
 
 import functools
@@ -16,14 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxpar.attention.flash_kernels import forward_kernel, key_grad_kernel, query_grad_kernel
-from jaxpar.attention.types import Grads, Keys, Kind, Offset, OutputGrads, Partial, Queries
+from jaxpar.attention.types import AttentionSpec, Grads, Keys, Offset, OutputGrads, Partial, Queries
 from jaxpar.config import ConfigError
 
-INTERPRET = False  # True: the kernels' steps as plain JAX, for tests without a GPU
+INTERPRET = False  # True: run the kernels' steps as plain JAX, for tests without a GPU
 FORWARD_TILES, BACKWARD_TILES = (128, 64), (64, 64)  # queries, keys
 
 
-def forward(kind: Kind, queries: Queries, keys: Keys, offset: Offset) -> Partial:
+def forward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -> Partial:
     query, key = queries.query, keys.key
     check_shapes(query, key)
     batch, tokens, kv_heads, group, head_dim = query.shape
@@ -33,7 +33,7 @@ def forward(kind: Kind, queries: Queries, keys: Keys, offset: Offset) -> Partial
         forward_kernel,
         (batch, kv_heads * group, tokens // tiles[0]),
         tiles,
-        kind,
+        spec,
         offset,
         inputs=[
             (query, per_query),
@@ -47,7 +47,7 @@ def forward(kind: Kind, queries: Queries, keys: Keys, offset: Offset) -> Partial
     return Partial(output, lse)
 
 
-def backward(kind: Kind, queries: Queries, keys: Keys, offset: Offset, output_grads: OutputGrads) -> Grads:
+def backward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset, output_grads: OutputGrads) -> Grads:
     query, key = queries.query, keys.key
     check_shapes(query, key)
     batch, tokens, kv_heads, group, head_dim = query.shape
@@ -58,7 +58,7 @@ def backward(kind: Kind, queries: Queries, keys: Keys, offset: Offset, output_gr
         query_grad_kernel,
         (batch, kv_heads * group, tokens // tiles[0]),
         tiles,
-        kind,
+        spec,
         offset,
         inputs=[
             (query, per_query),
@@ -77,7 +77,7 @@ def backward(kind: Kind, queries: Queries, keys: Keys, offset: Offset, output_gr
         key_grad_kernel,
         (batch, kv_heads, key.shape[1] // tiles[1]),
         tiles,
-        kind,
+        spec,
         offset,
         inputs=[
             (query, all_queries),
@@ -93,10 +93,10 @@ def backward(kind: Kind, queries: Queries, keys: Keys, offset: Offset, output_gr
 
 
 def check_shapes(query: jax.Array, key: jax.Array) -> None:
-    """Triton's tiles are powers of two, and these kernels do no odd ends.
+    """Checks that the kernels can compute a block: Triton's tiles are powers of two, and there are no partial tiles.
 
     Raises:
-      ConfigError: the tokens of a block are no multiple of a tile, or a tile or head_dim is no power of two from 16 on.
+      ConfigError: the tokens of a block are not a multiple of a tile, or a tile or head_dim is not a power of two >= 16.
     """
     (queries, keys), head_dim = (query.shape[1], key.shape[1]), query.shape[-1]
     for tiles in (FORWARD_TILES, BACKWARD_TILES):
@@ -104,9 +104,10 @@ def check_shapes(query: jax.Array, key: jax.Array) -> None:
         powers = all(n >= 16 and n & (n - 1) == 0 for n in (rows, columns, head_dim))
         if queries % rows or keys % columns or not powers:
             raise ConfigError(
-                f"actor.model.attention_backend: pallas computes blocks in tiles of {rows} x {columns} tokens and powers "
-                f"of two, but a block here has {queries} queries and {keys} keys of head_dim {head_dim}: change "
-                f"runner.seq_length or context_parallel_size, or set attention_backend to xla"
+                f"actor.model.attention_backend: pallas needs blocks that are multiples of {rows} x {columns} tokens, and "
+                f"tiles and a head_dim that are powers of two >= 16, but a block here has {queries} queries and {keys} "
+                f"keys of head_dim {head_dim}: change runner.seq_length or context_parallel_size, or set "
+                f"attention_backend to xla"
             )
 
 
@@ -118,39 +119,43 @@ def _call(
     kernel: Any,
     grid: tuple[int, int, int],
     tiles: tuple[int, int],
-    kind: Kind,
+    spec: AttentionSpec,
     offset: Offset,
     inputs: Sequence[tuple[jax.Array | None, pl.BlockSpec]],
     outputs: Sequence[tuple[tuple[int, ...], pl.BlockSpec]],
 ) -> list[jax.Array]:
-    """kernel(inputs…, offset, outputs…), None for what there is not; outputs float32. Its name tells the mask."""
+    """Calls kernel(inputs…, offset, outputs…) and returns its outputs, float32.
+
+    An input or offset that is None is passed to the kernel as None. The kernel's name says how it is masked, for
+    `jaxpar.measure.hlo.flops`.
+    """
     name = f"attention_{kernel.__name__.removesuffix('_kernel')}"
-    place = None
+    offset_array = None
     if offset is not None:
-        name += "_causal" if isinstance(offset, int) and kind.causal and kind.window is None else "_masked"
-        place = jnp.reshape(jnp.asarray(offset, jnp.int32), (1,))
-    inputs = [*inputs, (place, pl.BlockSpec((1,), lambda b, h, i: (0,)))]
+        name += "_causal" if isinstance(offset, int) and spec.causal and spec.window is None else "_masked"
+        offset_array = jnp.reshape(jnp.asarray(offset, jnp.int32), (1,))
+    inputs = [*inputs, (offset_array, pl.BlockSpec((1,), lambda b, h, i: (0,)))]
     query = inputs[0][0]
     assert query is not None
-    # Under shard_map an output must say on which axes it differs between devices: where the queries do.
-    kinds = {"dtype": jnp.float32, "manual_axis_type": jax.typeof(query).manual_axis_type}
+    # Under shard_map an output must declare the axes along which it varies between devices: the queries' own.
+    output_type = {"dtype": jnp.float32, "manual_axis_type": jax.typeof(query).manual_axis_type}
     return pl.pallas_call(
-        functools.partial(kernel, kind=kind, tiles=tiles),
+        functools.partial(kernel, spec=spec, tiles=tiles),
         grid=grid,
         in_specs=[None if x is None else spec for x, spec in inputs],
         out_specs=[spec for _, spec in outputs],
-        out_shape=[jax.ShapeDtypeStruct(shape, **kinds) for shape, _ in outputs],
+        out_shape=[jax.ShapeDtypeStruct(shape, **output_type) for shape, _ in outputs],
         compiler_params=plgpu.CompilerParams(num_warps=4 if query.shape[-1] <= 64 else 8, num_stages=2),
         interpret=INTERPRET,
         name=name,
     )(*(x for x, _ in inputs))
 
 
-# Blocks of a grid (batch, heads or kv heads, tiles).
+# Block specs for a grid of (batch, heads or kv heads, tiles).
 
 
 def _query_tile(tile: int, group: int, *head_dim: int) -> pl.BlockSpec:
-    """Of an array [b, q, k, g] or [b, q, k, g, d], where the grid has all heads."""
+    """A tile of an array [b, q, k, g] or [b, q, k, g, d], for a grid over all query heads."""
     return pl.BlockSpec(
         (None, tile, None, None, *head_dim), lambda b, h, i: (b, i, h // group, h % group, *(0 for _ in head_dim))
     )

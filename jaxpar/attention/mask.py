@@ -1,4 +1,4 @@
-"""Who may attend to whom: causal order, sliding window, documents of a packed sequence."""
+"""Which keys a query may attend to: causal order, sliding window, documents of a packed sequence."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -13,11 +13,11 @@ def attention_mask(
     causal: bool,
     window: int | None,
 ) -> Bool[Array, "batch queries keys"]:
-    """True where a query may attend to a key. The batch dimension is 1 where there are no segments.
+    """True where a query may attend to a key. The batch dimension is 1 if there are no segments.
 
     Args:
-      query_index, key_index: place of each token in the whole sequence.
-      window: a query sees the `window` latest keys, itself among them (Mistral 7B, arXiv:2310.06825).
+      query_index, key_index: each token's index in the whole sequence.
+      window: a query sees the `window` latest keys, itself included (Mistral 7B, arXiv:2310.06825).
     """
     distance = query_index[:, None] - key_index[None, :]
     mask = jnp.ones(distance.shape, bool)

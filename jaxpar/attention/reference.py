@@ -1,4 +1,4 @@
-"""The definition of attention that every other kind is tested against. Stores the whole score matrix."""
+"""The definition of attention, against which every implementation is tested. Stores the whole score matrix."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def reference_attention(
     """softmax(query keyᵀ / sqrt(head_dim)) value over the whole sequence on one device, softmax in float32.
 
     heads must be a multiple of kv_heads: query head i reads kv head i // (heads / kv_heads).
-    See `jaxpar.attention.attention` for the masks. A token that may attend to nothing gets zeros.
+    See `jaxpar.attention.attention` for the masks. A token with no key to attend to gets zeros.
     """
     group = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))

@@ -1,4 +1,4 @@
-"""How attention is computed, chosen by the config and not by the model that calls it."""
+"""How attention is computed. The config decides, not the model that calls `attention`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +9,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """Attributes:
-    cp_comm_type: what travels between cp ranks (Megatron-LM's names). "p2p": keys and values go round a ring.
-      "all_gather": every rank gets all of them. "a2a": each rank gets some heads of the whole sequence. "a2a+p2p": that
-      inside groups of neighbours, and a ring across.
-    a2a_size: ranks in such a group, with "a2a+p2p".
-    backend: what computes a block: "xla", plain JAX; "pallas", our flash kernel for GPUs.
+    """How calls of `attention` exchange tokens and compute blocks.
+
+    Attributes:
+      cp_comm_type: what the cp ranks exchange, by Megatron-LM's names. "p2p": keys and values go round a ring.
+        "all_gather": every rank receives all of them. "a2a": each rank receives some heads of the whole sequence.
+        "a2a+p2p": "a2a" inside groups of neighbouring ranks, a ring across the groups.
+      a2a_size: ranks per group of "a2a+p2p".
+      backend: what computes a block. "xla": plain JAX. "pallas": jaxpar's own flash kernel for GPUs.
     """
 
     cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
@@ -32,7 +34,7 @@ def current_settings() -> AttentionSettings:
 
 @contextmanager
 def attention_settings(settings: AttentionSettings) -> Iterator[None]:
-    """Calls of `jaxpar.attention.attention` that are traced inside follow `settings`."""
+    """Applies `settings` to calls of `jaxpar.attention.attention` that are traced inside."""
     token = _current.set(settings)
     try:
         yield

@@ -1,6 +1,6 @@
-"""What the kinds of attention hand to each other.
+"""Types and small helpers that the implementations of attention share.
 
-Dimensions: b batch, q query tokens, s key tokens, k kv heads, g query heads a kv head, d head_dim. Tokens are always
+Dimensions: b batch, q query tokens, s key tokens, k kv heads, g query heads per kv head, d head_dim. Tokens are always
 dimension 1.
 """
 
@@ -14,13 +14,13 @@ from jax import lax
 from jaxpar.parallel.collectives import MASKED, vary, varying_axes
 
 Offset = jax.Array | int | None
-"""Place in the sequence of a block's first query minus that of its first key: an int where all ranks agree on it, an
-array where they do not. None: whatever the places are, nothing is masked but other documents."""
+"""Sequence index of a block's first query minus that of its first key: an int if it is the same on all ranks, an array
+if it is not. None: the indices do not matter, and only tokens of other documents are masked."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Who may attend to whom, and what computes it."""
+class AttentionSpec:
+    """Which keys a query may attend to, the scale of the scores, and the backend that computes them."""
 
     causal: bool
     window: int | None
@@ -34,7 +34,7 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """What travels."""
+    """Keys with their values: what the cp ranks send each other."""
 
     key: jax.Array  # [b, s, k, d]
     value: jax.Array  # [b, s, k, d]
@@ -42,7 +42,7 @@ class Keys(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """Attention over some of the keys: normalized output and log-sum-exp of the scores."""
+    """Attention over some of the keys: the normalized output and the log-sum-exp of the scores."""
 
     output: jax.Array  # float32 [b, q, k, g, d]
     lse: jax.Array  # float32 [b, q, k, g]
@@ -62,41 +62,43 @@ class Grads(NamedTuple):
     value: jax.Array  # float32 [b, s, k, d]
 
 
-def nothing(query: jax.Array) -> Partial:
-    """Attention over no keys at all."""
+def empty_partial(query: jax.Array) -> Partial:
+    """Attention over no keys at all: the neutral element of `merge_partials`."""
     axes = varying_axes(query)
     lse = jnp.full(query.shape[:-1], MASKED, jnp.float32)
     return Partial(vary(jnp.zeros(query.shape, jnp.float32), axes), vary(lse, axes))
 
 
-def no_grads(queries: Queries, keys: Keys) -> Grads:
+def zero_grads(queries: Queries, keys: Keys) -> Grads:
     return Grads(*(vary(jnp.zeros(x.shape, jnp.float32), varying_axes(x)) for x in (queries.query, *keys[:2])))
 
 
-def merge(a: Partial, b: Partial) -> Partial:
+def merge_partials(a: Partial, b: Partial) -> Partial:
     """Attention over the keys of both."""
     lse = jnp.logaddexp(a.lse, b.lse)
     output = a.output * jnp.exp(a.lse - lse)[..., None] + b.output * jnp.exp(b.lse - lse)[..., None]
     return Partial(output, lse)
 
 
-def tie(tree: Any, data: jax.Array) -> Any:
-    """`tree`, as if it depended on `data`.
+def tie_to_data(tree: Any, data: jax.Array) -> Any:
+    """Returns `tree` as if it depended on `data`.
 
-    JAX hoists what depends on no activation out of the scan over layers, for all turns of the loops inside at once: of
-    masks that would be a matrix of sequence x sequence.
+    JAX hoists whatever does not depend on an activation out of the scan over layers, for all iterations of the loops
+    inside at once. For masks that would be a matrix of sequence x sequence.
     """
     return lax.optimization_barrier((tree, data))[0]
 
 
-def take(tree: Any, start: jax.Array, size: int, axis: int = 1) -> Any:
+def slice_tokens(tree: Any, start: jax.Array, size: int, axis: int = 1) -> Any:
     """Tokens [start, start + size) of each array."""
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis), tree)
 
 
-def put(tree: Any, part: Any, start: jax.Array, axis: int = 1) -> Any:
+def write_tokens(tree: Any, part: Any, start: jax.Array, axis: int = 1) -> Any:
+    """Each array of `tree` with its tokens from `start` on replaced by those of `part`."""
     return jax.tree.map(lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, axis), tree, part)
 
 
-def add_at(total: jax.Array, more: jax.Array, start: jax.Array, axis: int = 1) -> jax.Array:
-    return put(total, take(total, start, more.shape[axis], axis) + more, start, axis)
+def add_to_tokens(total: jax.Array, more: jax.Array, start: jax.Array, axis: int = 1) -> jax.Array:
+    """`total` with `more` added to its tokens from `start` on."""
+    return write_tokens(total, slice_tokens(total, start, more.shape[axis], axis) + more, start, axis)

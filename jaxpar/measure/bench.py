@@ -16,6 +16,7 @@ from jaxpar.hardware import peak_flops
 from jaxpar.measure.baseline import BaselineProgram
 from jaxpar.measure.compile import Memory, compile_train_step, read_memory, read_report
 from jaxpar.measure.hlo import count
+from jaxpar.pipeline.tick_scope import taken_fraction
 from jaxpar.program import Program
 
 _Result = TypeVar("_Result")
@@ -170,7 +171,7 @@ def compare(
             wall_seconds=min(wall for wall, _ in times[name][1:]),
             cpu_seconds=min(cpu for _, cpu in times[name][1:]),
             temporaries=read_memory(runs[name].compiled, 0).temporaries,
-            flops=count(runs[name].compiled.as_text() or "").flops * program.mesh.size,
+            flops=count(runs[name].compiled.as_text() or "", taken=taken_fraction).flops * program.mesh.size,
             loss=runs[name].loss,
         )
         for name, program in programs.items()

@@ -20,6 +20,7 @@ from jaxpar.hardware import GPUS, TPU_MEMORY
 from jaxpar.measure.baseline import BaselineProgram
 from jaxpar.measure.hlo import Collective, count
 from jaxpar.parallel.mesh import AXES
+from jaxpar.pipeline.tick_scope import taken_fraction
 from jaxpar.program import Program
 
 MEMORY_FRACTION = 0.92  # the share of a GPU that XLA may take; the rest is for CUDA, NCCL and cuBLAS
@@ -145,7 +146,8 @@ def read_report(program: Program, compiled: jax.stages.Compiled, seconds: float,
     """What a compiled train step needs. Arguments as in `compile_step`, and as `compile_train_step` returns them."""
     text, devices = compiled.as_text() or "", program.mesh.size
     # Programs name devices by their index in the mesh, not by their ids.
-    counted = count(text, np.arange(program.mesh.size).reshape(tuple(program.mesh.shape.values())), AXES)
+    grid = np.arange(program.mesh.size).reshape(tuple(program.mesh.shape.values()))
+    counted = count(text, grid, AXES, taken=taken_fraction)
     per_token = program.blueprint.flops_per_token
     model_flops = None if per_token is None else per_token * math.prod(program.batch_layout.shape) / devices
     analysis: Any = compiled.memory_analysis()

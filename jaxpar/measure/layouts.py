@@ -1,4 +1,4 @@
-"""One layout in a word, such as `pp4,dp2,schedule=1f1b,microbatches=8`, for the commands that compare layouts."""
+"""Layouts on the command line, such as `pp4,dp2,schedule=1f1b,microbatches=8`, for commands that compare layouts."""
 
 import math
 import re
@@ -14,37 +14,28 @@ _EXAMPLE = "pp4,dp2,schedule=1f1b,microbatches=8"
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands after CONFIG on a command line → (settings `key.path=value`, layouts)."""
+    """Splits the arguments after CONFIG on a command line into (settings `key.path=value`, layouts)."""
     overrides = [text for text in arguments if _OVERRIDE.fullmatch(text)]
     return overrides, [text for text in arguments if text not in overrides]
 
 
 def layout_overrides(text: str, config: Config, num_devices: int) -> list[str]:
-    """A layout as settings of `config` on `num_devices` devices.
+    """The settings `key.path=value` that give `config` this layout on `num_devices` devices.
 
     Args:
-      text: parts joined by commas, in any order: sizes of the mesh's axes (`dp8`, `pp4`, `tp2`, `cp2`; `sp2` is a tensor
-        group of 2 with sequence parallelism), `schedule=`, `chunks=` (virtual stages), `microbatches=` and `zero=` (its
-        stage). Sizes left out are 1, dp is what the others leave; the rest left out is the config's.
+      text: parts joined by commas, in any order: the sizes of the mesh's axes (`dp8`, `pp4`, `tp2`, `cp2`; `sp2` is a
+        tensor group of 2 with sequence parallelism), `schedule=`, `chunks=` (virtual stages), `microbatches=` and
+        `zero=` (the ZeRO stage). A size that is not given is 1, but dp takes the devices that the other axes leave.
+        Everything else that is not given stays as in the config.
 
     Raises:
-      ConfigError: it is not that, or does not fit the devices or the batch.
+      ConfigError: the text is not a layout, or it does not fit the devices or the batch.
     """
-    parts: dict[str, str] = {}
-    for word in text.split(","):
-        found = _PART.fullmatch(word)
-        if not found:
-            raise ConfigError(
-                f"layout {text!r}: {word!r} is neither a layout's part, as in {_EXAMPLE}, nor key.path=value"
-            )
-        name, value = (group for group in found.groups() if group is not None)
-        if name in parts:
-            raise ConfigError(f"layout {text!r}: {name} stands there twice: remove one")
-        parts[name] = value
+    parts = _parts(text)
     sizes = {axis: int(parts.get(axis, 1)) for axis in ("dp", "pp", "tp", "sp", "cp")}
     if sizes["tp"] > 1 and sizes["sp"] > 1:
         raise ConfigError(
-            f"layout {text!r}: tp and sp are one tensor group, without and with sequence parallelism: give one of them"
+            f"layout {text!r}: tp and sp are one tensor group, without and with sequence parallelism: give only one of them"
         )
     if "dp" not in parts:
         sizes["dp"] = max(1, num_devices // math.prod(sizes.values()))
@@ -71,8 +62,24 @@ def layout_overrides(text: str, config: Config, num_devices: int) -> list[str]:
     return lines
 
 
+def _parts(text: str) -> dict[str, str]:
+    """Name of each part → its value, such as {"pp": "4", "schedule": "1f1b"}."""
+    parts: dict[str, str] = {}
+    for word in text.split(","):
+        found = _PART.fullmatch(word)
+        if not found:
+            raise ConfigError(
+                f"layout {text!r}: {word!r} is not a part of a layout, as in {_EXAMPLE}, and not key.path=value"
+            )
+        name, value = (group for group in found.groups() if group is not None)
+        if name in parts:
+            raise ConfigError(f"layout {text!r}: {name} is given twice: remove one")
+        parts[name] = value
+    return parts
+
+
 def one_device(config: Config) -> list[str]:
-    """Settings that put the whole of `config` on one device."""
+    """The settings `key.path=value` that put all of `config` on one device."""
     return [*layout_overrides("dp1", config, 1), "cluster.num_nodes=1", "cluster.num_gpus_per_node=1"]
 
 
@@ -80,8 +87,8 @@ def _micro_batch(text: str, config: Config, dp: int, microbatches: int) -> int:
     total = config.actor.global_batch_size
     if total % (dp * microbatches):
         raise ConfigError(
-            f"layout {text!r}: actor.global_batch_size {total} does not divide by dp {dp} * {microbatches} microbatches "
-            f"({total} / {dp * microbatches} = {total / (dp * microbatches):.2f}): choose a number that divides "
-            f"{total / dp:g}"
+            f"layout {text!r}: actor.global_batch_size {total} is not a multiple of dp {dp} * {microbatches} microbatches "
+            f"= {dp * microbatches} ({total} / {dp * microbatches} = {total / (dp * microbatches):.2f}): choose a number "
+            f"of microbatches that divides {total / dp:g}"
         )
     return total // (dp * microbatches)

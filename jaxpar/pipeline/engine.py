@@ -22,6 +22,7 @@ from jaxpar.parallel.collectives import rank_and_size, vary, zeros
 from jaxpar.pipeline.ends import EmbeddingAndLoss
 from jaxpar.pipeline.layers import Item, LayerFunctions, Layers, Place, SavedValues
 from jaxpar.pipeline.schedule import IDLE, Schedule, Segment
+from jaxpar.pipeline.tick_scope import scope_name
 
 Row = dict[str, jax.Array]  # a tick's row of every table
 
@@ -217,7 +218,7 @@ class Engine:
             return nothing()
         if not self.functions.skips:
             return jax.tree.map(lambda x: jnp.where(row[flag], x, 0), run())
-        with jax.named_scope(f"in_{needed.sum()}_of_{len(needed)}_ticks"):  # for `jaxpar.measure.hlo`
+        with jax.named_scope(scope_name(needed.sum(), len(needed))):
             return lax.cond(row[flag], run, nothing)
 
     def _pass_up(self, from_below: jax.Array, y: jax.Array, row: Row) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Attention of every kind against the definition: output and gradients, who does how much, and what is kept."""
+"""Attention of every kind against the definition: output and gradients, work of each rank, memory and bytes sent."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ from jaxpar.attention import (
     ring,
     zigzag_order,
 )
-from jaxpar.attention.types import Kind
+from jaxpar.attention.types import AttentionSpec
 from jaxpar.config import ConfigError
 from jaxpar.measure.hlo import count
 
@@ -53,7 +53,7 @@ def _small_tiles(monkeypatch):
 
 @functools.cache
 def arrays(heads: int, kv_heads: int, seq: int = SEQ, dtype: str = "float32"):
-    """query, key, value, the gradient of the output; and documents of uneven length."""
+    """(query, key, value, gradient of the output), and segment ids of documents of uneven length."""
     rng = np.random.default_rng(11)
     shape = lambda n: (BATCH, seq, n, HEAD_DIM)  # noqa: E731
     values = [rng.normal(size=shape(n)) * 1.5 for n in (heads, kv_heads, kv_heads, heads)]
@@ -62,7 +62,7 @@ def arrays(heads: int, kv_heads: int, seq: int = SEQ, dtype: str = "float32"):
 
 
 def with_gradients(attend, cp: int | None, settings=P2P, *, packed: bool = False, **kind):
-    """(query, key, value, output gradient, segments), placed → (output, query, key and value gradients), on cp ranks."""
+    """A function on cp ranks: (query, key, value, output gradient, segments) → (output, gradients), in zigzag order."""
 
     def run(query, key, value, grad, segments):
         apply = lambda q, k, v: attend(q, k, v, segment_ids=segments if packed else None, **kind)  # noqa: E731
@@ -76,17 +76,17 @@ def with_gradients(attend, cp: int | None, settings=P2P, *, packed: bool = False
     return jax.jit(jax.shard_map(run, mesh=make_mesh((1, 1, 1, 1, cp)), in_specs=(spec,) * 5, out_specs=(spec,) * 4))
 
 
-def place(tree, cp: int | None):
+def to_zigzag(tree, cp: int | None):
     return jax.tree.map(lambda x: x[:, zigzag_order(x.shape[1], cp or 1)], tree)
 
 
-def take_back(tree, cp: int | None):
+def from_zigzag(tree, cp: int | None):
     return jax.tree.map(lambda x: np.asarray(x)[:, np.argsort(zigzag_order(x.shape[1], cp or 1))], tree)
 
 
 def run(function, cp, values, segments):
-    inputs = place((*values, segments), cp)
-    return take_back(function.lower(*inputs).compile(compiler_options=QUICK)(*inputs), cp)
+    inputs = to_zigzag((*values, segments), cp)
+    return from_zigzag(function.lower(*inputs).compile(compiler_options=QUICK)(*inputs), cp)
 
 
 def results(attend, cp, heads, settings=P2P, dtype="float32", **kind) -> dict[str, np.ndarray]:
@@ -106,9 +106,9 @@ def check(cp, heads, kind, settings=P2P):
         assert relative_error(actual[name], value) < TOLERANCE, name
 
 
-PLACES = [(s, 4) for s in (P2P, ALL_GATHER, A2A, a2a_p2p(2))]
-MORE_PLACES = [(s, cp) for s in (P2P, ALL_GATHER, A2A, a2a_p2p(2)) for cp in (2, 8)] + [(a2a_p2p(4), 8)]
-PLACES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_PLACES]
+RANKS = [(s, 4) for s in (P2P, ALL_GATHER, A2A, a2a_p2p(2))]
+MORE_RANKS = [(s, cp) for s in (P2P, ALL_GATHER, A2A, a2a_p2p(2)) for cp in (2, 8)] + [(a2a_p2p(4), 8)]
+RANKS += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_RANKS]
 
 
 @pytest.mark.parametrize("kind", ["causal", "full", "packed", "window"])
@@ -116,7 +116,7 @@ PLACES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_PLACES]
     "heads",
     [pytest.param(EQUAL, id="as many kv heads", marks=pytest.mark.slow), pytest.param(GROUPED, id="grouped")],
 )
-@pytest.mark.parametrize(("settings", "cp"), PLACES, ids=lambda x: getattr(x, "cp_comm_type", x))
+@pytest.mark.parametrize(("settings", "cp"), RANKS, ids=lambda x: getattr(x, "cp_comm_type", x))
 def test_output_and_gradients(settings, cp, heads, kind):
     check(cp, heads, kind, settings)
 
@@ -166,13 +166,13 @@ def test_large_scores_do_not_overflow():
     for cp in (None, 4):
         actual = run(with_gradients(attention, cp), cp, values, segments)
         assert all(np.isfinite(x).all() for x in actual)
-        assert relative_error(actual[0], wanted) < 1e-3  # scores of 1e5 have no more digits than that
+        assert relative_error(actual[0], wanted) < 1e-3  # scores of 1e5 have no more significant digits
 
 
 @pytest.mark.parametrize("cp", [None, 2, 4])
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_token_that_may_attend_to_nothing(cp, causal):
-    # A window of 0 leaves only later keys: with causal order none at all, without it none to the last token.
+def test_a_token_with_no_key_to_attend_to(cp, causal):
+    # A window of 0 allows only later keys: none at all with causal order, and none for the last token without it.
     actual = results(attention, cp, GROUPED, causal=causal, window=0)
     wanted = results(reference_attention, None, GROUPED, causal=causal, window=0)
     empty = slice(None) if causal else slice(-1, None)
@@ -197,11 +197,11 @@ def test_documents_of_one_token_attend_to_themselves_alone(cp):
 
 @pytest.mark.parametrize("settings", [P2P, ALL_GATHER], ids=lambda s: s.cp_comm_type)
 def test_blocks_that_no_document_spans_are_not_computed(settings):
-    """Not a masked product either: that would carry the NaN of another document's values, as 0 · NaN."""
+    """They are not computed with a mask either: that would spread the NaN of another document's values, as 0 · NaN."""
     (query, key, value, grad), _ = arrays(*EQUAL)
-    segments = jnp.broadcast_to(jnp.arange(SEQ, dtype=jnp.int32) // (SEQ // 8), (BATCH, SEQ))  # one a chunk
-    poisoned = place(value, 4).at[:, 0].set(np.nan)
-    value = jnp.asarray(take_back(poisoned, 4))  # in the first rank's early chunk
+    segments = jnp.broadcast_to(jnp.arange(SEQ, dtype=jnp.int32) // (SEQ // 8), (BATCH, SEQ))  # one per chunk
+    poisoned = to_zigzag(value, 4).at[:, 0].set(np.nan)
+    value = jnp.asarray(from_zigzag(poisoned, 4))  # in the first rank's early chunk
     outputs = run(with_gradients(attention, 4, settings, packed=True), 4, (query, key, value, grad), segments)
     first_rank = zigzag_order(SEQ, 4)[: SEQ // 4]
     others = np.delete(np.arange(SEQ), first_rank)
@@ -221,13 +221,13 @@ def test_errors():
         with_gradients(attention, 4).lower(*values, segments)
 
 
-# --- who does how much --------------------------------------------------------------------------------------------------
+# --- the work of each rank --------------------------------------------------------------------------------------------
 
 HEADS = GROUPED[0]
 
 
 def executed_flops(cp, settings=P2P, seq=SEQ, **kind) -> float:
-    """Of one device, forward and backward; one program runs on all, so that nobody can be busier than others."""
+    """FLOPs of one device, forward and backward. All devices run one program, so none has more work than another."""
     values, segments = arrays(*GROUPED, seq=seq)
     text = with_gradients(attention, cp, settings, **kind).lower(*values, segments).compile(QUICK).as_text()
     assert kind or not re.search(r"\bconditional\(", text)
@@ -237,7 +237,7 @@ def executed_flops(cp, settings=P2P, seq=SEQ, **kind) -> float:
 
 
 def full_square(seq=SEQ) -> float:
-    """Two products forward, five backward (scores are not kept, so query · key runs again), nothing masked."""
+    """FLOPs without a mask: two products forward, five backward (scores are not kept, so query · key is recomputed)."""
     return 7 * 2 * BATCH * HEADS * HEAD_DIM * seq**2
 
 
@@ -250,7 +250,7 @@ def test_causal_work_is_the_same_on_every_rank_and_half_of_the_square(settings, 
     share = executed_flops(cp, settings) / (full_square() / cp)
     assert share <= 0.55
     chunk = SEQ // (2 * cp)
-    if settings == P2P:  # 2·cp - 1 whole chunks a rank and two on the diagonal, of these (tiles + 1) / 2 tiles
+    if settings == P2P:  # per rank 2·cp - 1 whole chunks, and two on the diagonal of which (tiles + 1) / 2 tiles remain
         assert share == ((2 * cp - 1) + (chunk // 2 + 1) / (chunk // 2)) / (4 * cp) if chunk > 2 else True
 
 
@@ -265,7 +265,7 @@ def test_full_attention_is_the_whole_square(settings):
 
 @pytest.mark.parametrize(("window", "hops"), [(1, set()), (9, {1, 3}), (17, {1, 2, 3}), (64, {1, 2, 3})])
 def test_ring_steps_beyond_the_window_are_left_out(window, hops):
-    assert set(ring._stops(Kind(True, window, 1.0, "xla"), ring.Ring(4), SEQ // 4)) == {0} | hops
+    assert set(ring._stops(AttentionSpec(True, window, 1.0, "xla"), ring.Ring(4), SEQ // 4)) == {0} | hops
     values, segments = arrays(*GROUPED)
     text = with_gradients(attention, 4, window=window).lower(*values, segments).compile(QUICK).as_text()
     pairs = re.findall(r"collective-permute\(.*source_target_pairs=\{(.*?)\}\}", text)
@@ -275,7 +275,7 @@ def test_ring_steps_beyond_the_window_are_left_out(window, hops):
 
 # --- what the compiled program keeps and sends --------------------------------------------------------------------------
 
-SHARE = 64  # tokens a cp rank
+SHARE = 64  # tokens per cp rank
 
 
 @pytest.mark.parametrize("settings", [P2P, ALL_GATHER], ids=lambda s: s.cp_comm_type)
@@ -298,10 +298,10 @@ def test_never_more_than_one_tile_of_scores(monkeypatch, backward, settings):
     tokens = BATCH * heads * HEAD_DIM * (seq if settings == ALL_GATHER else SHARE)
     assert tile <= max(map(math.prod, shapes)) <= max(tile, tokens)  # a tile's scores, or an array of tokens
     assert not [shape for shape in shapes if sum(n >= SHARE for n in shape) >= 2]
-    if settings == P2P:  # a longer ring, of twice as many scores a rank, has no larger temporaries
+    if settings == P2P:  # a longer ring has twice as many scores per rank, but no larger temporaries
         temporaries = [p.memory_analysis().temp_size_in_bytes for p in (program, compiled(attention, 8))]
         assert temporaries[1] < 1.05 * temporaries[0]
-    # That the look at the text sees what it shall: the definition keeps all scores.
+    # A check of the check: the definition of attention keeps all scores.
     assert max(map(math.prod, array_shapes(compiled(reference_attention, None).as_text()))) >= BATCH * heads * seq**2
 
 
@@ -318,10 +318,10 @@ def sent(settings, cp=4):
 
 def test_only_the_kv_heads_travel():
     keys, heads = 4 * BATCH * SEQ // 4 * HEAD_DIM * GROUPED[1], 4 * BATCH * SEQ // 4 * HEAD_DIM * GROUPED[0]
-    # Keys and values go to 3 others, forward and backward, the first time for both; their gradients go one step further,
-    # to get home.
+    # Keys and values go to 3 other ranks, forward and backward; the first hop serves both. Their gradients go one step
+    # further, to get home.
     assert sent(P2P) == {"collective-permute": 2 * (1 + 2 + 2 + 4) * keys}
-    # Gathered once for both passes, in a program of nothing else.
+    # Gathered once for both passes, because this program does nothing else.
     assert sent(ALL_GATHER) == {"all-gather": 2 * 4 * keys, "reduce-scatter": 2 * 4 * keys}
-    # Query and output with all their heads, keys and values with one for each rank.
+    # Query and output with all their heads; keys and values with one head for each rank.
     assert sent(A2A) == {"all-to-all": 2 * (2 * heads + 2 * 2 * keys)}

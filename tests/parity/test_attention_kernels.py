@@ -1,4 +1,4 @@
-"""The flash kernels, in Pallas' interpreter, against plain JAX; and in a ring. (Compiled for H100s: tests/system.)"""
+"""The flash kernels in Pallas' interpreter, alone and in a ring, against plain JAX. tests/system compiles them for H100s."""
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from jaxpar.attention import (
     reference_attention,
     zigzag_order,
 )
-from jaxpar.attention.products import output_grads_of
-from jaxpar.attention.types import Keys, Kind, Queries
+from jaxpar.attention.blocks import output_grads_of
+from jaxpar.attention.types import AttentionSpec, Keys, Queries
 from jaxpar.config import ConfigError
 
 BATCH, TOKENS, KV_HEADS, GROUP, HEAD_DIM = 2, 64, 2, 2, 16
@@ -46,19 +46,19 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_block(case):
     causal, window, offsets, packed = CASES[case]
-    kind, rng = Kind(causal, window, HEAD_DIM**-0.5, "pallas"), np.random.default_rng(3)
+    spec, rng = AttentionSpec(causal, window, HEAD_DIM**-0.5, "pallas"), np.random.default_rng(3)
     heads = (KV_HEADS, GROUP, HEAD_DIM)
     query, grad = random(rng, BATCH, TOKENS, *heads), random(rng, BATCH, TOKENS, *heads)
     key, value = (random(rng, BATCH, TOKENS, KV_HEADS, HEAD_DIM) for _ in range(2))
-    # A log-sum-exp over other keys too: the block's weights then do not add up to 1.
+    # The log-sum-exp is over other keys too, so that the weights of the block do not add up to 1.
     more = jnp.abs(random(rng, BATCH, TOKENS, KV_HEADS, GROUP))
     segments = jnp.asarray((rng.random((BATCH, TOKENS)) < 0.06).cumsum(-1), jnp.int32) if packed else None
 
     def both(offset, module):
         queries, keys = Queries(query, segments), Keys(key, value, segments)
-        partial = module.forward(kind, queries, keys, offset)
-        lse = jnp.maximum(blockwise.forward(kind, queries, keys, offset).lse, -10) + more
-        grads = module.backward(kind, queries, keys, offset, output_grads_of(grad, query, lse))
+        partial = module.forward(spec, queries, keys, offset)
+        lse = jnp.maximum(blockwise.forward(spec, queries, keys, offset).lse, -10) + more
+        grads = module.backward(spec, queries, keys, offset, output_grads_of(grad, query, lse))
         return partial.output, jnp.maximum(partial.lse, -1e20), *grads
 
     for offset in offsets:
@@ -68,7 +68,7 @@ def test_a_block(case):
             assert np.abs(actual - wanted).max() <= TOLERANCE * np.abs(wanted).max()
 
 
-def test_what_the_kernels_cannot_do_is_said():
+def test_unsupported_shapes_are_refused():
     shape = lambda tokens, head_dim: jax.ShapeDtypeStruct((1, tokens, 1, 1, head_dim), jnp.float32)  # noqa: E731
     flash.check_shapes(shape(64, 128), shape(32, 128))
     for tokens, head_dim in ((48, 64), (64, 96), (8, 64), (64, 8)):
@@ -90,7 +90,7 @@ def test_a_ring_of_kernels(window, packed):
 
         return function
 
-    # check_vma: the interpreter's own loops do not pass it; the kernels themselves do, see tests/system.
+    # check_vma: the interpreter's own loops fail the check; the kernels pass it, see tests/system.
     spec, order = jax.P(None, "cp"), zigzag_order(seq, cp)
     ring = jax.shard_map(
         run(attention), mesh=make_mesh((1, 1, 1, 1, cp)), in_specs=(spec,) * 5, out_specs=(spec,) * 4, check_vma=False

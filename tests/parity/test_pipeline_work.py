@@ -14,6 +14,7 @@ from jaxpar.measure.hlo import count
 from jaxpar.models import Decoder, FunctionalModel
 from jaxpar.parallel.mesh import AXES
 from jaxpar.pipeline import layers
+from jaxpar.pipeline.tick_scope import taken_fraction
 
 STAGES = 4
 DEEP = dataclasses.replace(PLAIN, num_hidden_layers=8)
@@ -31,7 +32,7 @@ def build(schedule="1f1b", chunks=1, microbatches=8, stages=STAGES, arch=DEEP, r
 def counted(*args, **options):
     step = build(*args, **options)
     grid = make_mesh((1, options.get("stages", STAGES), 1, 1, 1)).devices
-    return count(step.compiled.as_text(), grid, AXES)
+    return count(step.compiled.as_text(), grid, AXES, taken=taken_fraction)
 
 
 def temporaries(*args, **options):

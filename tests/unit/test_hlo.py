@@ -1,7 +1,8 @@
-"""The counter, on programs whose answers are known."""
+"""The counter, on programs for which the right answer is known."""
 
 import functools
 import re
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpar.config import MeshSizes, config_from_dict
 from jaxpar.measure.hlo import Collective, attention_flops, count
-from jaxpar.measure.hlo.groups import MeshAxes, joined, parse_groups
+from jaxpar.measure.hlo.groups import MeshAxes, device_groups, parse_groups
 from jaxpar.parallel.batch import DTYPES
 from jaxpar.parallel.mesh import AXES, build_mesh, device_grid
+from jaxpar.pipeline.tick_scope import scope_name, taken_fraction
 from jaxpar.program import Program
 
 N = 16
@@ -60,7 +62,7 @@ def test_products():
 def test_convolutions_as_xla_counts_them(options):
     kernel = (3, 5, 8 // options.get("feature_group_count", 1), 16)
     function = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
-    # The lowered program, which has no loops and has not been turned into other calls: XLA can count that one.
+    # The lowered program has no loops, and its convolutions are not calls yet, so XLA can count it.
     lowered = jax.jit(function).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in [(2, 9, 11, 8), kernel]))
     assert count(lowered.as_text("hlo")).flops == lowered.cost_analysis()["flops"]
 
@@ -78,13 +80,13 @@ def nested_scans(x):
 def test_nested_loops_multiply():
     text = compiled(nested_scans, (N, N)).as_text()
     assert count(text).flops == 3 * (5 + 1) * PRODUCT
-    # Without XLA's own note the same comes from the loops' conditions.
+    # Without XLA's own trip counts, the conditions of the loops give the same.
     again = count(without_trip_counts(text))
     assert again.flops == 3 * (5 + 1) * PRODUCT and again.uncounted == []
 
 
 @pytest.mark.parametrize(
-    "start, more, step, turns",
+    "start, more, step, trips",
     [
         (0, lambda i: i < 7, 1, 7),
         (0, lambda i: i <= 7, 1, 8),
@@ -95,7 +97,7 @@ def test_nested_loops_multiply():
         (5, lambda i: i < 5, 1, 0),
     ],
 )
-def test_trip_counts_from_conditions(start, more, step, turns):
+def test_trip_counts_from_conditions(start, more, step, trips):
     def loop(x):
         return lax.while_loop(lambda c: more(c[0]), lambda c: (c[0] + step, jnp.sin(c[1] @ c[1])), (start, x))[1]
 
@@ -103,16 +105,16 @@ def test_trip_counts_from_conditions(start, more, step, turns):
     text = jax.jit(loop).lower(jax.ShapeDtypeStruct((N, N), jnp.float32)).as_text("hlo")
     assert "known_trip_count" not in text
     result = count(text)
-    assert result.flops == turns * PRODUCT and result.uncounted == []
+    assert result.flops == trips * PRODUCT and result.uncounted == []
 
 
 def test_a_loop_that_depends_on_data_counts_once_and_says_so():
     result = counted(lambda x: lax.while_loop(lambda x: x.sum() > 0, lambda x: jnp.sin(x @ x), x), (N, N))
     assert result.flops == PRODUCT
-    assert len(result.uncounted) == 1 and "number of turns depends on data" in result.uncounted[0]
+    assert len(result.uncounted) == 1 and "its trip count depends on data" in result.uncounted[0]
 
 
-def test_of_a_conditional_the_most_expensive_branch():
+def test_the_most_expensive_branch_of_a_conditional_counts():
     result = counted(
         lambda x: lax.switch(
             x.astype(int)[0, 0], [lambda x: x, lambda x: jnp.sin(x @ x) @ x, lambda x: jnp.sin(x @ x)], x
@@ -120,6 +122,18 @@ def test_of_a_conditional_the_most_expensive_branch():
         (N, N),
     )
     assert result.flops == 2 * PRODUCT and result.uncounted == []
+
+
+def test_a_conditional_counts_as_often_as_it_is_taken():
+    def in_some_ticks(x):
+        with jax.named_scope(scope_name(3, 7)):
+            return lax.cond(x[0, 0] > 0, lambda x: jnp.sin(x @ x), lambda x: x, x)
+
+    text = compiled(in_some_ticks, (N, N)).as_text()
+    assert count(text).flops == PRODUCT
+    assert count(text, taken=taken_fraction).flops == PRODUCT * 3 / 7
+    assert taken_fraction(f"jit(f)/{scope_name(3, 7)}/cond") == Fraction(3, 7)
+    assert taken_fraction(f"jit(f)/{scope_name(3, 7)}/inner/cond") is None
 
 
 def test_gradient_of_a_scan_is_two_more_products():
@@ -137,11 +151,11 @@ def test_gradient_of_a_scan_is_two_more_products():
 
 # --- Collectives ---
 
-SIZES = MeshSizes(dp=2, pp=2, tp=1, sp=2, cp=2)  # 16 devices, far from the order of their ids
+SIZES = MeshSizes(dp=2, pp=2, tp=1, sp=2, cp=2)  # 16 devices, not in the order of their ids
 
 
 def collectives(function, sizes=SIZES):
-    # check_vma: what is counted is any collective, also one whose result no spec describes.
+    # check_vma: any collective must be counted, even if no spec describes its result.
     mapped = jax.shard_map(function, mesh=build_mesh(sizes), in_specs=P(), out_specs=P(), check_vma=False)
     return count(compiled(mapped, (N, N)).as_text(), device_grid(sizes))
 
@@ -197,7 +211,7 @@ def test_collectives_in_loops():
     }
 
 
-def test_branches_that_differ_in_collectives_are_told():
+def test_branches_that_differ_in_collectives_are_reported():
     def branches(x):
         return lax.cond(lax.axis_index("pp") == 0, lambda x: lax.psum(x, "sp"), lambda x: jnp.sin(x), x)
 
@@ -212,14 +226,14 @@ def test_a_group_of_one_sends_nothing():
     assert count(snippet(lines + "ROOT %z = f32[4] collective-permute(%y), source_target_pairs={{0,0},{1,1}}", 2)).collectives == []  # fmt: skip
 
 
-def test_groups_that_fit_no_axes_are_told():
+def test_groups_that_match_no_axes_are_reported():
     line = "ROOT %y = f32[4] all-reduce(%x), channel_id=1, replica_groups={{0,3},{1,2}}, use_global_device_ids=true"
     result = count(snippet(line, 4), np.arange(4).reshape(2, 2), ("a", "b"))
     assert result.collectives == [Collective("all-reduce", (), 1, 16, "f32", False)]
-    assert result.uncounted == ["all-reduce in groups of 2 that are no axes of the mesh (1 time a step)"]
+    assert result.uncounted == ["all-reduce in groups of 2 that match no axes of the mesh (1 time per step)"]
 
 
-def test_groups_in_an_unknown_notation_are_told():
+def test_groups_in_an_unknown_notation_are_reported():
     result = count(snippet("ROOT %y = f32[4] all-reduce(%x), channel_id=1, replica_groups=everybody", 4))
     assert result.collectives == [] and "all-reduce y: its groups are in an unknown notation" in result.uncounted[0]
 
@@ -253,8 +267,8 @@ def test_notations_of_groups(text, groups):
     assert [list(group) for group in parse_groups(text)] == groups
 
 
-def test_what_the_numbers_in_groups_mean():
-    read = functools.partial(joined, replicas=2, partitions=3)
+def test_numbering_of_group_members():
+    read = functools.partial(device_groups, replicas=2, partitions=3)
     assert read([], channel=True, global_ids=True, pairs=False) == [(0, 1, 2, 3, 4, 5)]
     assert read([(0, 4)], channel=True, global_ids=True, pairs=False) == [(0, 4)]
     assert read([(0, 1)], channel=False, global_ids=False, pairs=False) == [(0, 3), (1, 4), (2, 5)]
@@ -330,7 +344,7 @@ GROUPS = "channel_id=1, replica_groups=[4,2]<=[2,4]T(1,0), use_global_device_ids
             "ROOT %d = f32[4]{0} async-done(%u)",
             Collective("all-to-all", ("a", "b"), 1, 16, "f32", False),
         ),
-        (  # XLA for TPU (libtpu 0.0.42); there each line but the calls is in a fusion of its own
+        (  # XLA for TPU (libtpu 0.0.42); where each line except the calls is in its own fusion
             f'%a = f32[8]{{0}} all-gather(%x), {GROUPS}, dimensions={{0}}, frontend_attributes={{chain_id="2"}}\n'
             '%s = (f32[4]{0}, f32[8]{0}, u32[]) custom-call(%a), custom_call_target="AsyncCollectiveStart"\n'
             f'%m = f32[8]{{0}} all-gather(%x), {GROUPS}, dimensions={{0}}, frontend_attributes={{chain_id="2"}}\n'
@@ -395,18 +409,18 @@ def test_pallas_kernels_by_name_and_shapes():
     forward = count(triton(config.replace("NAME", "mha_forward")))
     assert forward.flops == forward.kernel_flops == 4 * 2 * 8 * 1024 * 512 * 64
     assert forward.uncounted == [
-        "kernel mha_forward (__gpu$xla.gpu.triton): counted without a mask, which its call does not show (1 time a step)"
+        "kernel mha_forward (__gpu$xla.gpu.triton): counted without a mask, because its call does not show one (1 time per step)"
     ]
     assert count(triton(config.replace("NAME", "mha_backward"))).flops == 2.5 * forward.flops
     assert count(triton(config.replace("NAME", "mha_preprocess_backward"))).uncounted == []
-    # A kernel of one's own, by the scope that jax gives it where the call shows no name.
+    # A user's own kernel. The call shows no name, but jax's scope does.
     own = {"my_kernel": lambda operands, results: attention_flops(results[0].size, 1, 1, causal=True)}
     text = triton("{}", "jit(f)/transpose(jvp(my_kernel))/pallas_call")
     assert count(text, kernels=own).flops == 2 * 2 * 1024 * 8 * 64
     assert count(text, kernels=own).uncounted == []
     unknown = count(text)
     assert unknown.flops == 0
-    assert unknown.uncounted == ["kernel my_kernel (__gpu$xla.gpu.triton): FLOPs not known (1 time a step)"]
+    assert unknown.uncounted == ["kernel my_kernel (__gpu$xla.gpu.triton): its FLOPs are not known (1 time per step)"]
 
 
 def test_our_flash_kernels():
@@ -426,9 +440,9 @@ def test_our_flash_kernels():
     assert flops("attention_key_grad_causal", query, row, row, "s32[1]{0}") == 2 * product
 
 
-def test_unknown_calls_are_told_and_harmless_ones_are_not():
+def test_unknown_calls_are_reported_and_harmless_ones_are_not():
     assert count(call("mine", "f32[4]", ["f32[4]"], "{}")).uncounted == [
-        "custom call mine: FLOPs not known (1 time a step)"
+        "custom call mine: its FLOPs are not known (1 time per step)"
     ]
     assert count(call("__gpu$TopK", "f32[4]", ["f32[4]"], "{}")).uncounted == []
     estimate = '{"custom_call_config": {"cost_estimate":{"flops":"1234","transcendentals":0}}}'
@@ -476,11 +490,11 @@ def train_step(devices: int, global_batch: int, tensor=1, sequence=False, pipeli
         for key, dtype in DTYPES.items()
     }
     text = program.train_step.lower(state, batch).compile().as_text()
-    return program, count(text, device_grid(MeshSizes(**program.mesh.shape)), AXES)
+    return program, count(text, device_grid(MeshSizes(**program.mesh.shape)), AXES, taken=taken_fraction)
 
 
 def layer_flops(global_batch: int, products: int = 3) -> tuple[int, int]:
-    """(FLOPs of all layers' products with weights, of one product of attention), of a global batch on all devices."""
+    """FLOPs of a global batch on all devices: (all layers' products with weights, one product of attention)."""
     weights = EMBED * (HEADS + 2 * KV_HEADS) * HEAD_DIM + HEADS * HEAD_DIM * EMBED + 3 * EMBED * MLP
     tokens = global_batch * SEQ
     return products * 2 * LAYERS * weights * tokens, 2 * LAYERS * tokens * SEQ * HEADS * HEAD_DIM
@@ -490,7 +504,7 @@ def head_flops(global_batch: int) -> int:
     return 6 * EMBED * VOCAB * global_batch * SEQ
 
 
-# Two products of attention forward, five backward: scores are not kept, so query·key runs again.
+# Attention has two products forward and five backward: scores are not kept, so query·key is recomputed.
 ATTENTION = 7
 
 
@@ -506,10 +520,10 @@ def test_executed_flops_of_a_train_step(layout):
 
 def test_executed_flops_with_recompute():
     weights, attention = layer_flops(16, products=4)
-    # Again: all of the forward pass but the layer's last product, whose output nothing needs.
+    # The forward pass is recomputed except for the layer's last product, whose output is not needed.
     weights -= 2 * LAYERS * EMBED * MLP * 16 * SEQ
     _, result = train_step(1, 16, recompute=True)
-    # Attention's two products forward are run again; one of them is query·key, which its backward pass then shares.
+    # Attention's two forward products are recomputed; its backward pass shares one of them, query·key.
     assert result.flops == weights + (ATTENTION + 2 - 1) * attention + head_flops(16)
 
 
@@ -537,14 +551,14 @@ def test_gradients_travel_once_a_step_whatever_the_microbatches(global_batch):
 def test_tensor_parallel_collectives_are_megatrons():
     microbatches, activations = 8, SEQ * EMBED * 4
     _, result = train_step(4, 16, tensor=2)
-    # Two a layer forward and two backward; one for the embedding, one for the gradient of the head's input; the loss's
-    # own two, of a few numbers a token. (Bytes are not compared: XLA adds the gradients from query, key and value before
-    # it sends them on GPU, and sends them apart, in one call, on CPU.)
+    # Per layer two forward and two backward; one for the embedding; one for the gradient of the head's input; two in the
+    # loss, of a few numbers per token. (Bytes are not compared: on GPUs XLA adds the gradients from query, key and value
+    # before it sends them; on CPUs it sends them separately, in one call.)
     calls = LAYERS * 4 + 2
     assert sum(c.count for c in result.collectives if c.axes == ("tp",) and c.in_loop) == microbatches * (calls + 2)
 
     _, result = train_step(4, 16, tensor=2, sequence=True)
-    # The two gathered sequences of a layer are not kept for the gradient of the weights but gathered again.
+    # The two gathered sequences of a layer are not kept for the gradient of the weights; they are gathered again.
     for kind, again in (("all-gather", 2 * LAYERS), ("reduce-scatter", 0)):
         times = microbatches * (calls + again)
         assert sums(result, kind, ("sp",)) == (times, times * activations)

@@ -1,4 +1,4 @@
-"""Layouts in a word: what they set, and what is said of wrong ones."""
+"""Layouts on the command line: the settings they stand for, and the errors for wrong ones."""
 
 from pathlib import Path
 
@@ -48,14 +48,14 @@ def test_one_device():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("dp8,zz2", "layout 'dp8,zz2': 'zz2' is neither a layout's part"),
-        ("runner.max_steps", "'runner.max_steps' is neither"),
-        ("dp0", "'dp0' is neither"),
-        ("dp2,dp4", "dp stands there twice"),
+        ("dp8,zz2", "layout 'dp8,zz2': 'zz2' is not a part of a layout"),
+        ("runner.max_steps", "'runner.max_steps' is not"),
+        ("dp0", "'dp0' is not"),
+        ("dp2,dp4", "dp is given twice"),
         ("tp2,sp2,dp2", "tp and sp are one tensor group"),
         ("pp4,dp4", "dp 4 * pp 4 = 16 devices, but there are 8"),
         ("pp3", "dp 2 * pp 3 = 6 devices, but there are 8"),
-        ("pp4,dp2,microbatches=3", "16 does not divide by dp 2 * 3 microbatches (16 / 6 = 2.67): choose a number that divides 8"),
+        ("pp4,dp2,microbatches=3", "16 is not a multiple of dp 2 * 3 microbatches = 6 (16 / 6 = 2.67): choose a number of microbatches that divides 8"),
     ],
 )  # fmt: skip
 def test_a_wrong_layout_is_one_clear_error(text, words):

@@ -1,4 +1,4 @@
-"""Where the tokens of a sequence go, and how a config reaches attention."""
+"""Which tokens each cp rank holds, and how the config's settings reach attention."""
 
 import jax
 import numpy as np
@@ -15,10 +15,10 @@ def test_each_rank_has_an_early_and_a_late_chunk():
     order = zigzag_order(16, 4)
     assert order.tolist() == [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9]
     assert zigzag_order(5, 1).tolist() == [0, 1, 2, 3, 4]
-    # Pairs of a query and a key that causal order leaves, by rank: the same everywhere, but for the diagonal.
+    # Pairs of a query and a key that causal order allows, by rank: every rank has the same number.
     pairs = (order + 1).reshape(4, -1).sum(-1)
     assert pairs.max() == pairs.min()
-    with pytest.raises(ValueError, match="20 cannot be cut into 2 .* 20 / 8 = 2.50"):
+    with pytest.raises(ValueError, match="20 tokens cannot be cut into 2 .*20 / 8 = 2.50"):
         zigzag_order(20, 4)
 
 

@@ -1,6 +1,6 @@
-"""What a compiled program computes and sends: XLA's optimized text → numbers. Knows no jax.
+"""What a compiled program computes and sends, counted from XLA's optimized text. Does not import jax.
 
-text → parse.py (computations, instructions) → count.py (walk) → Count
+text → parse.py (computations, instructions) → count.py (walk through the program) → Count
                                                  loops.py   trip counts
                                                  flops.py   FLOPs of a product, a convolution, a kernel call
                                                  groups.py  replica groups → mesh axes

@@ -1,8 +1,8 @@
-"""Walk a program as one device executes it: FLOPs and collectives, loops multiplied in."""
+"""Walks through a program as one device executes it and counts FLOPs and collectives, including loop iterations."""
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -18,15 +18,15 @@ from jaxpar.measure.hlo.flops import (
     dot_flops,
     kernel_name,
 )
-from jaxpar.measure.hlo.groups import REPLICA_GROUPS, SOURCE_TARGET_PAIRS, MeshAxes, joined, parse_groups
+from jaxpar.measure.hlo.groups import REPLICA_GROUPS, SOURCE_TARGET_PAIRS, MeshAxes, device_groups, parse_groups
 from jaxpar.measure.hlo.loops import Loops
 from jaxpar.measure.hlo.parse import Computation, Instruction, Module
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_SENDING = ("send", "collective-broadcast", "ragged-all-to-all")
-_PRODUCTS = ("ragged-dot", "triangular-solve", "cholesky", "fft")
-# Calls that move or order data and multiply nothing.
-_NO_PRODUCTS = re.compile(
+_UNCOUNTED_SENDS = ("send", "collective-broadcast", "ragged-all-to-all")
+_UNCOUNTED_PRODUCTS = ("ragged-dot", "triangular-solve", "cholesky", "fft")
+# Calls that only move or order data.
+_CALLS_WITHOUT_FLOPS = re.compile(
     r"Sharding|SPMD\w+Shape|MoveTo(Host|Device)|AllocateBuffer|annotate_device_placement|nop|PinToDevice|"
     r".*(TopK|RadixSort|cub_sort|LayoutConstraint|AssumeGatherIndicesInBound|ConsumeBuffer|CreateBuffer).*|"
     r"AsyncCollective(Start|Done)"
@@ -35,17 +35,18 @@ _NO_PRODUCTS = re.compile(
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind over the same mesh axes, of the same dtype, all inside loops or all outside.
+    """Collectives of one kind, over the same mesh axes, of the same dtype, all inside loops or all outside.
 
     Attributes:
-      kind: one of `KINDS`, however the backend spells it: `all-gather-start` and `async-start` count once, with `-done`
-        nothing. A reduce-scatter that a backend writes as all-reduce and slice is an all-reduce.
-      axes: mesh axes of size above 1 that it runs over, in mesh order; () where it fits none, which `uncounted` says too.
-      count: executions by one device in one step. What XLA combined into one call is one.
-      bytes: in one step of one device, the larger of a collective's operand and result: the gathered size of an
-        all-gather, the size before reduction of a reduce-scatter, the operand of the others. That is the size of the
-        data and not what goes over the wire, which for a ring of n is (n-1)/n of it (twice that for an all-reduce).
-      dtype: XLA's name of it; joined by + where one call carries several.
+      kind: one of `KINDS`, whatever the backend's spelling. `all-gather-start` and `async-start` count once, and `-done`
+        does not count. A reduce-scatter that a backend writes as an all-reduce and a slice is an all-reduce.
+      axes: the mesh axes of size above 1 that it runs over, in mesh order. () if its groups match no axes; in that case
+        `uncounted` says so.
+      count: executions by one device in one step. A call into which XLA combined several collectives counts as one.
+      bytes: per step and device, the larger of a collective's operand and result: the gathered size of an all-gather,
+        the size before reduction of a reduce-scatter, the operand of the others. This is the size of the data. The
+        bytes on the wire, for a ring of n, are (n-1)/n of it (twice that for an all-reduce).
+      dtype: in XLA's spelling; joined by + if one call carries several.
       in_loop: executed inside a `while`.
     """
 
@@ -62,10 +63,10 @@ class Count:
     """What one device does in one execution of a program.
 
     Attributes:
-      flops: of matrix products, convolutions and kernel calls as executed: recomputed and masked work included.
-      collectives: most bytes first. None over groups of one device.
-      uncounted: what is missing from the figures, or had to be guessed, and why; a line for each.
-      kernel_flops: the part of `flops` in attention kernels (cuDNN, Pallas). Attention in plain products is not in it.
+      flops: executed by matrix products, convolutions and kernel calls, including recomputed and masked work.
+      collectives: most bytes first. Collectives over groups of one device are left out.
+      uncounted: what is missing from the figures or had to be guessed, and why; one line each.
+      kernel_flops: the part of `flops` in attention kernels (cuDNN, Pallas), without attention in plain products.
     """
 
     flops: float
@@ -80,20 +81,24 @@ def count(
     axes: Sequence[str] = ("dp", "pp", "tp", "sp", "cp"),
     *,
     kernels: Mapping[str, KernelFlops] = {**KERNELS, **FLASH_KERNELS},
+    taken: Callable[[str], Fraction | None] = lambda op_name: None,
 ) -> Count:
-    """Count an optimized program, `jax.jit(f).lower(…).compile().as_text()`, for CPU, GPU or TPU.
+    """Counts an optimized program, `jax.jit(f).lower(…).compile().as_text()`, for CPU, GPU or TPU.
 
-    A loop's body is multiplied by its trip count, nested loops multiply. Of a conditional the most expensive branch
-    counts, the more so as devices may take different ones; `uncounted` says where the branches' collectives differ.
+    A loop's body is multiplied by its trip count; nested loops multiply. The most expensive branch of a conditional
+    counts, because devices may take different ones; `uncounted` says where the collectives of the branches differ.
 
     Args:
-      grid: the mesh's devices, as from `jaxpar.parallel.mesh.device_grid`, one dimension an axis. Only its shape is read, for HLO
-        numbers devices by their place in `mesh.devices.flatten()`, see groups.py. None: all collectives have no axes.
+      grid: the mesh's devices, as from `jaxpar.parallel.mesh.device_grid`, one dimension per axis. Only its shape is
+        used, because HLO numbers devices by their index in `mesh.devices.flatten()` (see groups.py). None: no
+        collective gets axes.
       axes: names of the grid's dimensions.
       kernels: FLOPs of a Pallas kernel from its operands and results, by the kernel's name.
+      taken: op_name of a conditional → the fraction of its executions that take the expensive branch; None: not known,
+        so all of them count.
 
     Raises:
-      ValueError: the text is not an HLO module, or is one for another number of devices than the grid's.
+      ValueError: the text is not an HLO module, or the program is for another number of devices than the grid has.
     """
     module = Module(hlo_text)
     mesh = None
@@ -101,18 +106,21 @@ def count(
         devices = module.num_replicas * module.num_partitions
         if grid.size != devices or grid.ndim != len(axes):
             raise ValueError(
-                f"mesh {dict(zip(axes, grid.shape, strict=False))}, but the program is for {devices} devices"
+                f"grid: mesh {dict(zip(axes, grid.shape, strict=False))} has {grid.size} devices, but the program is for "
+                f"{devices} devices: pass the grid of the program's own mesh"
             )
         mesh = MeshAxes(grid.shape, axes)
-    total = _Walker(module, mesh, kernels).computation(module.entry)
+    total = _ProgramWalker(module, mesh, kernels, taken).computation(module.entry)
     collectives = [
-        Collective(kind, over, round(n), round(size), dtype, in_loop)
-        for (kind, over, dtype, in_loop), (n, size) in total.sent.items()
+        Collective(kind, found_axes, round(n), round(size), dtype, in_loop)
+        for (kind, found_axes, dtype, in_loop), (n, size) in total.sent.items()
     ]
     return Count(
         flops=float(total.flops),
         collectives=sorted(collectives, key=lambda c: (-c.bytes, c.kind, c.axes, c.dtype, c.in_loop)),
-        uncounted=[f"{note} ({float(n):g} time{'s' if n != 1 else ''} a step)" for note, n in total.notes.items() if n],
+        uncounted=[
+            f"{note} ({float(n):g} time{'s' if n != 1 else ''} per step)" for note, n in total.notes.items() if n
+        ],
         kernel_flops=float(total.kernel_flops),
     )
 
@@ -141,24 +149,33 @@ class _Total:
         return self.flops, sum(size for _, size in self.sent.values())
 
 
-def _goes_on(here: Computation, collective: Instruction) -> bool:
-    """A later piece of a collective that XLA for TPU spread over several fusions: each repeats it, and the first one hands
-    it to AsyncCollectiveStart."""
+def _is_continuation(here: Computation, collective: Instruction) -> bool:
+    """Whether this is a later piece of a collective that XLA for TPU spread over several fusions.
+
+    Each of the fusions repeats the collective; only the first one passes it to AsyncCollectiveStart.
+    """
     return "chain_id=" in collective.attributes and not any(
         custom_call_target(user) == "AsyncCollectiveStart" and collective.name in user.operands
         for user in here.instructions.values()
     )
 
 
-class _Walker:
-    def __init__(self, module: Module, mesh: MeshAxes | None, kernels: Mapping[str, KernelFlops]):
-        self.module, self.mesh, self.kernels = module, mesh, kernels
+class _ProgramWalker:
+    def __init__(
+        self,
+        module: Module,
+        mesh: MeshAxes | None,
+        kernels: Mapping[str, KernelFlops],
+        taken: Callable[[str], Fraction | None],
+    ):
+        self.module, self.mesh, self.kernels, self.taken = module, mesh, kernels, taken
         self.loops = Loops(module)
         self._done: dict[str, _Total] = {}
-        self._joined: dict[tuple[str, str], tuple[int, tuple[str, ...]]] = {}  # thousands of ids, few distinct texts
+        # A text of groups has thousands of ids, but a program has few distinct texts.
+        self._members_of_text: dict[tuple[str, str], tuple[int, tuple[str, ...]]] = {}
 
     def computation(self, name: str) -> _Total:
-        """One execution of a computation."""
+        """The total of one execution of a computation."""
         if name not in self._done:
             total, here = _Total(), self.module.computations[name]
             for instruction in here.instructions.values():
@@ -169,7 +186,7 @@ class _Walker:
     def _instruction(self, total: _Total, here: Computation, instruction: Instruction) -> None:
         opcode = instruction.opcode.removesuffix("-start")
         if opcode.endswith(("-done", "-update")):
-            return  # of what its -start has counted
+            return  # counted at -start
         if opcode in ("fusion", "call", "async"):
             for callee in instruction.computations("calls", "to_apply", "called_computations"):
                 total.add(self.computation(callee))
@@ -185,9 +202,9 @@ class _Walker:
             total.flops += convolution_flops(instruction, lhs, kernel, instruction.result[0])
         elif opcode == "custom-call":
             self._custom_call(total, here, instruction)
-        elif opcode in KINDS and not _goes_on(here, instruction):
+        elif opcode in KINDS and not _is_continuation(here, instruction):
             self._collective(total, here, instruction, opcode)
-        elif opcode in _SENDING or opcode in _PRODUCTS:
+        elif opcode in _UNCOUNTED_SENDS or opcode in _UNCOUNTED_PRODUCTS:
             total.notes[f"{opcode}: not counted"] += 1
 
     def _while(self, total: _Total, here: Computation, loop: Instruction) -> None:
@@ -195,7 +212,7 @@ class _Walker:
         trips = self.loops.trip_count(here, loop)
         if trips is None:
             where = loop.op_name or loop.name
-            total.notes[f"while {where}: number of turns depends on data, its body counted once"] += 1
+            total.notes[f"while {where}: its trip count depends on data; its body is counted once"] += 1
             trips = 1
         total.add(body, trips, in_loop=True)
         total.add(condition, trips + 1, in_loop=True)
@@ -203,19 +220,18 @@ class _Walker:
     def _conditional(self, total: _Total, instruction: Instruction) -> None:
         keys = ("branch_computations", "true_computation", "false_computation")
         branches = [self.computation(name) for name in instruction.computations(*keys)]
-        # The pipeline engine writes down how often its own conditionals are taken.
-        taken = re.search(r"in_(\d+)_of_(\d+)_ticks/[^/]*$", instruction.op_name or "")
-        total.add(max(branches, key=_Total.cost), Fraction(int(taken[1]), int(taken[2])) if taken else 1)
-        if not taken and any(branch.sent != branches[0].sent for branch in branches):
+        taken = self.taken(instruction.op_name)
+        total.add(max(branches, key=_Total.cost), 1 if taken is None else taken)
+        if taken is None and any(branch.sent != branches[0].sent for branch in branches):
             where = instruction.op_name or instruction.name
-            total.notes[f"conditional {where}: branches differ in collectives, the most expensive one counted"] += 1
+            total.notes[f"conditional {where}: branches differ in collectives; the most expensive one is counted"] += 1
 
     def _custom_call(self, total: _Total, here: Computation, instruction: Instruction) -> None:
         target, operands = custom_call_target(instruction) or "", here.operands(instruction)
         kernel, flops, note = kernel_name(instruction), None, f"custom call {target}"
         if target.startswith("__cublas$"):
             contracting = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
-            if contracting:  # the first result; the next is workspace
+            if contracting:  # the first result is the product, the next one workspace
                 dims = [int(n) for n in re.findall(r"\d+", contracting[1])]
                 total.flops += dot_flops(instruction.result[0], operands[0], dims)
                 return
@@ -226,20 +242,20 @@ class _Walker:
             if kernel in self.kernels:
                 flops = self.kernels[kernel](operands, instruction.result)
                 if self.kernels[kernel] is KERNELS.get(kernel) and flops:
-                    total.notes[f"{note}: counted without a mask, which its call does not show"] += 1
-        # A Pallas kernel on TPU may carry its author's estimate.
+                    total.notes[f"{note}: counted without a mask, because its call does not show one"] += 1
+        # A Pallas kernel for TPU may carry an estimate by its author.
         if flops is None and (estimate := re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)):
             flops = int(estimate[1])
         if flops is not None:
             total.flops += flops
             total.kernel_flops += flops
-        elif not _NO_PRODUCTS.fullmatch(target):
-            total.notes[f"{note}: FLOPs not known"] += 1
+        elif not _CALLS_WITHOUT_FLOPS.fullmatch(target):
+            total.notes[f"{note}: its FLOPs are not known"] += 1
 
     def _collective(self, total: _Total, here: Computation, instruction: Instruction, kind: str) -> None:
         members, axes = self._members(instruction, kind)
         if members == 0:
-            total.notes[f"{kind} {instruction.name}: its groups are in an unknown notation, not counted"] += 1
+            total.notes[f"{kind} {instruction.name}: its groups are in an unknown notation; it is not counted"] += 1
         if members < 2:
             return
         arrays = here.operands(instruction)
@@ -247,19 +263,19 @@ class _Walker:
         key = (kind, axes, "+".join(sorted({array.dtype for array in arrays})), False)
         total.sent[key] = (total.sent[key][0] + 1, total.sent[key][1] + size)
         if self.mesh is not None and not axes:
-            total.notes[f"{kind} in groups of {members} that are no axes of the mesh"] += 1
+            total.notes[f"{kind} in groups of {members} that match no axes of the mesh"] += 1
 
     def _members(self, instruction: Instruction, kind: str) -> tuple[int, tuple[str, ...]]:
-        """Devices in a group (1: nothing is sent; 0: not readable) and the mesh axes."""
+        """Devices per group (1: nothing is sent; 0: unknown notation), and the mesh axes."""
         permute = kind == "collective-permute"
         text = instruction.attribute(SOURCE_TARGET_PAIRS if permute else REPLICA_GROUPS)
         channel = "channel_id=" in instruction.attributes
         global_ids = "use_global_device_ids=true" in instruction.attributes
         key = (kind, f"{text} {channel} {global_ids}")
-        if key not in self._joined:
+        if key not in self._members_of_text:
             if text is None:
                 return 0, ()
-            groups = joined(
+            groups = device_groups(
                 parse_groups(text),
                 self.module.num_replicas,
                 self.module.num_partitions,
@@ -272,5 +288,5 @@ class _Walker:
                 axes = self.mesh.of_pairs(groups) if self.mesh else ()
             else:
                 axes = self.mesh.of_groups(groups) if self.mesh else ()
-            self._joined[key] = max((len(group) for group in groups), default=1), axes
-        return self._joined[key]
+            self._members_of_text[key] = max((len(group) for group in groups), default=1), axes
+        return self._members_of_text[key]

@@ -1,8 +1,8 @@
-"""Floating-point operations of one instruction: a multiplication and an addition are two.
+"""Floating-point operations of one instruction. A multiplication and an addition count as two.
 
-Only products are counted (dot, convolution, cuBLAS calls, attention kernels): the rest is bound by memory, and
+Only products are counted (dot, convolution, cuBLAS calls, attention kernels). Everything else is bound by memory, and
 published FLOPs leave it out (Narayanan et al., 2021, arXiv:2104.04473, appendix). XLA turns products with one row, one
-column or one term into sums: those go uncounted too.
+column or one term into sums; these are not counted either.
 """
 
 import math
@@ -13,19 +13,19 @@ import numpy as np
 
 from jaxpar.measure.hlo.parse import Array, Instruction
 
-# (operands, results) → FLOPs of one call, or None for shapes that are not the kernel's.
+# (operands, results) → FLOPs of one call; None if the kernel does not have such shapes.
 KernelFlops = Callable[[Sequence[Array], Sequence[Array]], float | None]
 
 
 def dot_flops(result: Array, lhs: Array, contracting: Sequence[int]) -> int:
-    """2·M·N·K a product, times the batch: the result's size times the terms of each sum."""
+    """2·M·N·K per product, times the batch: twice the size of the result times the number of terms of each sum."""
     return 2 * result.size * math.prod(lhs.dims[i] for i in contracting)
 
 
 def convolution_flops(instruction: Instruction, lhs: Array, kernel: Array, result: Array) -> int:
-    """Two a kernel element that meets an input element: none for those over padding or between dilated elements.
+    """Two FLOPs for each kernel element that meets an input element; none over padding or between dilated elements.
 
-    That is XLA's own rule (`HloCostAnalysis::GetConvolutionFlops`), and it matters on TPU, where a batched product may
+    This is XLA's own rule (`HloCostAnalysis::GetConvolutionFlops`). It matters on TPUs, where a batched product may
     become a convolution that is mostly padding.
     """
     labels = instruction.attribute(r"dim_labels=(\S+?)(?:,|$)") or ""
@@ -36,14 +36,14 @@ def convolution_flops(instruction: Instruction, lhs: Array, kernel: Array, resul
     for label, (stride, low, in_dilation, kernel_dilation) in zip(sorted(spatial), window, strict=True):
         in_size = lhs.dims[in_labels.index(label)]
         out = np.arange(result.dims[out_labels.index(label)])[:, None] * stride
-        place = out + np.arange(kernel.dims[kernel_labels.index(label)])[None] * kernel_dilation - low
-        met *= int(((place >= 0) & (place % in_dilation == 0) & (place // in_dilation < in_size)).sum())
+        position = out + np.arange(kernel.dims[kernel_labels.index(label)])[None] * kernel_dilation - low
+        met *= int(((position >= 0) & (position % in_dilation == 0) & (position // in_dilation < in_size)).sum())
     outside = math.prod(result.dims[i] for i, label in enumerate(out_labels) if not label.isdigit())
     return 2 * outside * met * kernel.dims[kernel_labels.index("i")]
 
 
 def _window(text: str, rank: int) -> list[tuple[int, int, int, int]]:
-    """`size=3x3 stride=2x2 pad=1_1x1_1 lhs_dilate=1x1 rhs_dilate=1x1` → (stride, low padding, dilations) a dimension."""
+    """`size=3x3 stride=2x2 pad=1_1x1_1 lhs_dilate=1x1 rhs_dilate=1x1` → (stride, low padding, dilations) per dimension."""
 
     def field(key: str, default: int) -> list[int]:
         found = re.search(rf"\b{key}=(\S+)", text)
@@ -55,20 +55,20 @@ def _window(text: str, rank: int) -> list[tuple[int, int, int, int]]:
 def attention_flops(pairs: float, qk_dim: int, v_dim: int, *, backward: bool = False, causal: bool = False) -> float:
     """FLOPs of a flash-attention kernel.
 
-    Forward has two products, Q·Kᵀ and P·V. Backward has five: Q·Kᵀ again, dP, dV, dQ, dK, so 2.5 times the forward's
-    where the two sizes agree (Dao, 2023, arXiv:2307.08691, section 4.1). A causal kernel skips the upper triangle:
-    half is counted, as there.
+    The forward pass has two products, Q·Kᵀ and P·V. The backward pass has five, Q·Kᵀ again, dP, dV, dQ and dK: 2.5 times
+    as much if the two head dimensions agree (Dao, 2023, arXiv:2307.08691, section 4.1). A causal kernel skips the upper
+    triangle and counts half, as in that paper.
 
     Args:
-      pairs: of a query and a key, mask left out: batch · heads of queries · queries · keys.
-      qk_dim, v_dim: head dimension of queries and keys; of values.
+      pairs: number of pairs of a query and a key, regardless of the mask: batch · query heads · queries · keys.
+      qk_dim, v_dim: head dimension of queries and keys, and of values.
     """
     products = 3 * qk_dim + 2 * v_dim if backward else qk_dim + v_dim
     return 2 * pairs * products * (0.5 if causal else 1)
 
 
 def cudnn_attention_flops(instruction: Instruction, operands: Sequence[Array]) -> float | None:
-    """Of a `__cudnn$fmha…` call; operands are query, key, value, …, each with the head dimension last."""
+    """FLOPs of a `__cudnn$fmha…` call. Its operands are query, key, value, …, each with the head dimension last."""
     scores = re.search(r'"intermediate_tensor_shape":\s*\{.*?"dimensions":\s*\[([^\]]*)\]', instruction.attributes)
     if not scores or len(operands) < 3:
         return None
@@ -102,17 +102,17 @@ def _flash(products: int, causal: bool = False) -> KernelFlops:
     return flops
 
 
-# Pallas kernels by the name that they are given (`pallas_call(…, name=…)`), here those of
-# jax.experimental.pallas.ops.gpu.attention. A call shows its operands and not its mask: these count the whole square.
+# The Pallas kernels of jax.experimental.pallas.ops.gpu.attention, by name (`pallas_call(…, name=…)`). A call shows its
+# operands but not its mask, so the whole square is counted.
 KERNELS: Mapping[str, KernelFlops] = {
     "mha_forward": _mha(backward=False),
     "mha_preprocess_backward": lambda operands, results: 0.0,
     "mha_backward": _mha(backward=True),
 }
 
-# Those of jaxpar.attention.flash, whose names tell the mask: "_causal" walks over half of the square, "_masked" has a
-# window or an offset of its own and counts whole. The backward pass is two kernels, which both compute the scores and
-# their gradients.
+# The kernels of jaxpar.attention.flash, whose names say how they are masked: "_causal" walks over half of the square;
+# "_masked" has a window or an offset that varies by rank, and the whole square is counted. The backward pass is two
+# kernels, and both compute the scores and their gradients.
 FLASH_KERNELS: Mapping[str, KernelFlops] = {
     f"attention_{name}{mask}": _flash(products, causal=mask == "_causal")
     for name, products in (("forward", 2), ("query_grad", 3), ("key_grad", 4))
@@ -125,7 +125,7 @@ def custom_call_target(instruction: Instruction) -> str | None:
 
 
 def kernel_name(instruction: Instruction) -> str | None:
-    """A Pallas kernel's name: in the call's own attributes (Triton), or the scope that jax names its operation by."""
+    """A Pallas kernel's name, from the call's attributes (Triton) or from the scope in which jax names the operation."""
     if found := re.search(r'\bname = "([^"]+)"', instruction.attributes):
         return found[1]
     found = re.search(r"([^/()]+)\)*/pallas_call", instruction.op_name)

@@ -1,10 +1,11 @@
-"""Which devices a collective joins → which mesh axes it runs over.
+"""From the devices that a collective connects to the mesh axes that it runs over.
 
-**Numbers in HLO are not device ids.** With `use_global_device_ids` an entry of `replica_groups` is
-`replica · num_partitions + partition`, else a replica; `source_target_pairs` with a channel are partitions
+**Numbers in HLO are not device ids.** With `use_global_device_ids`, an entry of `replica_groups` is
+`replica · num_partitions + partition`; without it, it is a replica. `source_target_pairs` with a channel are partitions
 (openxla/xla `service/collective_ops_utils.h`, `CollectiveOpGroupMode`). Under `jax.jit` there is one replica, and
-partition p is the p-th device of the program's assignment, which for a mesh is `mesh.devices.flatten()`: its coordinates
-are those of p in row-major order over the mesh's *shape*, wherever the devices stand (held by a test on a permuted mesh).
+partition p is the p-th device of the program's assignment. For a mesh that is `mesh.devices.flatten()`, so the coordinates
+of partition p are those of p in row-major order over the mesh's *shape*, whatever the ids of the devices (a test checks
+this on a permuted mesh).
 """
 
 import itertools
@@ -24,11 +25,11 @@ SOURCE_TARGET_PAIRS = rf"source_target_pairs=({_LISTED})"
 
 
 def parse_groups(text: str) -> Groups:
-    """Groups in any of XLA's notations.
+    """Reads groups in any of XLA's notations.
 
-    - `{{0,1},{2,3}}`; `{}` is all in one group, returned as none;
-    - `[2,4]<=[8]`, and `[2,4]<=[4,2]T(1,0)`: `arange(8).reshape(4, 2).transpose(1, 0).reshape(2, 4)`, a group a row;
-    - `mesh['a'=2,'b'=4] {'b'}`, which jax 0.12 prints: slices along the axes in braces (see `_named_groups`).
+    - `{{0,1},{2,3}}`. `{}` means all devices in one group and returns [].
+    - `[2,4]<=[8]`, and `[2,4]<=[4,2]T(1,0)`: `arange(8).reshape(4, 2).transpose(1, 0).reshape(2, 4)`, a group per row.
+    - `mesh['a'=2,'b'=4] {'b'}`, printed by jax 0.12: slices along the axes in braces (see `_named_groups`).
     """
     if text.startswith("mesh"):
         return _named_groups(text)
@@ -39,16 +40,16 @@ def parse_groups(text: str) -> Groups:
 
 
 def _named_groups(text: str) -> Groups:
-    """`mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(2)2}` (openxla/xla `hlo/ir/mesh_and_axis.cc`).
+    """Reads `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(2)2}` (openxla/xla `hlo/ir/mesh_and_axis.cc`).
 
-    device_ids is left out where the ids count up. `'b':(2)2` is part of an axis: with b cut, major to minor, into 2 × 2,
-    the second one.
+    Without device_ids, the ids count up. `'b':(2)2` is a part of an axis: b is split, major to minor, into 2 × 2, and
+    this is the second part.
     """
-    # No match is XLA writing groups in a new way: an error, not a wrong count.
+    # If XLA writes groups in a new way, there is no match: an error is better than a wrong count.
     mesh, ids, chosen = re.fullmatch(r"mesh\[(.*?)\](?:, device_ids=\((.*)\))? ?\{(.*)\}", text).groups()  # type: ignore[union-attr]
     sizes = {name: int(size) for name, size in re.findall(r"([^,=]+)=(\d+)", mesh)}
-    parts: list[int] = []  # the mesh's shape, with axes cut where a part of them is asked for
-    along: list[int] = []  # of these, the ones that groups run along
+    parts: list[int] = []  # the mesh's shape, with axes split where only a part of them is used
+    along: list[int] = []  # indices of the parts that the groups run along
     for axis, size in sizes.items():
         asked = re.findall(rf"{re.escape(axis)}(?:,|$|:\((\d+)\)(\d+))", chosen)
         spans = [(int(before), int(before) * int(width)) if before else (1, size) for before, width in asked]
@@ -74,13 +75,16 @@ def _rows(ids: np.ndarray) -> Groups:
     return [tuple(row) for row in ids.tolist()]
 
 
-def joined(groups: Groups, replicas: int, partitions: int, *, channel: bool, global_ids: bool, pairs: bool) -> Groups:
-    """Groups of places in the device assignment, for each of XLA's ways to read them.
+def device_groups(
+    groups: Groups, replicas: int, partitions: int, *, channel: bool, global_ids: bool, pairs: bool
+) -> Groups:
+    """Groups as positions in the device assignment, for each of XLA's ways to number the members.
 
     Args:
-      groups: as written; none means all.
-      channel, global_ids: the instruction has a channel_id; has use_global_device_ids=true.
-      pairs: of an all-to-all or a permute, which with a channel run among partitions.
+      groups: as written; [] means one group of all.
+      channel: the instruction has a channel_id.
+      global_ids: the instruction has use_global_device_ids=true.
+      pairs: the instruction is an all-to-all or a permute, which with a channel runs among partitions.
     """
     if global_ids:
         return groups or [tuple(range(replicas * partitions))]
@@ -94,30 +98,30 @@ def joined(groups: Groups, replicas: int, partitions: int, *, channel: bool, glo
 
 
 class MeshAxes:
-    """Recognises groups of devices as slices of a mesh.
+    """Recognizes groups of devices as slices of a mesh.
 
     Args:
       shape: size of each axis.
-      axes: their names, in the same order.
+      axes: names of the axes, in the same order.
     """
 
     def __init__(self, shape: Sequence[int], axes: Sequence[str]):
         self.shape, self.axes = tuple(shape), tuple(axes)
-        places = np.arange(math.prod(self.shape)).reshape(self.shape)
+        positions = np.arange(math.prod(self.shape)).reshape(self.shape)
         split = [i for i, size in enumerate(self.shape) if size > 1]
         self._by_groups: dict[frozenset[frozenset[int]], tuple[str, ...]] = {}
         for number in range(len(split), 0, -1):
             for chosen in itertools.combinations(split, number):
                 members = math.prod(self.shape[i] for i in chosen)
-                rows = np.moveaxis(places, chosen, range(-number, 0)).reshape(-1, members)
+                rows = np.moveaxis(positions, chosen, range(-number, 0)).reshape(-1, members)
                 self._by_groups[_as_sets(rows.tolist())] = tuple(self.axes[i] for i in chosen)
 
     def of_groups(self, groups: Groups) -> tuple[str, ...]:
-        """Axes over which the groups are the mesh's slices; () where no set of axes gives them."""
+        """The axes along which the groups are slices of the mesh; () if there are no such axes."""
         return self._by_groups.get(_as_sets(groups), ())
 
     def of_pairs(self, pairs: Groups) -> tuple[str, ...]:
-        """Axes along which any sender's and receiver's coordinates differ: one, for a ring or an open chain along it."""
+        """The axes along which some sender and receiver differ: for a ring or an open chain along an axis, that axis."""
         ids = np.array(pairs).reshape(-1, 2)
         if ids.max(initial=0) >= math.prod(self.shape):
             return ()

@@ -1,7 +1,8 @@
 """XLA's HLO text → instructions by computation.
 
-The grammar is that of openxla/xla `hlo/parser/hlo_parser.cc`: one instruction a line,
-`%name = shape opcode(%operand, …), attribute=value, …`. An operand's shape is not written at its use; it is looked up.
+The grammar is in openxla/xla `hlo/parser/hlo_parser.cc`: one instruction per line,
+`%name = shape opcode(%operand, …), attribute=value, …`. A use of an operand does not show its shape, which has to be
+looked up.
 """
 
 import math
@@ -9,9 +10,9 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# Bytes of one number, `pred` included; types of fewer than 8 bits are packed.
+# Bits of one number where the dtype's name does not show them. Types of fewer than 8 bits are packed.
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) (?:\(.*-> .*)?\{$")  # the signature is not always printed
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) (?:\(.*-> .*)?\{$")  # not all printers write the signature
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<= ]*)\]")
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
@@ -19,7 +20,7 @@ _METADATA = re.compile(rf'metadata=\{{(?:[^{{}}"]|{_QUOTED})*\}}')
 
 
 class Array(NamedTuple):
-    """A dtype in XLA's spelling (`bf16`, `f8e4m3fn`, `pred`) and a shape; the layout is left out."""
+    """A dtype in XLA's spelling (`bf16`, `f8e4m3fn`, `pred`) and a shape, without the memory layout."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -41,22 +42,22 @@ class Instruction:
     opcode: str
     result: tuple[Array, ...]  # the leaves of a tuple, in order
     operands: tuple[str, ...]
-    arguments: str  # what stands in the parentheses: a constant's value, a parameter's number
-    attributes: str  # without metadata, whose op_name may hold anything
+    arguments: str  # the text in parentheses, such as a constant's value or a parameter's number
+    attributes: str  # without the metadata, whose op_name may contain any text
     op_name: str
 
     def attribute(self, pattern: str) -> str | None:
-        """First group of `pattern` where it follows ", "; None without it."""
+        """First group of `pattern` where it follows ", "; None if it does not occur."""
         found = re.search(rf", {pattern}", self.attributes)
         return found[1] if found else None
 
     def computations(self, *keys: str) -> list[str]:
-        """Names of computations in `key=%name` or `key={%name, …}`, keys in the order given."""
+        """Names of the computations in `key=%name` or `key={%name, …}`, in the order of `keys`."""
         texts = [self.attribute(rf"{key}=(\{{[^}}]*\}}|[^\s,]+)") or "" for key in keys]
         return [name for text in texts for name in re.findall(r"[^\s,{}%]+", text)]
 
     def dims(self, key: str) -> list[int]:
-        """Integers of `key={1,2}`; none without the key."""
+        """Integers of `key={1,2}`; [] without the key."""
         return [int(n) for n in re.findall(r"\d+", self.attribute(rf"{key}=\{{([\d,]*)\}}") or "")]
 
 
@@ -67,7 +68,7 @@ class Computation:
     root: str = ""
 
     def operands(self, instruction: Instruction) -> list[Array]:
-        """The arrays that an instruction reads, tuples taken apart."""
+        """The arrays that an instruction reads, tuples flattened."""
         return [array for name in instruction.operands for array in self.instructions[name].result]
 
 
@@ -75,7 +76,7 @@ class Module:
     """A whole program.
 
     Attributes:
-      num_replicas, num_partitions: devices are their product; under `jax.jit` all are partitions.
+      num_replicas, num_partitions: their product is the number of devices. Under `jax.jit` there is one replica.
     """
 
     def __init__(self, text: str):
@@ -98,7 +99,7 @@ class Module:
                 here.instructions[instruction.name] = instruction
                 here.root = instruction.name if found[1] else here.root
         if not self.entry:
-            raise ValueError("no ENTRY computation: not the text of an HLO module")
+            raise ValueError("the text has no ENTRY computation: it is not the text of an HLO module")
 
 
 def _header(head: str, key: str) -> int:
@@ -107,7 +108,7 @@ def _header(head: str, key: str) -> int:
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """`shape opcode(arguments), attributes`: shapes of tuples and layouts such as {1,0:T(8,128)} hold parentheses."""
+    """Parses `shape opcode(arguments), attributes`. Tuples and memory layouts such as {1,0:T(8,128)} contain parentheses."""
     end = _closing(text) if text.startswith("(") else text.index(" ")
     shape, rest = text[:end], text[end:].lstrip()
     opening = rest.index("(")
@@ -135,16 +136,16 @@ def _closing(text: str) -> int:
         depth += 1 if found[0] == "(" else -1
         if depth == 0:
             return found.end()
-    raise ValueError(f"no closing parenthesis in {text[:80]!r}")
+    raise ValueError(f"unclosed parenthesis in {text[:80]!r}")
 
 
 def _operands(arguments: str) -> tuple[str, ...]:
-    """Names only. Some printers leave out the percent signs, some write each operand's shape before it."""
+    """Names of the operands. Some printers omit the percent signs, some write each operand's shape before its name."""
     if "%" in arguments:
         return tuple(re.findall(r"%([^\s,()]+)", arguments))
     return tuple(part.split()[-1] for part in re.sub(r"/\*.*?\*/", "", arguments).split(",") if part.strip())
 
 
 def _arrays(shape: str) -> tuple[Array, ...]:
-    # A dynamic dimension is written with its bound, `<=8`.
+    # A dynamic dimension is written as its bound, `<=8`.
     return tuple(Array(d, tuple(int(n) for n in re.findall(r"\d+", dims))) for d, dims in _ARRAY.findall(shape))
