@@ -51,7 +51,7 @@ def _cp_problems(model: Model) -> Iterator[str]:
     cp = model.context_parallel_size
     if model.cp_comm_type != "a2a+p2p":
         if sizes is not None:
-            yield f"{key}: {sizes} only applies to cp_comm_type a2a+p2p, but that is {model.cp_comm_type}: remove it"
+            yield f"{key}: {sizes} only applies to cp_comm_type a2a+p2p, but cp_comm_type is {model.cp_comm_type}: remove it"
     elif sizes is None or len(sizes) != 2:
         yield (
             f"{key}: {'not given' if sizes is None else sizes}, but cp_comm_type a2a+p2p needs two sizes: set "
@@ -275,8 +275,8 @@ def _architecture_problems(model: Model, a: Architecture) -> Iterator[str]:
 def _recompute_problems(model: Model) -> Iterator[str]:
     if model.recompute_granularity == "selective" and model.recompute_method is not None:
         yield (
-            f"actor.model.recompute_method: {model.recompute_method} only applies to recompute_granularity full, but that is "
-            "selective: remove it, or set recompute_granularity: full"
+            f"actor.model.recompute_method: {model.recompute_method} only applies to recompute_granularity full, but "
+            "recompute_granularity is selective: remove it, or set recompute_granularity: full"
         )
     if model.recompute_granularity != "full":
         return

@@ -227,7 +227,7 @@ RULES = {
     "sizes of no all-to-all": (
         8,
         dict(model=dict(context_parallel_size=8, hierarchical_context_parallel_sizes=[2, 4])),
-        "actor.model.hierarchical_context_parallel_sizes: [2, 4] only applies to cp_comm_type a2a+p2p, but that is p2p: "
+        "actor.model.hierarchical_context_parallel_sizes: [2, 4] only applies to cp_comm_type a2a+p2p, but cp_comm_type is p2p: "
         "remove it",
     ),
     "two sequence lengths": (
@@ -267,7 +267,7 @@ RULES = {
     "recompute selective": (
         1,
         dict(model=dict(recompute_granularity="selective", recompute_method="block")),
-        "actor.model.recompute_method: block only applies to recompute_granularity full, but that is selective: "
+        "actor.model.recompute_method: block only applies to recompute_granularity full, but recompute_granularity is selective: "
         "remove it, or set recompute_granularity: full",
     ),
     "loss scale": (
