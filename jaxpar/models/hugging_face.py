@@ -263,7 +263,7 @@ def _config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
     if arch.qk_norm and arch.attention_bias:
         raise ConfigError(
             "actor.model.add_qkv_bias: a qwen3 model with it cannot be saved, because in transformers' qwen3 the output "
-            "projection has a bias too: set it to False"
+            "projection has a bias too: train without it"
         )
     mistral = arch.sliding_window or arch.model_type == "mistral"
     family = "qwen3" if arch.qk_norm else "qwen2" if arch.attention_bias else "mistral" if mistral else "llama"

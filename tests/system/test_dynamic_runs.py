@@ -221,5 +221,5 @@ def test_a_document_over_the_budget_is_an_error_that_names_it(tmp_path, data):
     for line, number in zip(errors, too_long, strict=True):
         length = len(data[1][number - 1])
         assert f"{data[0]}, record {number} has {length + 1} tokens, of which {length} are inputs" in line
-        assert "max_tokens_per_mbs * context_parallel_size gives 60" in line
+        assert "max_tokens_per_mbs * context_parallel_size = 60" in line
     assert not (tmp_path / "quickstart").exists()
