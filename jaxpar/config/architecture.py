@@ -64,11 +64,11 @@ def read_architecture(actor: Actor) -> tuple[Architecture | None, list[str]]:
     if found is None:
         return None, []
     fields, family, model = found.fields, found.family, actor.model
-    if problems := list(_missing_problems(found)):
+    if problems := list(_basic_problems(found)):
         raise ConfigError(problems)
     layers, heads, hidden = fields.num_hidden_layers, fields.num_attention_heads, fields.hidden_size
     vocab, mlp = fields.vocab_size, fields.intermediate_size
-    assert layers and heads and hidden and vocab and mlp  # checked by _missing_problems
+    assert layers and heads and hidden and vocab and mlp  # checked by _basic_problems
     kv_heads, head_dim = fields.num_key_value_heads or heads, fields.head_dim or hidden // heads
     problems = list(_support_problems(found, heads, kv_heads, hidden, head_dim))
     rope = _read_rope(found, problems)
@@ -149,7 +149,8 @@ def _find_fields(actor: Actor) -> _Found | None:
     return _Found(where, stored, fields, "qwen2" if family == "qwen2.5" else family, notes)
 
 
-def _missing_problems(found: _Found) -> Iterator[str]:
+def _basic_problems(found: _Found) -> Iterator[str]:
+    """Problems that make all further checks impossible."""
     if found.family not in FAMILIES:
         yield f"{found.where}.model_type: {found.family} is not supported: {one_of(FAMILIES)}"
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):

@@ -1,8 +1,8 @@
 """A corpus as one flat array of tokens on disk, cut into training samples of equal length.
 
 The packing is that of Megatron-LM's `GPTDataset` (and GPT-3): documents follow one another, each ends with the
-end-of-document token, and sample i is the `seq_length + 1` tokens from `i * seq_length`. Each token is a target exactly
-once. Segment ids and positions that restart separate the documents of a sample.
+end-of-document token, and sample i is the `seq_length + 1` tokens from `i * seq_length`. No token is
+lost or repeated as a target. Segment ids and positions that restart separate the documents of a sample.
 """
 
 import hashlib
