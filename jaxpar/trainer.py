@@ -13,6 +13,7 @@ from jaxpar.checkpoint.checkpoints import Checkpoints
 from jaxpar.config import Config, ConfigError
 from jaxpar.data import (
     BatchLoader,
+    BatchOrder,
     DocumentCost,
     DocumentSource,
     PackedSource,
@@ -211,21 +212,16 @@ class Trainer:
     def _open_data(self) -> BatchLoader:
         config, program = self.config, self.program
         folder = self._token_cache("train_data_paths")
-        order: dict[str, Any] = {
-            "global_batch_size": config.actor.global_batch_size,
-            "seed": config.data.seed,
-            "shuffle": config.data.shuffle,
-            "num_epochs": config.runner.max_epochs if config.runner.max_epochs > 0 else None,
-            "num_workers": config.data.num_workers,
-        }
+        num_epochs = config.runner.max_epochs if config.runner.max_epochs > 0 else None
+        order = BatchOrder(config.actor.global_batch_size, config.data.seed, config.data.shuffle, num_epochs)
+        workers = config.data.num_workers
         if config.runner.enable_dynamic_batch_size:
             documents, cost = DocumentSource(folder, config.row_length), DocumentCost(*program.blueprint.document_flops)
             return build_dynamic_loader(
-                documents, dp=program.mesh.shape["dp"], ranks=program.dp_ranks, cost=cost, **order
+                documents, order, dp=program.mesh.shape["dp"], ranks=program.dp_ranks, cost=cost, num_workers=workers
             )
-        return build_loader(
-            PackedSource.read(folder, config.runner.seq_length), rows=program.batch_layout.rows, **order
-        )
+        samples = PackedSource.read(folder, config.runner.seq_length)
+        return build_loader(samples, order, rows=program.batch_layout.rows, num_workers=workers)
 
     def _token_cache(self, key: str) -> Path:
         config = self.config

@@ -1,40 +1,30 @@
-"""The arithmetic of a config: each function yields one line for each problem, and nothing where all is well."""
+"""The arithmetic of a config. Each function yields one line for each problem; no line means that all is well."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from jaxpar.config.architecture import Architecture
-from jaxpar.config.keys import Actor, Model, Runner, divisors, must_divide, one_of
+from jaxpar.config.errors import divisors, must_be_multiple, must_divide, one_of
+from jaxpar.config.keys import Actor, Model, Runner
 
-# key → (values that are there, what else would mean). They load, so that `jaxpar mesh` shows the mesh.
+_MOE = "mixture of experts is not supported"
+# Key → (supported values, the reason for them). Checked before training and not at load, so that `jaxpar mesh` can show
+# the mesh of a file with other values.
 LIMITS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "actor.model.expert_model_parallel_size": ((1,), "mixture of experts is not there yet"),
-    "actor.model.expert_tensor_parallel_size": ((None, 1), "mixture of experts is not there yet"),
-    "actor.model.num_moe_experts": ((None, 1), "mixture of experts is not there yet"),
-    "actor.model.is_lora": ((False,), "LoRA is not there yet"),
-    "actor.model.multi_latent_attention": ((False,), "multi-latent attention is not there yet"),
-    "actor.model.activation": (("swiglu", "fast-swiglu"), "the decoder has no other"),
-    "actor.model.normalization": (("rmsnorm", "RMSNorm"), "the decoder has no other"),
-    "actor.model.position_embedding_type": (("rope",), "the decoder has no other"),
+    "actor.model.expert_model_parallel_size": ((1,), _MOE),
+    "actor.model.expert_tensor_parallel_size": ((None, 1), _MOE),
+    "actor.model.num_moe_experts": ((None, 1), _MOE),
+    "actor.model.is_lora": ((False,), "LoRA is not supported"),
+    "actor.model.multi_latent_attention": ((False,), "multi-latent attention is not supported"),
+    "actor.model.activation": (("swiglu", "fast-swiglu"), "the decoder only supports SwiGLU"),
+    "actor.model.normalization": (("rmsnorm", "RMSNorm"), "the decoder only supports RMSNorm"),
+    "actor.model.position_embedding_type": (("rope",), "the decoder only supports RoPE"),
     "actor.model.add_bias_linear": ((False,), "the decoder's linear layers have no bias"),
-    "actor.optim.optimizer": (("adam", "adamw"), "there is no other yet"),
+    "actor.optim.optimizer": (("adam", "adamw"), "only AdamW is supported"),
 }
-
-
-def _must_be_multiple(key: str, value: int, factors: Sequence[tuple[str, int]]) -> Iterator[str]:
-    """`factors`: the name and the value of each."""
-    unit = math.prod(factor for _, factor in factors)
-    if value % unit:
-        names = " * ".join(name for name, _ in factors)
-        numbers = f"{' * '.join(str(factor) for _, factor in factors)} = " if len(factors) > 1 else ""
-        below = value // unit * unit
-        yield (
-            f"{key}: {value} is not a multiple of {names} = {numbers}{unit} ({value} / {unit} = "
-            f"{round(value / unit, 2)}): choose {f'{below} or ' if below else ''}{below + unit}"
-        )
 
 
 def mesh_problems(model: Model, num_devices: int) -> Iterator[str]:
@@ -42,7 +32,7 @@ def mesh_problems(model: Model, num_devices: int) -> Iterator[str]:
     yield from _cp_problems(model)
     if model.sequence_parallel and tensor == 1:
         yield (
-            "actor.model.sequence_parallel: True needs actor.model.tensor_model_parallel_size > 1, which is 1: "
+            "actor.model.sequence_parallel: True needs actor.model.tensor_model_parallel_size > 1, but it is 1: "
             "sequence parallelism splits over the tensor group; raise that size, or set sequence_parallel: False"
         )
     product = tensor * pp * cp
@@ -51,8 +41,8 @@ def mesh_problems(model: Model, num_devices: int) -> Iterator[str]:
             "actor.model.tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size: "
             f"{tensor} * {pp} * {cp} = {product} does not divide {num_devices} devices "
             f"({num_devices} / {product} = {round(num_devices / product, 2)}): change the sizes so that their "
-            f"product is one of {', '.join(map(str, divisors(num_devices)))}, or the devices to a multiple of "
-            f"{product}"
+            f"product is one of {', '.join(map(str, divisors(num_devices)))}, or use a multiple of {product} "
+            "devices"
         )
 
 
@@ -61,11 +51,11 @@ def _cp_problems(model: Model) -> Iterator[str]:
     cp = model.context_parallel_size
     if model.cp_comm_type != "a2a+p2p":
         if sizes is not None:
-            yield f"{key}: {sizes} is of cp_comm_type a2a+p2p, not of {model.cp_comm_type}: remove it"
+            yield f"{key}: {sizes} only applies to cp_comm_type a2a+p2p, but cp_comm_type is {model.cp_comm_type}: remove it"
     elif sizes is None or len(sizes) != 2:
         yield (
-            f"{key}: {'not given' if sizes is None else sizes}, but cp_comm_type a2a+p2p needs two sizes: the cp ranks of "
-            f"an all-to-all and those of a ring, with product context_parallel_size {cp}"
+            f"{key}: {'not given' if sizes is None else sizes}, but cp_comm_type a2a+p2p needs two sizes: set "
+            f"the cp ranks in an all-to-all and in a ring, whose product must be context_parallel_size {cp}"
         )
     elif math.prod(sizes) != cp:
         fits = [[d, cp // d] for d in divisors(cp)]
@@ -73,19 +63,24 @@ def _cp_problems(model: Model) -> Iterator[str]:
 
 
 def all_to_all_problem(heads: int, kv_heads: int, ranks: int) -> str | None:
-    """What is wrong with sharing out the heads that a device holds over `ranks` cp ranks."""
+    """One line if an all-to-all over `ranks` cp ranks cannot divide the heads of one device, else None."""
     if heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0):
         return None
     name, count = ("heads", heads) if heads % ranks else ("kv heads", kv_heads)
     return (
-        f"actor.model.cp_comm_type: the all-to-all over {ranks} cp ranks cannot share out the {count} {name} that a device "
-        f"of the tensor group holds ({count} / {ranks} = {round(count / ranks, 2)}): set p2p or all_gather, or a2a+p2p "
+        f"actor.model.cp_comm_type: the all-to-all over {ranks} cp ranks cannot divide the {count} {name} on each "
+        f"device of the tensor group ({count} / {ranks} = {round(count / ranks, 2)}): set p2p or all_gather, or a2a+p2p "
         "with smaller all-to-alls in hierarchical_context_parallel_sizes"
     )
 
 
 def train_problems(runner: Runner, actor: Actor, dp: int | None, architecture: Architecture | None) -> Iterator[str]:
-    """`dp` None: not known, as the mesh itself has problems. `architecture` None: a user's own model."""
+    """All problems of a training run.
+
+    Args:
+      dp: None if it is unknown because the mesh itself has problems.
+      architecture: None for a user's own model.
+    """
     yield from _limit_problems(runner, actor)
     yield from batch_problems(runner, actor, dp)
     yield from (_budget_problems if runner.enable_dynamic_batch_size else _sequence_problems)(runner, actor.model)
@@ -108,30 +103,34 @@ def _limit_problems(runner: Runner, actor: Actor) -> Iterator[str]:
 
 
 def schedule_problems(model: Model, num_layers: int | None) -> Iterator[str]:
-    """`num_layers` None: not known. 0: the model is no stack of layers."""
+    """Problems of the pipeline.
+
+    Args:
+      num_layers: None if it is unknown; 0 if the model is not a stack of layers.
+    """
     pp, chunks = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
     stages_key, chunks_key = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
     if chunks is not None and chunks > 1 and pp == 1:
         yield (
-            f"actor.model.{chunks_key}: {chunks} needs actor.model.{stages_key} > 1, which is 1: there is no pipeline "
-            "to interleave; set it to null"
+            f"actor.model.{chunks_key}: {chunks} needs actor.model.{stages_key} > 1, but that is 1: there is no "
+            f"pipeline to interleave; set {chunks_key} to null"
         )
     if model.pipeline_schedule == "interleaved_1f1b" and pp > 1 and (chunks or 1) == 1:
         yield (
-            f"actor.model.pipeline_schedule: interleaved_1f1b needs actor.model.{chunks_key} > 1: set it to the chunks "
-            "of layers that each stage holds, such as 2, or the schedule to 1f1b"
+            f"actor.model.pipeline_schedule: interleaved_1f1b needs actor.model.{chunks_key} > 1: set that to the "
+            "number of layer chunks on each stage, such as 2, or set pipeline_schedule to 1f1b"
         )
     parts = pp * (chunks or 1)
     if pp > 1 and num_layers == 0:
         yield (
-            f"actor.model.{stages_key}: {pp}, but the model is no stack of like blocks, which is what stages are cut "
-            "from: set it to 1, or give a jaxpar.Model with embed, block and head"
+            f"actor.model.{stages_key}: {pp}, but the model is not a stack of identical blocks, so it cannot be cut into "
+            "stages: set it to 1, or give a jaxpar.Model with embed, block and head"
         )
     elif num_layers and num_layers < parts:
         product = f"{stages_key} * {chunks_key} = {pp} * {chunks or 1} = {parts}"
         yield (
-            f"actor.model.{stages_key}: the model has {num_layers} layers for {product} parts of the pipeline: lower a "
-            f"size so that each part has a layer"
+            f"actor.model.{stages_key}: the model has {num_layers} layers, too few for {product} parts of the "
+            "pipeline: lower one of the sizes so that each part has a layer"
         )
 
 
@@ -142,7 +141,7 @@ def batch_problems(runner: Runner, actor: Actor, dp: int | None) -> Iterator[str
             yield "actor.global_batch_size: not given: set the number of documents in an optimizer step"
         elif dp and total < dp:
             yield (
-                f"actor.global_batch_size: {total} documents are fewer than dp = {dp} ranks, some of which would have "
+                f"actor.global_batch_size: {total} documents are fewer than dp = {dp} ranks, so some ranks would have "
                 f"none: choose at least {dp}"
             )
         return
@@ -150,7 +149,7 @@ def batch_problems(runner: Runner, actor: Actor, dp: int | None) -> Iterator[str
         if not value:
             yield f"actor.{key}_batch_size: not given: set the number of sequences in {unit}"
     if micro and total:
-        yield from _must_be_multiple(
+        yield from must_be_multiple(
             "actor.global_batch_size", total, [("micro_batch_size", micro)] + ([] if dp is None else [("dp", dp)])
         )
 
@@ -159,30 +158,30 @@ def _budget_problems(runner: Runner, model: Model) -> Iterator[str]:
     key, budget = "runner.max_tokens_per_mbs", runner.max_tokens_per_mbs
     if budget is None:
         yield (
-            f"{key}: not given, but runner.enable_dynamic_batch_size needs it: set the tokens of a microbatch on each cp "
-            f"rank, so that {key.split('.')[1]} * context_parallel_size holds the longest document"
+            f"{key}: not given, but runner.enable_dynamic_batch_size needs it: set the number of tokens in a "
+            "microbatch on each cp rank, so that max_tokens_per_mbs * context_parallel_size holds the longest document"
         )
         return
     factors = [("2", 2)] if model.context_parallel_size > 1 else []  # as in _sequence_problems
     if model.sequence_parallel:
         factors.append(("tensor_model_parallel_size", model.tensor_model_parallel_size))
-    yield from _must_be_multiple(key, budget, factors)
+    yield from must_be_multiple(key, budget, factors)
 
 
 def _sequence_problems(runner: Runner, model: Model) -> Iterator[str]:
     seq = runner.seq_length
     if not seq:
-        yield "runner.seq_length: not given: set the tokens in a sequence"
+        yield "runner.seq_length: not given: set the number of tokens in a sequence"
         return
     factors: list[tuple[str, int]] = []
-    if model.context_parallel_size > 1:  # two chunks a rank: an early and a late one balance the causal work
+    if model.context_parallel_size > 1:  # each rank has an early and a late chunk, to balance causal work
         factors += [("2", 2), ("context_parallel_size", model.context_parallel_size)]
     if model.sequence_parallel:
         factors.append(("tensor_model_parallel_size", model.tensor_model_parallel_size))
-    yield from _must_be_multiple("runner.seq_length", seq, factors)
+    yield from must_be_multiple("runner.seq_length", seq, factors)
     if model.seq_length not in (None, seq):
         yield (
-            f"actor.model.seq_length: {model.seq_length} is not runner.seq_length {seq}: remove it, or set it to "
+            f"actor.model.seq_length: {model.seq_length} differs from runner.seq_length {seq}: remove it, or set it to "
             "${runner.seq_length}"
         )
 
@@ -191,18 +190,20 @@ def _optimizer_problems(runner: Runner, actor: Actor) -> Iterator[str]:
     optim, sched = actor.optim, actor.lr_sched
     if runner.max_steps <= 0 and runner.max_epochs <= 0:
         yield (
-            f"runner.max_steps: {runner.max_steps} and runner.max_epochs: {runner.max_epochs} both say no limit: "
+            f"runner.max_steps: {runner.max_steps} and runner.max_epochs: {runner.max_epochs} both mean no limit: "
             "set one of them above 0"
         )
     if optim.zero_stage and not optim.use_distributed_optimizer:
         yield (
-            f"actor.optim.zero_stage: {optim.zero_stage}, but actor.optim.use_distributed_optimizer is False: remove one"
+            f"actor.optim.zero_stage: {optim.zero_stage}, but actor.optim.use_distributed_optimizer is False: remove one "
+            "of them"
         )
     if not optim.lr:
         yield "actor.optim.lr: not given: set the peak learning rate, for example 3.0e-4"
     if sched.max_lr is not None and optim.lr and sched.max_lr != optim.lr:
         yield (
-            f"actor.lr_sched.max_lr: {sched.max_lr} is not actor.optim.lr {optim.lr}, and both are the peak: remove one"
+            f"actor.lr_sched.max_lr: {sched.max_lr} differs from actor.optim.lr {optim.lr}, but both set the peak: "
+            "remove one of them"
         )
     if sched.min_lr > (optim.lr or math.inf):
         yield f"actor.lr_sched.min_lr: {sched.min_lr} is above the peak, actor.optim.lr {optim.lr}: lower it"
@@ -213,17 +214,17 @@ def _optimizer_problems(runner: Runner, actor: Actor) -> Iterator[str]:
     if uses and not decay:
         yield (
             f"actor.lr_sched.lr_decay_iters: not given, and runner.max_steps is {runner.max_steps}, but "
-            f"{' and '.join(uses)} need it: set the steps that the decay takes"
+            f"{' and '.join(uses)} {'need' if len(uses) > 1 else 'needs'} it: set the number of steps of the decay"
         )
     if sched.lr_warmup_fraction and sched.lr_warmup_iters:
         yield (
             f"actor.lr_sched.lr_warmup_fraction: {sched.lr_warmup_fraction} and lr_warmup_iters "
-            f"{sched.lr_warmup_iters} both set the warm-up: remove one"
+            f"{sched.lr_warmup_iters} both set the warm-up: remove one of them"
         )
     elif sched.lr_decay_style != "constant" and 0 < decay <= sched.lr_warmup_iters:
         yield (
-            f"actor.lr_sched.lr_warmup_iters: {sched.lr_warmup_iters} is not below lr_decay_iters {decay}: "
-            "no step is left to decay over; lower it"
+            f"actor.lr_sched.lr_warmup_iters: {sched.lr_warmup_iters} is not below lr_decay_iters {decay}, so no "
+            "steps are left for the decay: lower it"
         )
     if optim.initial_loss_scale < optim.min_loss_scale:
         yield (
@@ -268,21 +269,24 @@ def _architecture_problems(model: Model, a: Architecture) -> Iterator[str]:
         ("qk_layernorm", model.qk_layernorm, a.qk_norm),
     ):
         if asked is not None and asked != has:
-            yield f"actor.model.{key}: {asked}, but the {a.model_type} model described has {has}: remove the key"
+            yield f"actor.model.{key}: {asked}, but the config's {a.model_type} model has {has}: remove the key"
 
 
 def _recompute_problems(model: Model) -> Iterator[str]:
     if model.recompute_granularity == "selective" and model.recompute_method is not None:
         yield (
-            f"actor.model.recompute_method: {model.recompute_method} is of recompute_granularity full, not of "
-            "selective: remove it, or set recompute_granularity: full"
+            f"actor.model.recompute_method: {model.recompute_method} only applies to recompute_granularity full, but "
+            "recompute_granularity is selective: remove it, or set recompute_granularity: full"
         )
     if model.recompute_granularity != "full":
         return
     if model.recompute_method is None:
         yield (
-            "actor.model.recompute_method: recompute_granularity full needs one: set uniform (every layer, in "
-            "groups of recompute_num_layers) or block (the first recompute_num_layers of each stage)"
+            "actor.model.recompute_method: not given, but recompute_granularity full needs it: set uniform (every layer, "
+            "in groups of recompute_num_layers) or block (the first recompute_num_layers of each chunk of layers)"
         )
     if model.recompute_num_layers is None:
-        yield "actor.model.recompute_num_layers: recompute_granularity full needs it: set a number of layers, such as 1"
+        yield (
+            "actor.model.recompute_num_layers: not given, but recompute_granularity full needs it: set a number of "
+            "layers, such as 1"
+        )

@@ -1,14 +1,15 @@
-"""Training data: documents -> tokens -> packed samples -> global batches in an order that no layout changes."""
+"""Training data: documents → tokens → packed samples → global batches, in the same order on every layout."""
 
 from jaxpar.data.dynamic import DocumentCost
 from jaxpar.data.dynamic_loader import DocumentSource, build_dynamic_loader
-from jaxpar.data.loader import BatchLoader, build_loader
+from jaxpar.data.loader import BatchLoader, BatchOrder, build_loader
 from jaxpar.data.packing import PackedSource, open_dataset, token_cache
 from jaxpar.data.text import DataError, documents
 from jaxpar.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "BatchLoader",
+    "BatchOrder",
     "DataError",
     "DocumentCost",
     "DocumentSource",

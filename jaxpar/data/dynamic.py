@@ -1,7 +1,7 @@
-"""Which document of a step goes into which row of which dp rank. Numpy alone; a plan depends on its arguments only.
+"""Plans which document of a step goes into which row of which dp rank. A plan depends on its arguments alone.
 
-A row is a microbatch of a fixed number of tokens, the budget, that holds whole documents. All ranks get the same number
-of rows, because all run one program, and this number is one of a few, because XLA compiles a program for each.
+A row is one microbatch: whole documents in a fixed number of tokens, the budget. All ranks get the same number of rows,
+because all run the same program. Only a few numbers of rows are used, because XLA compiles a program for each.
 """
 
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-Rows = list[list[list[int]]]  # of each rank, of each of its rows: indices of documents
+Rows = list[list[list[int]]]  # [rank][row]: indices of documents
 
 
 @dataclass(frozen=True)
 class DocumentCost:
-    """FLOPs of training on one document, for attention that stays inside of it: a · n + b · n · min(n, window)."""
+    """FLOPs of training on a document of n tokens with attention inside it: per_token · n + per_pair · n · min(n, window)."""
 
     per_token: float
     per_pair: float
@@ -31,10 +31,10 @@ class Plan:
     """The rows of one step.
 
     Attributes:
-      rows: rows[r][m] has the indices of the documents in row m of dp rank r, ascending. Each document is in one row; a
-        row may be empty.
-      costs: of each dp rank, what its documents cost.
-      padding_fraction: share of all places in rows that hold no token.
+      rows: rows[r][m] has the indices of the documents in row m of dp rank r, ascending. Each document is in exactly
+        one row; a row may be empty.
+      costs: total cost of the documents of each dp rank.
+      padding_fraction: share of all row tokens that are padding.
     """
 
     rows: Rows
@@ -43,19 +43,21 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
-        """Of each rank, the same on all."""
+        """Rows of each rank, the same for all ranks."""
         return len(self.rows[0])
 
     @property
     def balance(self) -> float:
-        """Cost of the busiest rank over the mean: 1 is even."""
+        """Cost of the busiest rank divided by the mean; 1 is perfect balance."""
         mean = self.costs.mean()
         return float(self.costs.max() / mean) if mean else 1.0
 
 
 def row_counts(most: int) -> Iterator[int]:
-    """The numbers of rows that a rank may have: 1, 2, … 16, 18, 20, … 32, 36, …, `most`; eight to each doubling, so that
-    less than an eighth of the rows are there for the count alone."""
+    """The numbers of rows that a rank may have, up to `most`: 1, 2, … 16, 18, 20, … 32, 36, …
+
+    Above 16 there are eight for each doubling, so that rounding up adds less than an eighth of the rows.
+    """
     count = 1
     while count < most:
         yield count
@@ -64,38 +66,39 @@ def row_counts(most: int) -> Iterator[int]:
 
 
 def plan_rows(lengths: Int[np.ndarray, " documents"], budget: int, num_ranks: int, cost: DocumentCost) -> Plan:
-    """Packs documents into rows: as few rows a rank as `row_counts` and the packing allow, then costs as even as can be.
+    """Packs documents into as few rows per rank as `row_counts` and the packing allow, then balances the ranks' costs.
 
-    Documents go, the longest first, to the rank that has the least to do among those with room for it, there into the
-    fullest row that takes it (longest processing time first, Graham, 1969, "Bounds on multiprocessing timing anomalies";
-    best fit decreasing). Pairs of ranks then exchange documents as long as it evens them out.
+    The longest document comes first. Each goes to the rank with the lowest cost among those with room for it, there into
+    the fullest row with room for it (longest processing time first, Graham, 1969, "Bounds on multiprocessing timing
+    anomalies"; best fit decreasing). Pairs of ranks then exchange documents as long as this improves the balance.
 
     Args:
-      lengths: tokens of each document, from 0 to `budget`.
-      budget: tokens of a row.
+      lengths: tokens in each document, from 0 to `budget`.
+      budget: tokens in a row.
       num_ranks: size of dp.
 
     Raises:
-      ValueError: a document is longer than the budget; says which.
+      ValueError: a document is longer than the budget; names the document.
     """
     if too_long := np.flatnonzero(lengths > budget).tolist():
-        raise ValueError(f"document {too_long[0]} has {lengths[too_long[0]]} tokens, more than the {budget} of a row")
+        raise ValueError(f"document {too_long[0]} has {lengths[too_long[0]]} tokens, more than the {budget} in a row")
     costs = cost(lengths)
     least = -(-int(lengths.sum()) // (budget * num_ranks))
     counts = (count for count in row_counts(-(-len(lengths) // num_ranks)) if count >= least)
     tries = (_Packing(lengths, costs, budget, num_ranks, num_rows) for num_rows in counts)
-    # The last has a row for each document, and cannot fail.
+    # The last count gives each document a row of its own, so it cannot fail.
     packing = next(packing for packing in tries if packing.spread())
     packing.even_out()
     return Plan(packing.rows(), packing.rank_costs, float(packing.room.sum() / (budget * packing.room.size)))
 
 
 class _Packing:
-    """Documents on their way into rows.
+    """A plan under construction.
 
     Attributes:
-      room: int [ranks, rows], free places.
-      place: int [documents], rank · rows + row, or -1.
+      room: int [ranks, rows], unused tokens of each row.
+      rank_costs: float [ranks], total cost of the documents of each rank.
+      row_of: int [documents], rank * num_rows + row of each document; -1 before it has one.
     """
 
     def __init__(self, lengths: np.ndarray, costs: np.ndarray, budget: int, num_ranks: int, num_rows: int):
@@ -103,21 +106,21 @@ class _Packing:
         self.num_rows = num_rows
         self.room = np.full((num_ranks, num_rows), budget)
         self.rank_costs = np.zeros(num_ranks)
-        self.place = np.full(len(lengths), -1)
+        self.row_of = np.full(len(lengths), -1)
 
     def _put(self, document: int, rank: int, row: int) -> None:
         self.room[rank, row] -= self.lengths[document]
         self.rank_costs[rank] += self.costs[document]
-        self.place[document] = rank * self.num_rows + row
+        self.row_of[document] = rank * self.num_rows + row
 
     def _take(self, document: int) -> tuple[int, int]:
-        rank, row = divmod(int(self.place[document]), self.num_rows)
+        rank, row = divmod(int(self.row_of[document]), self.num_rows)
         self.room[rank, row] += self.lengths[document]
         self.rank_costs[rank] -= self.costs[document]
         return rank, row
 
     def spread(self) -> bool:
-        """The longest document to the idlest rank with room. False if one finds none."""
+        """Gives each document to a rank and row, as in `plan_rows`. False if some document fits nowhere."""
         for document in np.argsort(-self.lengths, kind="stable").tolist():
             fits = self.room.max(1) >= self.lengths[document]
             if not fits.any():
@@ -127,8 +130,8 @@ class _Packing:
         return True
 
     def even_out(self) -> None:
-        """Moves or exchanges documents between the busiest rank and another, the best step first, while the busier of
-        the two gets less to do."""
+        """Moves or exchanges documents between the busiest rank and another, as long as this lowers the higher of their
+        two costs. Each time, the best exchange is taken."""
         for _ in range(4 * len(self.lengths)):
             busiest = int(self.rank_costs.argmax())
             idle_first = np.argsort(self.rank_costs, kind="stable").tolist()
@@ -136,36 +139,37 @@ class _Packing:
                 return
 
     def _exchange(self, busy: int, idle: int) -> bool:
+        """Makes the best exchange between two ranks. False if none helps."""
         gap = self.rank_costs[busy] - self.rank_costs[idle]
-        rank_of = self.place // self.num_rows
+        rank_of = self.row_of // self.num_rows
         given, taken = np.flatnonzero(rank_of == busy), np.flatnonzero(rank_of == idle)
-        # In exchange for each document, or (the last columns) for nothing, into the idle rank's emptiest row.
-        room = np.append(self.room.ravel()[self.place[taken]] + self.lengths[taken], self.room[idle].max())
+        # The last column stands for no document in return: the given one goes into the idle rank's emptiest row.
+        room = np.append(self.room.ravel()[self.row_of[taken]] + self.lengths[taken], self.room[idle].max())
         lengths, costs = np.append(self.lengths[taken], 0), np.append(self.costs[taken], 0)
         difference = self.costs[given, None] - costs
         fits = self.lengths[given, None] <= room
-        fits &= lengths <= (self.room.ravel()[self.place[given]] + self.lengths[given])[:, None]
-        # A gain of a millionth is worth no step, and rounding must not make two ranks exchange for ever.
+        fits &= lengths <= (self.room.ravel()[self.row_of[given]] + self.lengths[given])[:, None]
+        # A gain below a millionth is not worth an exchange, and rounding must not make two ranks exchange forever.
         better = fits & (difference > 1e-6 * gap) & (difference < (1 - 1e-6) * gap)
         if not better.any():
             return False
         i, j = np.unravel_index(np.where(better, np.abs(difference - gap / 2), np.inf).argmin(), difference.shape)
-        document, place = int(given[i]), (idle, int(self.room[idle].argmax()))
+        document, target = int(given[i]), (idle, int(self.room[idle].argmax()))
         freed = self._take(document)
         if j < len(taken):
-            place = self._take(int(taken[j]))
+            target = self._take(int(taken[j]))
             self._put(int(taken[j]), *freed)
-        self._put(document, *place)
+        self._put(document, *target)
         return True
 
     def rows(self) -> Rows:
         num_ranks, num_rows = self.room.shape
         rows: Rows = [[[] for _ in range(num_rows)] for _ in range(num_ranks)]
-        for document, place in enumerate(self.place.tolist()):
-            rows[place // num_rows][place % num_rows].append(document)
+        for document, row in enumerate(self.row_of.tolist()):
+            rows[row // num_rows][row % num_rows].append(document)
         return rows
 
 
 def _fullest(room: np.ndarray, length: int) -> int:
-    """Of the rows with room for `length`, the one with the least."""
+    """The row with the least room among those with room for `length`."""
     return int(np.where(room >= length, room, np.iinfo(room.dtype).max).argmin())

@@ -1,7 +1,7 @@
 """Global batches of whole documents of any length, in rows of a token budget (see `jaxpar.data.dynamic`).
 
-Which documents are in global batch t says `BatchOrder`, as for packed samples, whatever dp and the budget are. A document
-of n tokens takes n - 1 places, because its last is a target only.
+As for packed samples, `BatchOrder` determines which documents are in global batch t. It does not depend on dp or the
+budget. A document of n tokens fills n - 1 tokens of a row, because its last token is only a target.
 """
 
 import dataclasses
@@ -17,18 +17,20 @@ from jaxpar.data.loader import Batch, BatchLoader, BatchOrder
 from jaxpar.data.packing import TokenCache
 from jaxpar.data.text import DataError
 
-_CHUNK = 1 << 20  # documents looked at together, so that memory does not grow with the corpus
+_CHUNK = 1 << 20  # documents checked at once, so that memory does not grow with the corpus
 
 
 class DocumentSource:
-    """Random access to whole documents, all of which fit into a row.
-
-    Args:
-      folder: of a token cache.
-      budget: places in a row.
+    """Random access to whole documents, each of which fits into a row.
 
     `source[i]` is int32 [length + 1], the tokens of document i with its end-of-document token.
-    Raises `DataError` if documents take more places than a row has; says which.
+
+    Args:
+      folder: a token cache.
+      budget: tokens in a row.
+
+    Raises:
+      DataError: documents do not fit into a row; names the first ten.
     """
 
     def __init__(self, folder: Path, budget: int):
@@ -37,19 +39,19 @@ class DocumentSource:
         chunks = (np.arange(first, min(first + _CHUNK, len(self))) for first in range(0, len(self), _CHUNK))
         too_long = [document for chunk in chunks for document in chunk[self.lengths(chunk) > budget].tolist()]
         if too_long:
-            more = [f"and {len(too_long) - 10:,} documents more"] if len(too_long) > 10 else []
+            more = [f"and {len(too_long) - 10:,} more documents"] if len(too_long) > 10 else []
             raise DataError([self._too_long(document) for document in too_long[:10]] + more)
 
     def _too_long(self, document: int) -> str:
         length = len(self[document]) - 1
         return (
-            f"runner.max_tokens_per_mbs: {self._cache.origin(document)} has {length + 1:,} tokens, which need {length:,} "
-            f"places, but max_tokens_per_mbs * context_parallel_size gives {self.budget:,}, and no document is cut: raise "
-            f"one of them, or take the document out of the data"
+            f"runner.max_tokens_per_mbs: {self._cache.origin(document)} has {length + 1:,} tokens, of which {length:,} are "
+            f"inputs, but a row has max_tokens_per_mbs * context_parallel_size = {self.budget:,}, and documents are not cut: "
+            f"raise one of the two, or remove the document from the data"
         )
 
     def lengths(self, documents: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Places that each of these documents takes."""
+        """Tokens of a row that each of these documents fills."""
         ends = self._cache.doc_ends
         return ends[documents] - np.where(documents > 0, ends[documents - 1], 0) - 1
 
@@ -61,53 +63,50 @@ class DocumentSource:
         return np.asarray(self._cache.tokens[end - int(length) - 1 : end], np.int32)
 
     def __reduce__(self):
-        return DocumentSource, (self.folder, self.budget)  # not the corpus
+        return DocumentSource, (self.folder, self.budget)  # the path, not the corpus
 
 
 def build_dynamic_loader(
     source: DocumentSource,
+    order: BatchOrder,
     *,
-    global_batch_size: int,
     dp: int,
     ranks: Sequence[int],
     cost: DocumentCost,
-    seed: int,
-    shuffle: bool = True,
-    num_epochs: int | None = None,
     num_workers: int = 0,
 ) -> BatchLoader:
-    """Builds the loader of one process; what is not said here is as in `build_loader`, with documents for samples.
+    """Builds the loader of one process, like `build_loader` but with documents as the samples.
 
-    Each item is a dict of arrays [len(ranks) * rows a rank, budget] like a `PackedSource`'s, the rows of each rank
-    together; the number of rows changes from batch to batch. Its `figures` are
+    Each item is a dict of arrays [len(ranks) * rows per rank, budget] with the keys and dtypes of a `PackedSource`. The
+    rows of a rank are adjacent. The number of rows changes from batch to batch. The loader's `figures` are
       num_microbatches: rows of each rank.
-      dp_balance: cost of the busiest dp rank over the mean.
-      padding_fraction: share of the places of all ranks that hold no token.
-      flops_per_token: cost of all documents over their tokens.
+      dp_balance: cost of the busiest dp rank divided by the mean.
+      padding_fraction: share of the tokens in the rows of all ranks that are padding.
+      flops_per_token: cost of all documents divided by their tokens.
 
     Args:
-      global_batch_size: documents in a global batch.
-      dp, ranks: number of dp ranks, and which of them this process feeds.
-      cost: of a document, to be balanced over dp.
+      order: its `global_batch_size` counts documents.
+      dp: number of dp ranks.
+      ranks: the dp ranks that this process feeds.
+      cost: cost of a document, which is balanced over dp.
+      num_workers: as in `build_loader`.
 
     Raises:
-      DataError: fewer documents than one global batch, or a negative number.
+      DataError: fewer documents than one global batch, or a negative number of workers.
     """
-    if len(source) < global_batch_size:
+    size = order.global_batch_size
+    if len(source) < size:
         raise DataError(
-            f"{len(source)} documents < actor.global_batch_size = {global_batch_size}: the data do not fill one global "
-            "batch; give more of them or a smaller actor.global_batch_size"
+            f"actor.global_batch_size: {size} is more than the {len(source)} documents of the data: give more data, or "
+            "lower actor.global_batch_size"
         )
-    order = BatchOrder(global_batch_size, seed, shuffle, num_epochs)
-    numbers = grain.MapDataset.range(len(source))
-    return order.loader(
-        numbers, lambda numbers: _ReadPlanned(numbers, source, global_batch_size, dp, tuple(ranks), cost), num_workers
-    )
+    numbers = order.arrange(grain.MapDataset.range(len(source)))
+    return BatchLoader(_ReadPlanned(numbers, source, size, dp, tuple(ranks), cost), order, len(source), num_workers)
 
 
 @dataclasses.dataclass(frozen=True)
 class _ReadPlanned:
-    """Number of a global batch -> its rows on `ranks`, and the figures of its plan."""
+    """Global batch number → its rows on `ranks`, and the figures of its plan as arrays without dimensions."""
 
     numbers: grain.MapDataset
     source: DocumentSource
@@ -137,14 +136,14 @@ class _ReadPlanned:
 
 
 def pack_row(documents: Sequence[np.ndarray], budget: int) -> Batch:
-    """Whole documents side by side, then padding: a dict of arrays [budget] like a `PackedSource`'s."""
+    """Whole documents one after another, then padding: a dict of arrays [budget] as from a `PackedSource`."""
     dtypes = {"tokens": np.int32, "targets": np.int32, "loss_mask": np.float32, "segment_ids": np.int32}
     row: Batch = {key: np.zeros(budget, dtype) for key, dtype in {**dtypes, "positions": np.int32}.items()}
     start = 0
     for segment, document in enumerate(documents, start=1):
-        places = slice(start, start + len(document) - 1)
-        row["tokens"][places], row["targets"][places] = document[:-1], document[1:]
-        row["loss_mask"][places], row["segment_ids"][places] = 1, segment
-        row["positions"][places] = np.arange(len(document) - 1)
-        start = places.stop
+        span = slice(start, start + len(document) - 1)
+        row["tokens"][span], row["targets"][span] = document[:-1], document[1:]
+        row["loss_mask"][span], row["segment_ids"][span] = 1, segment
+        row["positions"][span] = np.arange(len(document) - 1)
+        start = span.stop
     return row

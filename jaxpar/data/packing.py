@@ -1,8 +1,8 @@
 """A corpus as one flat array of tokens on disk, cut into training samples of equal length.
 
-The layout is that of Megatron-LM's `GPTDataset` (GPT-3's packing): documents stand one after another, each ended by
-the end-of-document token, and sample i is `seq_length + 1` tokens from `i * seq_length`. No token is lost or repeated
-as a target. Segment ids and restarting positions keep documents of one sample apart.
+The packing is that of Megatron-LM's `GPTDataset` (and GPT-3): documents follow one another, each ends with the
+end-of-document token, and sample i is the `seq_length + 1` tokens from `i * seq_length`. No token is
+lost or repeated as a target. Segment ids and positions that restart separate the documents of a sample.
 """
 
 import hashlib
@@ -18,16 +18,16 @@ import numpy as np
 from jaxpar.data.text import PYTHON_SCHEME, DataError, corpus_files, documents
 from jaxpar.data.tokenizer import Tokenizer
 
-_FORMAT = 2  # of the cache; raise it when the meaning of the files changes
-_BATCH_CHARACTERS = 1 << 22  # text tokenized at a time, so that memory does not grow with the corpus
+_FORMAT = 2  # version of the cache; increase it when the meaning of its files changes
+_BATCH_CHARACTERS = 1 << 22  # text tokenized at once, so that memory does not grow with the corpus
 
 
 class TokenCache:
-    """The documents of a corpus, mapped into memory from a folder that `token_cache` made.
+    """The tokens of a corpus, mapped into memory from a folder that `token_cache` wrote.
 
     Attributes:
-      tokens: [num_tokens] uint16 or uint32; every document with its end-of-document token.
-      doc_ends: [num_documents] int64, ascending: one past the last token of each document.
+      tokens: uint16 or uint32 [num_tokens]; every document with its end-of-document token.
+      doc_ends: int64 [num_documents], ascending: one past the last token of each document.
 
     Raises:
       DataError: a file is missing or too short.
@@ -46,7 +46,7 @@ class TokenCache:
             raise DataError(f"the token cache {folder} is damaged ({error}); delete that folder") from error
 
     def origin(self, document: int) -> str:
-        """Where a document was read: its file, and which record of it, from 1."""
+        """The file that a document was read from, and the number of its record in that file, from 1."""
         file, record = self._records[document]
         return f"{self._files[file]}, record {record + 1}"
 
@@ -56,29 +56,32 @@ class PackedSource:
 
     Args:
       tokens: [num_tokens], any integer dtype; every document with its end-of-document token.
-      doc_ends: [num_documents] int64, ascending: one past the last token of each document.
+      doc_ends: int64 [num_documents], ascending: one past the last token of each document.
       seq_length: tokens in a sample, S.
-      folder: where `read` found the arrays, if it did: a pickle then holds this name instead of the corpus.
+      folder: the token cache that holds the arrays, if any; a pickle then has its path instead of the corpus.
 
-    `source[i]` is a dict of arrays [S]; sample i begins at token i * S:
+    `source[i]` is a dict of arrays [S]; sample i starts at token i * S:
       tokens: int32, the inputs; 0 in padding.
       targets: int32, the token after each input.
       loss_mask: float32, 1 where the target exists and is in the same document as its input, else 0.
       segment_ids: int32, the number of the document within the sample, from 1; 0 in padding.
-      positions: int32, distance from the start of the document, or of the sample if the document began before it.
+      positions: int32, distance from the start of the document, or of the sample if the document started before it.
 
-    Only the last sample is padded. Over all samples, every pair of neighbours in a document is a target once.
-    Raises `IndexError` for an index outside 0 ... len - 1, `DataError` if no document has two tokens.
+    Only the last sample is padded. Over all samples, every pair of adjacent tokens in a document is trained on once.
+
+    Raises:
+      DataError: no document has two tokens.
+      IndexError: an index outside 0 ... len - 1.
     """
 
     def __init__(self, tokens: np.ndarray, doc_ends: np.ndarray, seq_length: int, *, folder: Path | None = None):
         if seq_length < 1:
-            raise DataError(f"runner.seq_length is {seq_length}; it must be at least 1")
+            raise DataError(f"runner.seq_length: must be at least 1, got {seq_length}")
         self.tokens, self.doc_ends, self.seq_length, self.folder = tokens, doc_ends, seq_length, folder
         self.num_tokens, self.num_documents = len(tokens), len(doc_ends)
         last = self.num_documents - 1
         while last >= 0 and doc_ends[last] - (doc_ends[last - 1] if last else 0) < 2:
-            last -= 1  # a document of one token has no target, and a sample without any would be a wasted row
+            last -= 1  # a document of one token has no target, and a sample without targets would be a wasted row
         if last < 0:
             raise DataError("no document has two tokens or more, so there is nothing to predict")
         last_input = int(doc_ends[last]) - 2
@@ -86,7 +89,7 @@ class PackedSource:
 
     @classmethod
     def read(cls, folder: Path, seq_length: int) -> "PackedSource":
-        """Maps the folder of a token cache into memory. Raises `DataError` if a file is missing or too short."""
+        """Maps a token cache into memory. Raises `DataError` if a file is missing or too short."""
         cache = TokenCache(folder)
         return cls(cache.tokens, cache.doc_ends, seq_length, folder=folder)
 
@@ -139,7 +142,7 @@ def open_dataset(
     cache_dir: str | Path,
     setting: str = "data.train_data_paths",
 ) -> PackedSource:
-    """Packs the documents of `paths`, in order, into samples of `seq_length` tokens; the rest is `token_cache`'s."""
+    """Packs the documents of `paths`, in order, into samples of `seq_length` tokens; otherwise as `token_cache`."""
     folder = token_cache(paths, tokenizer=tokenizer, text_key=text_key, cache_dir=cache_dir, setting=setting)
     return PackedSource.read(folder, seq_length)
 
@@ -152,18 +155,18 @@ def token_cache(
     cache_dir: str | Path,
     setting: str = "data.train_data_paths",
 ) -> Path:
-    """Tokenizes the documents of `paths` (see `documents`), in order, once; returns the folder of a `TokenCache`.
+    """Tokenizes the documents of `paths` (see `documents`) once, in order; returns the folder of the `TokenCache`.
 
-    It is in `cache_dir`, under a hash of the files (absolute path, size, time of change), the tokenizer and `text_key`.
-    The folder is filled under another name and renamed: processes may race for it, and one that is killed leaves
-    nothing that looks finished. Memory does not grow with the corpus, only with its largest document.
+    The folder is in `cache_dir` and named by a hash of the files (absolute path, size, modification time), the tokenizer
+    and `text_key`. It is written under another name and then renamed, so several processes may write it at once, and a
+    killed process leaves nothing that looks complete. Memory grows with the largest document, not with the corpus.
 
     Raises:
-      DataError: as `documents` does; no paths; no text in them.
+      DataError: as `documents`; `paths` is empty; the documents have no text.
     """
     files = [file.resolve() for path in paths for file in corpus_files(path, setting=setting)]
     if not files:
-        raise DataError(f"{setting} is empty: give at least one file, folder or python:MODULE")
+        raise DataError(f"{setting}: is empty: give at least one file, folder or python:MODULE")
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([_FORMAT, tokenizer.fingerprint, text_key, stats]).encode()).hexdigest()[:24]
     cache_dir = Path(cache_dir).expanduser()
@@ -172,7 +175,7 @@ def token_cache(
         cache_dir.mkdir(parents=True, exist_ok=True)
         records = _records(paths, text_key, setting)
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f"{key}-unfinished-") as temporary:
-            unfinished = Path(temporary) / key  # not the temporary folder itself, which nobody else may read
+            unfinished = Path(temporary) / key  # not the temporary folder itself, which other users may not read
             unfinished.mkdir()
             _write(unfinished, records, tokenizer, setting)
             _publish(unfinished, folder)
@@ -181,7 +184,7 @@ def token_cache(
 
 class _Record(NamedTuple):
     file: str
-    number: int  # in its file, from 0
+    number: int  # within the file, from 0
     text: str
 
 
@@ -205,7 +208,7 @@ def _write(folder: Path, records: Iterable[_Record], tokenizer: Tokenizer, setti
         for batch in _batched(records):
             for record, ids in zip(batch, tokenizer.encode_batch([record.text for record in batch]), strict=True):
                 if not len(ids):
-                    continue  # an empty document teaches nothing
+                    continue  # an empty document has nothing to predict
                 tokens_file.write(np.append(ids, tokenizer.eos_id).astype(dtype).tobytes())
                 end += len(ids) + 1
                 num_documents += 1
@@ -213,7 +216,7 @@ def _write(folder: Path, records: Iterable[_Record], tokenizer: Tokenizer, setti
                 file = files.setdefault(record.file, len(files))
                 records_file.write(np.array([file, record.number], np.int64).tobytes())
     if not num_documents:
-        raise DataError(f"{setting}: there is no text in it, every document is empty")
+        raise DataError(f"{setting}: has no text: every document is empty")
     counts = {"num_tokens": end, "num_documents": num_documents, "dtype": dtype, "files": list(files)}
     (folder / "counts.json").write_text(json.dumps(counts))
 
@@ -224,7 +227,7 @@ def _publish(unfinished: Path, folder: Path) -> None:
     except OSError:
         if not folder.exists():
             raise
-        # Another process was first. Its files, which it may have mapped by now, hold the same and stay.
+        # Another process was first. Keep its files: they are the same, and it may have mapped them already.
 
 
 def _batched(records: Iterable[_Record]) -> Iterator[list[_Record]]:

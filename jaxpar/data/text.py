@@ -1,4 +1,4 @@
-"""Documents from files: plain text, JSON lines, Parquet, folders of those, and text that Python itself ships."""
+"""Reads documents from plain text, JSON lines and Parquet files, folders of these, and strings in Python modules."""
 
 import importlib
 import importlib.util
@@ -12,28 +12,28 @@ PYTHON_SCHEME = "python:"
 
 
 class DataError(ConfigError):
-    """Data or a tokenizer that cannot be used. The message says which file, where in it, and what to change."""
+    """Data or a tokenizer that cannot be used. The message says which file, where in the file, and what to change."""
 
 
 def documents(path: str | Path, text_key: str = "text", *, setting: str = "data.train_data_paths") -> Iterator[str]:
-    """Reads the documents of one path, one at a time, in an order that depends on names only.
+    """Reads the documents of one path, one at a time, in an order that depends on names alone.
 
     Args:
       path: one of
-        * a `.jsonl` or `.json` file: one JSON object a line, blank lines skipped;
-        * a `.parquet` file, streamed by row batch;
+        * a `.jsonl` or `.json` file: one JSON object per line, blank lines are skipped;
+        * a `.parquet` file, streamed in batches of rows;
         * any other file: UTF-8 text, the whole file is one document;
-        * a folder: every file below it that ends in one of `SUFFIXES`, sorted, hidden ones left out;
-        * `python:MODULE`: the dict (in the order of its keys) or list of strings that `MODULE` holds under its own
-          last name. `python:pydoc_data.topics` is the help text of Python, 0.5 MB of English on every machine.
+        * a folder: every file below it that ends in one of `SUFFIXES`, sorted, without hidden files;
+        * `python:MODULE`: the strings of a dict (sorted by key) or list in module `MODULE`, found under the last part of
+          the module's name. `python:pydoc_data.topics` is Python's help text, 0.5 MB of English on every machine.
       text_key: the JSON field or Parquet column that holds the text (`data.text_key`).
-      setting: the configuration key that `path` came from, for messages.
+      setting: the config key that `path` comes from, for error messages.
 
     Yields:
-      The text of each document, empty ones included.
+      The text of each document, including empty ones.
 
     Raises:
-      DataError: the path is missing or holds no supported file; text is not UTF-8; a line is not a JSON object; the
+      DataError: the path does not exist or has no supported file; text is not UTF-8; a line is not a JSON object; the
         field is missing or is not a string.
     """
     if str(path).startswith(PYTHON_SCHEME):
@@ -44,18 +44,18 @@ def documents(path: str | Path, text_key: str = "text", *, setting: str = "data.
 
 
 def corpus_files(path: str | Path, *, setting: str = "data.train_data_paths") -> list[Path]:
-    """The files that `documents(path)` reads, in its order: what a cache of them depends on. Raises as it does."""
+    """The files that `documents(path)` reads, in the same order. Raises `DataError` as it does."""
     if str(path).startswith(PYTHON_SCHEME):
         return [_module_file(str(path), setting)]
     root = Path(path).expanduser()
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise DataError(f"{setting}: there is no file or folder {str(path)!r} (looked at {root.absolute()})")
+        raise DataError(f"{setting}: no such file or folder: {str(path)!r} (looked at {root.absolute()})")
     found = (file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     files = sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(root).parts))
     if not files:
-        raise DataError(f"{setting}: folder {root} holds no file that ends in {', '.join(SUFFIXES)}")
+        raise DataError(f"{setting}: folder {root} has no file that ends in {', '.join(SUFFIXES)}")
     return files
 
 
@@ -72,17 +72,17 @@ def _json_lines(file: Path, text_key: str) -> Iterator[str]:
             try:
                 record = json.loads(_decode(line, where))
             except json.JSONDecodeError as error:
-                hint = "one JSON object a line is expected"
-                raise DataError(f"{where}: invalid JSON ({error.msg}, column {error.colno}); {hint}") from error
+                problem = f"invalid JSON ({error.msg}, column {error.colno})"
+                raise DataError(f"{where}: {problem}; expected one JSON object per line") from error
             if not isinstance(record, dict):
-                raise DataError(f"{where}: one JSON object a line is expected, this one is a {type(record).__name__}")
+                raise DataError(f"{where}: expected one JSON object per line, got a {type(record).__name__}")
             if text_key not in record:
                 raise _missing_field(where, text_key, list(record))
             yield _checked(record[text_key], where, text_key)
 
 
 def _parquet(file: Path, text_key: str) -> Iterator[str]:
-    import pyarrow  # here, because it takes long to import and most runs do not need it
+    import pyarrow  # here, because importing it is slow and most runs do not need it
     import pyarrow.parquet
 
     try:
@@ -109,15 +109,15 @@ SUFFIXES = tuple(_READERS)
 
 def _decode(raw: bytes, where: str) -> str:
     try:
-        return raw.decode("utf-8-sig")  # a byte-order mark is no part of the text
+        return raw.decode("utf-8-sig")  # a byte-order mark is not part of the text
     except UnicodeDecodeError as error:
         byte = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
         raise DataError(f"{where}: not UTF-8 text ({byte}); convert it, for example with iconv") from error
 
 
-def _missing_field(where: str, text_key: str, there: list[str]) -> DataError:
-    names = ", ".join(map(str, there)) or "none"
-    return DataError(f"{where}: no field {text_key!r} (data.text_key); the fields there are: {names}")
+def _missing_field(where: str, text_key: str, fields: list[str]) -> DataError:
+    names = ", ".join(map(str, fields)) or "none"
+    return DataError(f"{where}: no field {text_key!r} (data.text_key); it has the fields: {names}")
 
 
 def _checked(text: object, where: str, text_key: str) -> str:
@@ -125,7 +125,7 @@ def _checked(text: object, where: str, text_key: str) -> str:
         raise DataError(f"{where}: field {text_key!r} (data.text_key) is a {type(text).__name__}, not a string")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no tokenizer can take it
+    except UnicodeEncodeError as error:  # JSON can contain half a surrogate pair, which no tokenizer accepts
         raise DataError(f"{where}: field {text_key!r} holds a lone surrogate, which is not valid Unicode") from error
     return text
 
@@ -137,7 +137,7 @@ def _module_file(path: str, setting: str) -> Path:
     except (ImportError, ValueError):
         spec = None
     if spec is None or not spec.has_location or spec.origin is None:
-        raise DataError(f"{setting}: {path}: this Python has no module {name!r} that is a file")
+        raise DataError(f"{setting}: {path}: Python finds no module {name!r} that is a file")
     return Path(spec.origin)
 
 
@@ -147,6 +147,6 @@ def _module_texts(path: str, setting: str) -> Iterator[str]:
     attribute = name.rpartition(".")[2]
     texts = getattr(importlib.import_module(name), attribute, None)
     if not isinstance(texts, dict | list | tuple):
-        raise DataError(f"{setting}: {path}: module {name!r} holds no dict or list named {attribute!r}")
+        raise DataError(f"{setting}: {path}: module {name!r} has no dict or list named {attribute!r}")
     for key in sorted(texts) if isinstance(texts, dict) else range(len(texts)):
         yield _checked(texts[key], f"{path}, entry {key!r}", attribute)

@@ -1,7 +1,7 @@
-"""Weights of the built-in decoder from and to a Hugging Face folder.
+"""Loads and saves the weights of the built-in decoder in a Hugging Face folder.
 
-Sources: the names in transformers' `modeling_llama.py`, which Mistral, Qwen2 and Qwen3 share, and
-https://huggingface.co/docs/safetensors for the files.
+Sources: the tensor names in transformers' `modeling_llama.py`, which Mistral, Qwen2 and Qwen3 share; the file format in
+https://huggingface.co/docs/safetensors.
 """
 
 import json
@@ -24,8 +24,8 @@ from safetensors.numpy import save_file
 from jaxpar.config import Architecture, ConfigError
 from jaxpar.models.protocol import Params
 
-# jaxpar's parameter → Hugging Face's name, dimensions here, dimensions there. Letters: e embed, h heads or kv heads,
-# d head_dim, m mlp, v vocab; "hd e" are two dimensions, of which the first is heads and head_dim in one.
+# jaxpar's parameter → (Hugging Face's name, jaxpar's dimensions, Hugging Face's dimensions). Letters: e embed, h heads or
+# kv heads, d head_dim, m mlp, v vocab. A word is one dimension: "hd e" has two, and the first merges heads and head_dim.
 NAMES = {
     "embed/table": ("model.embed_tokens.weight", "ve", "v e"),
     "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", "e", "e"),
@@ -47,30 +47,30 @@ NAMES = {
 }
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-DTYPES = ("F64", "F32", "F16", "BF16")  # in safetensors' words
+DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 MAX_FILE_BYTES = 5 * 10**9
 
 
 def has_weights(path: str | Path) -> bool:
-    """Whether the folder has weights, also in formats that `load_params` then refuses."""
+    """Whether the folder has weights, including those in formats that `load_params` does not support."""
     return any((Path(path).expanduser() / name).exists() for name in (WEIGHTS, INDEX, *TORCH_WEIGHTS))
 
 
 def load_params(path: str | Path, architecture: Architecture, shapes: Params, shardings: Params) -> Params:
-    """Read the decoder's parameters; each device reads its own slice of each tensor.
+    """Reads the decoder's parameters. Each device reads only its own slice of each tensor.
 
     Args:
-      path: folder with `model.safetensors`, or `model.safetensors.index.json` and the files that it names. Tensors are
+      path: folder with `model.safetensors`, or `model.safetensors.index.json` and the files that it names. Tensors may be
         float64, float32, float16 or bfloat16.
       shapes: the decoder's `FunctionalModel.shapes`; layers are stacked, [num_layers, ...].
       shardings: the same tree with a `jax.sharding.Sharding` at each leaf.
 
     Returns:
-      float32 arrays of these shapes and shardings. Rows of the padded vocabulary are zeros.
+      float32 arrays of these shapes and shardings. Rows that pad the vocabulary are zeros.
 
     Raises:
       ConfigError: the folder has no safetensors, a file cannot be read, or tensors are missing, unexpected, or of
-        another shape or dtype: all of them at once, and like ones of several layers in one line.
+        the wrong shape or dtype. All problems are reported at once, with one line for the same problem in several layers.
     """
     parameters, where = _parameters(shapes), f"actor.model.model_path: {path}"
     stored = _open_tensors(Path(path).expanduser(), where)
@@ -85,18 +85,18 @@ def load_params(path: str | Path, architecture: Architecture, shapes: Params, sh
 
 
 def save_params(path: str | Path, params: Params, architecture: Architecture, dtype: str = "bfloat16") -> None:
-    """Write config.json and safetensors, of at most 5 GB each, for transformers' `from_pretrained`.
+    """Writes config.json and safetensors files of at most 5 GB each, for transformers' `from_pretrained`.
 
-    All processes call it and the first one writes. One tensor at a time is whole on each device, and the tensors of one
-    file in the first process's memory. The tokenizer and the vocabulary's padding are not written.
+    All processes must call it; the first one writes. Each device holds one whole tensor at a time, and the first process
+    holds the tensors of one file in memory. The tokenizer and the vocabulary's padding are not written.
 
     Args:
-      path: made where it is missing; weights that are there are replaced.
+      path: a folder; it is created if needed, and weights in it are replaced.
       params: the decoder's parameters as global arrays, in any sharding.
       dtype: "bfloat16", "float16", or "float32", which keeps every bit.
 
     Raises:
-      ConfigError: no family of Hugging Face's has this architecture.
+      ConfigError: no Hugging Face family has this architecture.
     """
     config = _config_json(architecture, dtype)
     folder, files, room = Path(path).expanduser(), list[list[tuple[_Parameter, int | None]]](), 0
@@ -110,7 +110,7 @@ def save_params(path: str | Path, params: Params, architecture: Architecture, dt
     writes, weight_map = jax.process_index() == 0, dict[str, str]()
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (WEIGHTS, INDEX):  # else readers could take the old ones
+        for name in (WEIGHTS, INDEX):  # otherwise readers could find the old ones
             (folder / name).unlink(missing_ok=True)
     for number, tensors in enumerate(files, 1):
         file = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
@@ -130,7 +130,7 @@ def save_params(path: str | Path, params: Params, architecture: Architecture, dt
 
 @dataclass(frozen=True)
 class _Parameter:
-    """One row of `NAMES`, with the array or the shape that it is about."""
+    """One row of `NAMES`, with the array or shape of the parameter."""
 
     name: str
     value: Any
@@ -156,7 +156,7 @@ class _Parameter:
         return np.ascontiguousarray(value[tuple(map(slice, self.stored_shape(architecture)))])
 
     def read(self, stored: Mapping[str, Any], index: Any) -> np.ndarray:
-        """A device's shard in float32, given its slice of each dimension."""
+        """The shard of one device in float32, given its slice of each dimension."""
         own = index[-len(self.dims) :]
         if len(own) == len(index):
             return self._read_one(stored[self.pattern], own)
@@ -166,15 +166,15 @@ class _Parameter:
         sizes, letters = self.sizes, "".join(self.stored_dims)
         bounds = {letter: part.indices(sizes[letter])[:2] for letter, part in zip(self.dims, index, strict=True)}
         wanted, shape, cut = list[tuple[int, int]](), list[int](), list[slice]()
-        for word in self.stored_dims:  # of dimensions in one, all but the first are read whole, then cut
+        for word in self.stored_dims:  # in a merged dimension, all parts but the first are read whole, then cut
             (start, stop), rest = bounds[word[0]], [sizes[letter] for letter in word[1:]]
             wanted.append((start * math.prod(rest), stop * math.prod(rest)))
             shape += [stop - start, *rest]
             cut += [slice(None), *(slice(*bounds[letter]) for letter in word[1:])]
         block = np.zeros([stop - start for start, stop in wanted], np.float32)
-        there = [(start, min(stop, size)) for (start, stop), size in zip(wanted, tensor.get_shape(), strict=True)]
-        if all(start < stop for start, stop in there):  # else it is all padding of the vocabulary
-            part = tensor[tuple(slice(*bound) for bound in there)]
+        stored = [(start, min(stop, size)) for (start, stop), size in zip(wanted, tensor.get_shape(), strict=True)]
+        if all(start < stop for start, stop in stored):  # otherwise the block is only padding of the vocabulary
+            part = tensor[tuple(slice(*bound) for bound in stored)]
             block[tuple(map(slice, part.shape))] = part
         return block.reshape(shape)[tuple(cut)].transpose([letters.index(letter) for letter in self.dims])
 
@@ -182,12 +182,14 @@ class _Parameter:
 def _parameters(tree: Params) -> list[_Parameter]:
     named = {jax.tree_util.keystr(key, simple=True, separator="/"): x for key, x in jax.tree.leaves_with_path(tree)}
     if unknown := [name for name in named if name not in NAMES]:
-        raise ConfigError(f"actor.model.model_path: only for the built-in decoder, which has no {', '.join(unknown)}")
+        raise ConfigError(
+            f"actor.model.model_path: only supported for the built-in decoder, which has no {', '.join(unknown)}"
+        )
     return [_Parameter(name, x, *NAMES[name][:2], NAMES[name][2].split()) for name, x in named.items()]
 
 
 def _open_tensors(folder: Path, where: str) -> dict[str, Any]:
-    """A view of each tensor by name. Only the headers are read."""
+    """A view of each tensor, by name. Reads only the headers of the files."""
     file, stored = folder / WEIGHTS, dict[str, Any]()
     try:
         files = [file]
@@ -196,40 +198,42 @@ def _open_tensors(folder: Path, where: str) -> dict[str, Any]:
             files = [folder / name for name in sorted(set(json.loads(file.read_bytes())["weight_map"].values()))]
         for file in files:
             tensors = safe_open(file, framework="np")
-            stored |= {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - it is no mapping
+            stored |= {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - it is not a mapping
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         problem = f"{file} cannot be read: {type(error).__name__}: {error}"
         if file.name == INDEX and not file.exists():
             torch = [name for name in TORCH_WEIGHTS if (folder / name).exists()]
-            advice = f": convert {torch[0]} by transformers' from_pretrained and save_pretrained" if torch else ""
-            problem = f"neither {WEIGHTS} nor {INDEX} is there{advice}"
+            advice = f": convert {torch[0]} with transformers' from_pretrained and save_pretrained" if torch else ""
+            problem = f"has neither {WEIGHTS} nor {INDEX}{advice}"
         raise ConfigError([f"{where}: {problem}"]) from None
     return stored
 
 
 def _find_problems(stored: Mapping[str, Any], parameters: list[_Parameter], architecture: Architecture) -> list[str]:
-    found: dict[tuple[str, str], list[str]] = {}  # like ones of several layers together
+    found: dict[tuple[str, str], list[str]] = {}  # (name with * for the layer, problem) → names
 
     def report(name: str, problem: str) -> None:
         found.setdefault((re.sub(r"\.\d+\.", ".*.", name), problem), []).append(name)
 
     shapes = {name: list(tensor.get_shape()) for name, tensor in stored.items()}
-    unexpected = {name for name in stored if not name.endswith("rotary_emb.inv_freq")}  # a constant, in old files
+    unexpected = {name for name in stored if not name.endswith("rotary_emb.inv_freq")}  # a constant in old files
     for parameter in parameters:
         expected = parameter.stored_shape(architecture)
         for name in map(parameter.pattern.format, parameter.layers):
             unexpected.discard(name)
             if name not in stored:
-                report(name, f"{expected} is missing: it is {parameter.name}")
+                report(name, f"{expected} is missing: it is needed for {parameter.name}")
             elif shapes[name] != expected:
                 report(name, f"is {shapes[name]}, expected {expected} for {parameter.name}")
             elif stored[name].get_dtype() not in DTYPES:
-                report(name, f"is {stored[name].get_dtype()}, not there yet: choose one of {', '.join(DTYPES)}")
+                report(
+                    name, f"is {stored[name].get_dtype()}, which is not supported: choose one of {', '.join(DTYPES)}"
+                )
     table, head = NAMES["embed/table"][0], NAMES["head/weight"][0]
     if architecture.tie_word_embeddings and {table, head} <= stored.keys():  # some checkpoints hold both
         unexpected.discard(head)
         if not found and not np.array_equal(stored[table][:], stored[head][:]):
-            report(head, f"is not {table}: set actor.model.tie_word_embeddings: False")
+            report(head, f"differs from {table}: set actor.model.tie_word_embeddings: False")
     for name in sorted(unexpected):
         report(name, f"{shapes[name]} is unexpected: the architecture in config.json has no such weight")
     return [
@@ -239,25 +243,27 @@ def _find_problems(stored: Mapping[str, Any], parameters: list[_Parameter], arch
 
 
 def _on_every_device(value: jax.Array, layer: int | None, dtype: str) -> jax.Array:
-    """A parameter, or one layer of it, whole."""
-    lies = value.sharding
-    sharding = NamedSharding(lies.mesh, P()) if isinstance(lies, NamedSharding) else lies
+    """A whole parameter, or one whole layer of it, on every device."""
+    sharding = value.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, P())
     return jax.jit(_take, static_argnames="dtype", out_shardings=sharding)(value, layer, dtype)
 
 
 def _take(value: jax.Array, layer: jax.Array | None, dtype: str) -> jax.Array:
-    if layer is not None:  # indexing would gather the layers of all stages first; a masked maximum is exact too
+    if layer is not None:  # indexing would first gather the layers of all stages; a masked maximum is exact as well
         chosen = jnp.arange(value.shape[0]).reshape(-1, *[1] * (value.ndim - 1)) == layer
         value = jnp.where(chosen, value, -jnp.inf).max(0)
     return value.astype(dtype)
 
 
 def _config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
-    """In the keys of transformers 4, which 5 reads too. The family is the one that has the features."""
+    """A config.json in the keys of transformers 4, which 5 reads too. The family is the one with these features."""
     arch, values = architecture, asdict(architecture)
     if arch.qk_norm and arch.attention_bias:
         raise ConfigError(
-            "actor.model.add_qkv_bias: qwen3 with it cannot be saved: transformers' biases the output too"
+            "actor.model.add_qkv_bias: a qwen3 model with it cannot be saved, because in transformers' qwen3 the output "
+            "projection has a bias too: train without it"
         )
     mistral = arch.sliding_window or arch.model_type == "mistral"
     family = "qwen3" if arch.qk_norm else "qwen2" if arch.attention_bias else "mistral" if mistral else "llama"
@@ -271,6 +277,6 @@ def _config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "use_sliding_window": arch.sliding_window is not None,
         "max_window_layers": 0,  # the window is on all layers
-        "bos_token_id": None,  # not known here, and a family's default could be another token
+        "bos_token_id": None,  # unknown here, and the family's default could be another token
         "eos_token_id": None,
     }

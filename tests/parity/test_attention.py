@@ -214,7 +214,7 @@ def test_errors():
     with pytest.raises(ValueError, match="8 query heads are not a multiple of 3 kv heads"):
         attention(query, key, value)
     values, segments = arrays(6, 2)
-    with pytest.raises(ConfigError, match=r"over 4 cp ranks cannot share out the 6 heads .*6 / 4 = 1.5"):
+    with pytest.raises(ConfigError, match=r"over 4 cp ranks cannot divide the 6 heads .*6 / 4 = 1.5"):
         with_gradients(attention, 4, A2A).lower(*values, segments)
     values, segments = arrays(8, 2, seq=12)
     with pytest.raises(ValueError, match="3 tokens on a cp rank are not two chunks"):

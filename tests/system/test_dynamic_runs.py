@@ -14,7 +14,7 @@ import pytest
 from user_models import EMBED, GPT
 
 import jaxpar
-from jaxpar.data import DocumentCost, build_loader, load_tokenizer, open_dataset
+from jaxpar.data import BatchOrder, DocumentCost, build_loader, load_tokenizer, open_dataset
 from jaxpar.models.flops import model_flops_per_token
 from jaxpar.program import Program
 from jaxpar.run.evaluation import Evaluation
@@ -102,7 +102,7 @@ def plain(data, tmp_path_factory) -> Plain:
     one = ["pipeline_model_parallel_size=1", "context_parallel_size=1"]
     sizes = [f"runner.seq_length={LONGEST}", f"actor.micro_batch_size={DOCUMENTS}", "cluster.num_gpus_per_node=1"]
     config = jaxpar.load_config(QUICKSTART, [*SMALL, *sizes, *[f"actor.model.{size}" for size in one]])
-    trainer, order = jaxpar.Trainer(config), build_loader(Numbers(), global_batch_size=DOCUMENTS, seed=config.data.seed)
+    trainer, order = jaxpar.Trainer(config), build_loader(Numbers(), BatchOrder(DOCUMENTS, seed=config.data.seed))
     losses, tokens = [], []
     for _ in range(STEPS):
         texts = [data[1][number] for number in next(order)["number"]]
@@ -220,6 +220,6 @@ def test_a_document_over_the_budget_is_an_error_that_names_it(tmp_path, data):
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]  # a CUDA plugin says more
     for line, number in zip(errors, too_long, strict=True):
         length = len(data[1][number - 1])
-        assert f"{data[0]}, record {number} has {length + 1} tokens, which need {length} places" in line
-        assert "max_tokens_per_mbs * context_parallel_size gives 60" in line
+        assert f"{data[0]}, record {number} has {length + 1} tokens, of which {length} are inputs" in line
+        assert "max_tokens_per_mbs * context_parallel_size = 60" in line
     assert not (tmp_path / "quickstart").exists()

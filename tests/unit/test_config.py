@@ -97,7 +97,7 @@ def mesh_problems(num_devices: int, **model) -> str:
 
 def test_sequence_parallel_needs_a_tensor_group():
     assert mesh_problems(8, sequence_parallel=True) == (
-        "actor.model.sequence_parallel: True needs actor.model.tensor_model_parallel_size > 1, which is 1: sequence "
+        "actor.model.sequence_parallel: True needs actor.model.tensor_model_parallel_size > 1, but it is 1: sequence "
         "parallelism splits over the tensor group; raise that size, or set sequence_parallel: False"
     )
 
@@ -106,7 +106,7 @@ def test_world_size():
     assert mesh_problems(16, tensor_model_parallel_size=3, pipeline_model_parallel_size=2) == (
         "actor.model.tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size: 3 * 2 * 1 = 6 "
         "does not divide 16 devices (16 / 6 = 2.67): change the sizes so that their product is one of 1, 2, 4, 8, 16, "
-        "or the devices to a multiple of 6"
+        "or use a multiple of 6 devices"
     )
 
 
@@ -160,8 +160,9 @@ RULES = {
     "layers": (
         4,
         dict(model=dict(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)),
-        "actor.model.pipeline_model_parallel_size: the model has 4 layers for pipeline_model_parallel_size * "
-        "virtual_pipeline_model_parallel_size = 4 * 2 = 8 parts of the pipeline: lower a size so that each part has a layer",
+        "actor.model.pipeline_model_parallel_size: the model has 4 layers, too few for pipeline_model_parallel_size "
+        "* virtual_pipeline_model_parallel_size = 4 * 2 = 8 parts of the pipeline: lower one of the sizes so that each part "
+        "has a layer",
     ),
     "vocabulary": (
         8,
@@ -207,15 +208,15 @@ RULES = {
             model=dict(context_parallel_size=3, tensor_model_parallel_size=2, cp_comm_type="a2a"),
             runner=dict(seq_length=60),
         ),
-        "actor.model.cp_comm_type: the all-to-all over 3 cp ranks cannot share out the 4 heads that a device of the tensor "
-        "group holds (4 / 3 = 1.33): set p2p or all_gather, or a2a+p2p with smaller all-to-alls in "
+        "actor.model.cp_comm_type: the all-to-all over 3 cp ranks cannot divide the 4 heads on each device of the tensor "
+        "group (4 / 3 = 1.33): set p2p or all_gather, or a2a+p2p with smaller all-to-alls in "
         "hierarchical_context_parallel_sizes",
     ),
     "all-to-all and ring, no sizes": (
         8,
         dict(model=dict(context_parallel_size=8, cp_comm_type="a2a+p2p")),
-        "actor.model.hierarchical_context_parallel_sizes: not given, but cp_comm_type a2a+p2p needs two sizes: the cp ranks "
-        "of an all-to-all and those of a ring, with product context_parallel_size 8",
+        "actor.model.hierarchical_context_parallel_sizes: not given, but cp_comm_type a2a+p2p needs two sizes: set the cp "
+        "ranks in an all-to-all and in a ring, whose product must be context_parallel_size 8",
     ),
     "all-to-all and ring, product": (
         8,
@@ -226,45 +227,47 @@ RULES = {
     "sizes of no all-to-all": (
         8,
         dict(model=dict(context_parallel_size=8, hierarchical_context_parallel_sizes=[2, 4])),
-        "actor.model.hierarchical_context_parallel_sizes: [2, 4] is of cp_comm_type a2a+p2p, not of p2p: remove it",
+        "actor.model.hierarchical_context_parallel_sizes: [2, 4] only applies to cp_comm_type a2a+p2p, but cp_comm_type is p2p: "
+        "remove it",
     ),
     "two sequence lengths": (
         1,
         dict(model=dict(seq_length=32)),
-        "actor.model.seq_length: 32 is not runner.seq_length 64: remove it, or set it to ${runner.seq_length}",
+        "actor.model.seq_length: 32 differs from runner.seq_length 64: remove it, or set it to ${runner.seq_length}",
     ),
     "virtual stages": (
         1,
         dict(model=dict(virtual_pipeline_model_parallel_size=2)),
-        "actor.model.virtual_pipeline_model_parallel_size: 2 needs actor.model.pipeline_model_parallel_size > 1, which "
-        "is 1: there is no pipeline to interleave; set it to null",
+        "actor.model.virtual_pipeline_model_parallel_size: 2 needs actor.model.pipeline_model_parallel_size > 1, but "
+        "that is 1: there is no pipeline to interleave; set virtual_pipeline_model_parallel_size to null",
     ),
     "interleaving without chunks": (
         2,
         dict(model=dict(pipeline_model_parallel_size=2, pipeline_schedule="interleaved_1f1b")),
-        "actor.model.pipeline_schedule: interleaved_1f1b needs actor.model.virtual_pipeline_model_parallel_size > 1: set it "
-        "to the chunks of layers that each stage holds, such as 2, or the schedule to 1f1b",
+        "actor.model.pipeline_schedule: interleaved_1f1b needs actor.model.virtual_pipeline_model_parallel_size > 1: set that "
+        "to the number of layer chunks on each stage, such as 2, or set pipeline_schedule to 1f1b",
     ),
     "ZeRO without a distributed optimizer": (
         1,
         dict(optim=dict(zero_stage=2, use_distributed_optimizer=False)),
-        "actor.optim.zero_stage: 2, but actor.optim.use_distributed_optimizer is False: remove one",
+        "actor.optim.zero_stage: 2, but actor.optim.use_distributed_optimizer is False: remove one of them",
     ),
     "recompute method": (
         1,
         dict(model=dict(recompute_granularity="full", recompute_num_layers=1)),
-        "actor.model.recompute_method: recompute_granularity full needs one: set uniform (every layer, "
-        "in groups of recompute_num_layers) or block (the first recompute_num_layers of each stage)",
+        "actor.model.recompute_method: not given, but recompute_granularity full needs it: set uniform (every layer, "
+        "in groups of recompute_num_layers) or block (the first recompute_num_layers of each chunk of layers)",
     ),
     "recompute number": (
         1,
         dict(model=dict(recompute_granularity="full", recompute_method="block")),
-        "actor.model.recompute_num_layers: recompute_granularity full needs it: set a number of layers, such as 1",
+        "actor.model.recompute_num_layers: not given, but recompute_granularity full needs it: set a number of layers, "
+        "such as 1",
     ),
     "recompute selective": (
         1,
         dict(model=dict(recompute_granularity="selective", recompute_method="block")),
-        "actor.model.recompute_method: block is of recompute_granularity full, not of selective: "
+        "actor.model.recompute_method: block only applies to recompute_granularity full, but recompute_granularity is selective: "
         "remove it, or set recompute_granularity: full",
     ),
     "loss scale": (
@@ -275,12 +278,12 @@ RULES = {
     "experts": (
         1,
         dict(model=dict(expert_model_parallel_size=4)),
-        "actor.model.expert_model_parallel_size: 4, but mixture of experts is not there yet: set it to 1",
+        "actor.model.expert_model_parallel_size: 4, but mixture of experts is not supported: set it to 1",
     ),
     "dynamic batch without a budget": (
         1,
         dict(runner=dict(enable_dynamic_batch_size=True)),
-        "runner.max_tokens_per_mbs: not given, but runner.enable_dynamic_batch_size needs it: set the tokens of a "
+        "runner.max_tokens_per_mbs: not given, but runner.enable_dynamic_batch_size needs it: set the number of tokens in a "
         "microbatch on each cp rank, so that max_tokens_per_mbs * context_parallel_size holds the longest document",
     ),
     "budget": (
@@ -298,39 +301,40 @@ RULES = {
             runner=dict(enable_dynamic_batch_size=True, max_tokens_per_mbs=32),
             actor=dict(global_batch_size=3),
         ),
-        "actor.global_batch_size: 3 documents are fewer than dp = 4 ranks, some of which would have none: choose at "
-        "least 4",
+        "actor.global_batch_size: 3 documents are fewer than dp = 4 ranks, so some ranks would have none: choose "
+        "at least 4",
     ),
     "no end": (
         1,
         dict(runner=dict(max_steps=-1, max_epochs=-1)),
-        "runner.max_steps: -1 and runner.max_epochs: -1 both say no limit: set one of them above 0",
+        "runner.max_steps: -1 and runner.max_epochs: -1 both mean no limit: set one of them above 0",
     ),
     "decay": (
         1,
         dict(runner=dict(max_steps=-1), lr_sched=dict(lr_decay_style="cosine")),
         "actor.lr_sched.lr_decay_iters: not given, and runner.max_steps is -1, but actor.lr_sched.lr_decay_style "
-        "cosine need it: set the steps that the decay takes",
+        "cosine needs it: set the number of steps of the decay",
     ),
     "warm-up": (
         1,
         dict(lr_sched=dict(lr_decay_style="linear", lr_warmup_iters=10)),
-        "actor.lr_sched.lr_warmup_iters: 10 is not below lr_decay_iters 10: no step is left to decay over; lower it",
+        "actor.lr_sched.lr_warmup_iters: 10 is not below lr_decay_iters 10, so no steps are left for the decay: "
+        "lower it",
     ),
     "two warm-ups": (
         1,
         dict(lr_sched=dict(lr_warmup_fraction=0.1, lr_warmup_iters=5)),
-        "actor.lr_sched.lr_warmup_fraction: 0.1 and lr_warmup_iters 5 both set the warm-up: remove one",
+        "actor.lr_sched.lr_warmup_fraction: 0.1 and lr_warmup_iters 5 both set the warm-up: remove one of them",
     ),
     "two peaks": (
         1,
         dict(lr_sched=dict(max_lr=0.5)),
-        "actor.lr_sched.max_lr: 0.5 is not actor.optim.lr 0.001, and both are the peak: remove one",
+        "actor.lr_sched.max_lr: 0.5 differs from actor.optim.lr 0.001, but both set the peak: remove one of them",
     ),
     "qk norm": (
         1,
         dict(model=dict(qk_layernorm=True)),
-        "actor.model.qk_layernorm: True, but the llama model described has False: remove the key",
+        "actor.model.qk_layernorm: True, but the config's llama model has False: remove the key",
     ),
 }
 
@@ -384,7 +388,9 @@ def test_what_training_needs_to_be_given():
 def test_kv_heads_are_repeated_with_a_note():
     model = dict(tensor_model_parallel_size=8, num_key_value_heads=2)
     assert train_problems(8, model=model) == []
-    assert any("kv heads are repeated: each of 2 is held by 4 of 8" in note for note in train_config(model=model).notes)
+    assert any(
+        "kv heads are repeated: each of the 2 is held by 4 of the 8" in note for note in train_config(model=model).notes
+    )
 
 
 def test_padded_vocabulary_is_said():
@@ -458,7 +464,7 @@ def test_prepare_train_gives_all_problems_at_once():
         ),
         ({"acter": {}}, "acter: unknown key: did you mean actor?"),
         ({"actor": {"xyzzy": 1}}, "actor.xyzzy: unknown key: remove it"),
-        ({"actor": {"seed": "???"}}, "actor.seed: is ???, which stands for a value still to be given: give one"),
+        ({"actor": {"seed": "???"}}, "actor.seed: is ???, which marks a value that must be given: set it"),
         (
             {"actor": {"seed": "${data.sead}"}},
             "actor.seed: ${data.sead} cannot be resolved: Interpolation key 'data.sead' not found: correct it, or give a value",
@@ -594,7 +600,7 @@ def test_hydra_defaults_beside_the_file(tmp_path):
     write(tmp_path, "runner: {seq_length: 32, max_steps: 7}", "base.yaml")
     config = load_config(write(tmp_path, "defaults: [base]\nrunner: {max_steps: 9}"))
     assert (config.runner.seq_length, config.runner.max_steps) == (32, 9)
-    with pytest.raises(ConfigError, match="would be composed by Hydra.*write the keys of actor.model out"):
+    with pytest.raises(ConfigError, match="needs Hydra to compose it.*write the keys of actor.model into the file"):
         load_config(write(tmp_path, "defaults: [model/qwen@actor.model]"))
 
 
@@ -630,10 +636,10 @@ def test_overrides(tmp_path):
 @pytest.mark.parametrize(
     "text,expected",
     [
-        ("runner: {max_steps: 3\n", "not YAML at line 2, column 1: expected ',' or '}', but got '<stream end>'"),
-        ("runner:\n  seed: 1\n  seed: 2\n", "not YAML at line 3, column 3: found duplicate key seed"),
-        ("- a\n- b\n", "expected sections (cluster, runner, data, actor) at the top, got a plain list"),
-        ("just text\n", "expected sections (cluster, runner, data, actor) at the top, got a plain value"),
+        ("runner: {max_steps: 3\n", "invalid YAML at line 2, column 1: expected ',' or '}', but got '<stream end>'"),
+        ("runner:\n  seed: 1\n  seed: 2\n", "invalid YAML at line 3, column 3: found duplicate key seed"),
+        ("- a\n- b\n", "expected sections (cluster, runner, data, actor) at the top level, got a plain list"),
+        ("just text\n", "expected sections (cluster, runner, data, actor) at the top level, got a plain value"),
         ("runner:\n  output_dir: ${broken\n", "output_dir: "),
     ],
 )
@@ -730,7 +736,7 @@ def test_qwen2(tmp_path):
     stored["max_window_layers"] = 0
     assert hugging_face(tmp_path, use_sliding_window=True, **stored).architecture().sliding_window == 512
     stored["max_window_layers"] = 1
-    with pytest.raises(ConfigError, match="sliding_window: 512 on 3 of 4 layers"):
+    with pytest.raises(ConfigError, match="sliding_window: 512 on 3 of 4 layers, but a window on only some"):
         hugging_face(tmp_path, use_sliding_window=True, **stored).architecture()
 
 
@@ -742,16 +748,16 @@ def test_qwen3(tmp_path):
 @pytest.mark.parametrize(
     "stored,expected",
     [
-        ({"model_type": "gpt2"}, "model_type: gpt2 is not there yet: choose one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "model_type: gpt2 is not supported: choose one of llama, mistral, qwen2, qwen3"),
         (
             {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_scaling: rope_type linear is not there yet: choose one of default, llama3",
+            "rope_scaling: rope_type linear is not supported: choose one of default, llama3",
         ),
         (
             {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
             "needs numbers for low_freq_factor, high_freq_factor, original_max_position_embeddings",
         ),
-        ({"model_type": "llama", "rope_scaling": {"factor": 2.0}}, "rope_scaling: rope_type None is not there yet"),
+        ({"model_type": "llama", "rope_scaling": {"factor": 2.0}}, "rope_scaling: rope_type None is not supported"),
         ({"model_type": "llama", "hidden_size": None}, "hidden_size: not given"),
         ({"model_type": "llama", "hidden_size": "big"}, "hidden_size: expected an integer, got 'big'"),
         (
@@ -759,7 +765,7 @@ def test_qwen3(tmp_path):
             "num_key_value_heads: 3 does not divide num_attention_heads 8 (8 / 3 = 2.67): choose one of 1, 2, 4, 8",
         ),
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act: gelu"),
-        ({"model_type": "llama", "attention_bias": True}, "llama with biases is not there yet"),
+        ({"model_type": "llama", "attention_bias": True}, "llama with biases is not supported"),
     ],
 )
 def test_bad_hugging_face_config(tmp_path, stored, expected):
@@ -779,14 +785,14 @@ def test_own_fields_win_over_config_json(tmp_path):
     hugging_face(tmp_path, model_type="llama")
     config = config_from_dict({"actor": {"model": {"model_path": str(tmp_path), "num_hidden_layers": 2}}})
     assert config.architecture().num_hidden_layers == 2
-    assert any("actor.model.num_hidden_layers 2 takes the place of 4" in note for note in config.notes)
+    assert any("actor.model.num_hidden_layers 2 overrides 4" in note for note in config.notes)
 
 
 def test_byte_tokenizer_gives_the_vocabulary():
     fields = {key: value for key, value in MODEL.items() if key != "vocab_size"}
     config = config_from_dict({"actor": {"model": fields}})
     assert config.architecture().vocab_size == 258
-    assert "actor.model.vocab_size is not given: 258, of the byte tokenizer" in config.notes
+    assert "actor.model.vocab_size is not given: using 258, the size of the byte tokenizer" in config.notes
     with pytest.raises(ConfigError, match="actor.model.vocab_size: not given"):
         config_from_dict({"actor": {"model": fields, "tokenizer": {"tokenizer_model": "x.json"}}}).architecture()
 
@@ -794,7 +800,7 @@ def test_byte_tokenizer_gives_the_vocabulary():
 def test_families_from_own_fields():
     assert train_config(model=dict(model_type="qwen2.5")).architecture().attention_bias
     assert train_config(model=dict(model_type="qwen3")).architecture().qk_norm
-    with pytest.raises(ConfigError, match="actor.model.model_type: deepseek_v3 is not there yet"):
+    with pytest.raises(ConfigError, match="actor.model.model_type: deepseek_v3 is not supported"):
         train_config(model=dict(model_type="deepseek_v3")).architecture()
 
 
@@ -808,6 +814,6 @@ def test_logger_backends():
 
     assert config_from_dict({}).runner.logger.logger_backends == ["tensorboard"]
     assert backends("tensorboard").runner.logger.logger_backends == ["tensorboard"]
-    assert "wandb is not there" in backends(["wandb", "tensorboard"]).notes[1]
+    assert "wandb ignored, because only tensorboard is supported" in backends(["wandb", "tensorboard"]).notes[1]
     with pytest.raises(ConfigError, match="expected one of 'tensorboard', 'wandb', 'swanlab', got 'tensorbord'"):
         backends(["tensorbord"])

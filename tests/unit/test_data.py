@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 
-from jaxpar.data import DataError, PackedSource, build_loader, documents, load_tokenizer, open_dataset
+from jaxpar.data import BatchOrder, DataError, PackedSource, build_loader, documents, load_tokenizer, open_dataset
 
 TEXTS = ["the quick fox\n", "", "über ☃ naïve", "x"]
 
@@ -160,8 +160,8 @@ def test_end_of_document_comes_from_the_configuration_or_is_the_only_candidate(t
     assert load_tokenizer(str(tmp_path / "plain")).eos_id == 5
     assert load_tokenizer(str(tmp_path / "added")).eos_id == 6
     for folder, pattern in [
-        (write_tokenizer(tmp_path / "both", two), "more than one.*eos_token.*tokenizer_config.json"),
-        (write_tokenizer(tmp_path / "none", ("<odd>",)), "none has a usual name"),
+        (write_tokenizer(tmp_path / "both", two), "more than one.*set .eos_token.*tokenizer_config.json"),
+        (write_tokenizer(tmp_path / "none", ("<odd>",)), "no special token has a usual name"),
         (write_tokenizer(tmp_path / "unknown", eos="<gone>"), "'<gone>' is not in its vocabulary"),
     ]:
         with pytest.raises(DataError, match=pattern):
@@ -172,7 +172,7 @@ def test_bad_tokenizer_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="not a tokenizer file"):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(DataError, match=r"there is no file.*downloads nothing"):
+    with pytest.raises(DataError, match=r"no such file.*does not download anything"):
         load_tokenizer("meta-llama/Llama-3-8B")
 
 
@@ -231,7 +231,7 @@ def test_every_pair_within_a_document_is_a_target_exactly_once(case):
 def test_nothing_to_predict_is_an_error():
     with pytest.raises(DataError, match="nothing to predict"):
         random_source(4, [1, 1, 1])
-    with pytest.raises(DataError, match=r"runner\.seq_length is 0"):
+    with pytest.raises(DataError, match=r"runner\.seq_length: must be at least 1, got 0"):
         random_source(0, [3])
 
 
@@ -308,7 +308,7 @@ def test_failure_leaves_no_cache_and_damage_is_reported(tmp_path):
     with pytest.raises(DataError, match=r"data.train_data_paths.*no text"):
         open_dataset([file], **options)
     assert list(cache_dir.iterdir()) == []
-    with pytest.raises(DataError, match=r"data.val_data_paths is empty"):
+    with pytest.raises(DataError, match=r"data.val_data_paths: is empty"):
         open_dataset([], setting="data.val_data_paths", **options)
 
     write_jsonl(file, ["abc", "def"])
@@ -362,7 +362,7 @@ def sample_numbers(batch):
 
 
 def test_epochs_are_different_permutations_and_nothing_is_lost_between_them():
-    loader = build_loader(source_of(10), global_batch_size=4, seed=1, num_epochs=4)
+    loader = build_loader(source_of(10), BatchOrder(4, seed=1, num_epochs=4))
     assert (loader.batches_per_epoch, loader.num_batches) == (2, 10)
     batches = list(loader)
     assert len(batches) == 10 and all(batch["tokens"].shape == (4, 2) for batch in batches)
@@ -374,7 +374,7 @@ def test_epochs_are_different_permutations_and_nothing_is_lost_between_them():
 
 def test_order_depends_on_the_seed_alone():
     def order(seed, num_batches=5):
-        loader = build_loader(source_of(40), global_batch_size=8, seed=seed)
+        loader = build_loader(source_of(40), BatchOrder(8, seed=seed))
         return [number for batch in itertools.islice(loader, num_batches) for number in sample_numbers(batch)]
 
     assert order(0) == order(0)
@@ -384,7 +384,7 @@ def test_order_depends_on_the_seed_alone():
 
 
 def test_without_shuffle_the_order_is_that_of_the_source_and_the_last_remainder_is_dropped():
-    loader = build_loader(source_of(5), global_batch_size=2, seed=0, shuffle=False, num_epochs=1)
+    loader = build_loader(source_of(5), BatchOrder(2, seed=0, shuffle=False, num_epochs=1))
     assert [sample_numbers(batch) for batch in loader] == [[0, 1], [2, 3]]
     assert next(loader, None) is None
 
@@ -404,11 +404,11 @@ class Recording:
 
 
 def test_processes_read_their_rows_only_and_together_have_the_whole_batch():
-    options = {"global_batch_size": 8, "seed": 3, "num_epochs": 2}
-    whole = list(build_loader(source_of(20), **options))
+    order = BatchOrder(8, seed=3, num_epochs=2)
+    whole = list(build_loader(source_of(20), order))
     sources = [Recording(source_of(20)) for _ in range(3)]
     rows = [[0, 1, 2, 3], [4, 5], [7, 6]]  # in the order asked for
-    parts = [list(build_loader(source, rows=r, **options)) for source, r in zip(sources, rows, strict=True)]
+    parts = [list(build_loader(source, order, rows=r)) for source, r in zip(sources, rows, strict=True)]
     for t, batch in enumerate(whole):
         joined = concatenated([part[t] for part in parts])
         assert_same({key: value[[0, 1, 2, 3, 4, 5, 7, 6]] for key, value in joined.items()}, batch)
@@ -417,7 +417,7 @@ def test_processes_read_their_rows_only_and_together_have_the_whole_batch():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resume_is_exact_before_and_after_iteration_begins(num_workers):
-    options = {"global_batch_size": 4, "rows": [0, 2, 3], "seed": 5}
+    options = {"order": BatchOrder(4, seed=5), "rows": [0, 2, 3]}
     expected = list(itertools.islice(build_loader(source_of(14), **options), 9))
     first = build_loader(source_of(14), num_workers=num_workers, **options)
     for t in range(3):
@@ -442,7 +442,7 @@ def test_resume_is_exact_before_and_after_iteration_begins(num_workers):
 
 def test_resume_reads_nothing_that_lies_before():
     source = Recording(source_of(1000))
-    loader = build_loader(source, global_batch_size=10, seed=0, shuffle=False)
+    loader = build_loader(source, BatchOrder(10, seed=0, shuffle=False))
     loader.set_state({"batch": 70})
     assert sample_numbers(next(loader)) == list(range(700, 710))
     loader.close()
@@ -454,22 +454,24 @@ def test_workers_give_the_same_batches_and_map_the_cache(tmp_path):
         ["python:pydoc_data.topics"], tokenizer=load_tokenizer(None), seq_length=512, cache_dir=tmp_path
     )
     assert len(pickle.dumps(source)) < 1000  # not the corpus
-    options = {"global_batch_size": 300, "seed": 0, "num_epochs": 1}
-    loader = build_loader(source, num_workers=2, **options)
-    for batch, expected in zip(loader, build_loader(source, **options), strict=True):
+    order = BatchOrder(300, seed=0, num_epochs=1)
+    loader = build_loader(source, order, num_workers=2)
+    for batch, expected in zip(loader, build_loader(source, order), strict=True):
         assert_same(batch, expected)
     assert loader.get_state() == {"batch": loader.num_batches}
 
 
 def test_loader_errors():
-    with pytest.raises(DataError, match=r"3 samples < actor.global_batch_size = 4"):
-        build_loader(source_of(3), global_batch_size=4, seed=0)
+    with pytest.raises(DataError, match=r"actor.global_batch_size: 4 is more than the 3 samples"):
+        build_loader(source_of(3), BatchOrder(4, seed=0))
     for rows in ([], [4], [-1]):
         with pytest.raises(DataError, match="rows"):
-            build_loader(source_of(8), global_batch_size=4, rows=rows, seed=0)
-    with pytest.raises(DataError, match=r"data.seed=-1"):
-        build_loader(source_of(8), global_batch_size=4, seed=-1)
-    loader = build_loader(source_of(8), global_batch_size=4, seed=0, num_epochs=1)
+            build_loader(source_of(8), BatchOrder(4, seed=0), rows=rows)
+    with pytest.raises(DataError, match=r"data.seed: must be at least 0, got -1\nrunner.max_epochs: .* got 0"):
+        BatchOrder(4, seed=-1, num_epochs=0)
+    with pytest.raises(DataError, match=r"data.num_workers: must be at least 0, got -1"):
+        build_loader(source_of(8), BatchOrder(4, seed=0), num_workers=-1)
+    loader = build_loader(source_of(8), BatchOrder(4, seed=0, num_epochs=1))
     loader.set_state({"batch": 2})
     assert list(loader) == []
     for state in ({"batch": 3}, {"batch": -1}, {"batch": 1.0}, {}):
@@ -479,11 +481,11 @@ def test_loader_errors():
 
 UNCLOSED = """
 import sys, time
-from jaxpar.data import build_loader, load_tokenizer, open_dataset
+from jaxpar.data import BatchOrder, build_loader, load_tokenizer, open_dataset
 if __name__ == "__main__":
     source = open_dataset(["python:pydoc_data.topics"], tokenizer=load_tokenizer(None), seq_length=64,
                           cache_dir=sys.argv[1])
-    loader = build_loader(source, global_batch_size=4, seed=0, num_workers=1)
+    loader = build_loader(source, BatchOrder(4, seed=0), num_workers=1)
     next(loader)
     print("started", flush=True)
     if sys.argv[2] == "killed":

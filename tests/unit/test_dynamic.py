@@ -1,5 +1,6 @@
 """Dynamic batches: the planner's promises on many distributions of lengths, and the loader around it. No device."""
 
+import dataclasses
 import itertools
 import json
 import pickle
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpar.data import (
+    BatchOrder,
     DataError,
     DocumentCost,
     DocumentSource,
@@ -61,7 +63,7 @@ def test_no_document_is_lost_or_doubled_and_no_row_overflows(name):
 
 
 def test_a_document_over_the_budget_is_named():
-    with pytest.raises(ValueError, match="document 2 has 1001 tokens, more than the 1000 of a row"):
+    with pytest.raises(ValueError, match="document 2 has 1001 tokens, more than the 1000 in a row"):
         plan_rows(np.array([5, BUDGET, BUDGET + 1, 7]), BUDGET, 2, COST)
 
 
@@ -176,7 +178,7 @@ class Numbers:
         return {"number": np.array([index])}
 
 
-OPTIONS = {"global_batch_size": 12, "seed": 5, "num_epochs": 2}
+ORDER = BatchOrder(12, seed=5, num_epochs=2)
 
 
 @pytest.fixture(scope="module")
@@ -189,12 +191,11 @@ def documents(tmp_path_factory):
 @pytest.mark.parametrize("dp", [1, 2, 4])
 def test_every_layout_has_the_documents_of_the_packed_loaders_order_in_each_step(documents, dp, shuffle):
     source, texts = documents
+    order = dataclasses.replace(ORDER, shuffle=shuffle)
     loaders = [
-        build_dynamic_loader(source, dp=dp, ranks=ranks, cost=COST, shuffle=shuffle, **OPTIONS)
-        for ranks in ([0], range(1, dp))
-        if ranks
+        build_dynamic_loader(source, order, dp=dp, ranks=ranks, cost=COST) for ranks in ([0], range(1, dp)) if ranks
     ]
-    expected = build_loader(Numbers(len(source)), shuffle=shuffle, **OPTIONS)
+    expected = build_loader(Numbers(len(source)), order)
     for batches in zip(expected, *loaders, strict=True):
         numbers = batches[0]["number"].ravel()
         rows = {len(batch["tokens"]) // ranks for batch, ranks in zip(batches[1:], (1, dp - 1), strict=False)}
@@ -207,10 +208,10 @@ def test_every_layout_has_the_documents_of_the_packed_loaders_order_in_each_step
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_position_leads_to_the_same_batches(documents, num_workers):
     source, _ = documents
-    options = {"dp": 2, "ranks": [0, 1], "cost": COST, **OPTIONS}
-    loader = build_dynamic_loader(source, **options)
+    options = {"dp": 2, "ranks": [0, 1], "cost": COST}
+    loader = build_dynamic_loader(source, ORDER, **options)
     expected = [(batch, loader.figures) for batch in loader]
-    resumed = build_dynamic_loader(source, num_workers=num_workers, **options)
+    resumed = build_dynamic_loader(source, ORDER, num_workers=num_workers, **options)
     resumed.set_state({"batch": 3})
     for batch, figures in expected[3:]:
         found = next(resumed)
@@ -233,10 +234,10 @@ def test_documents_over_the_budget_are_named_before_training(tmp_path, monkeypat
     with pytest.raises(DataError) as caught:
         open_documents(tmp_path, [3, 8, 0, 9, 5, *[10] * 12], budget=8)
     problems = caught.value.problems
-    assert f"{tmp_path / 'documents.jsonl'}, record 4 has 10 tokens, which need 9 places" in problems[0]
-    assert "max_tokens_per_mbs * context_parallel_size gives 8" in problems[0]
+    assert f"{tmp_path / 'documents.jsonl'}, record 4 has 10 tokens, of which 9 are inputs" in problems[0]
+    assert "max_tokens_per_mbs * context_parallel_size = 8" in problems[0]
     assert "record 6 has 11 tokens" in problems[1]
-    assert len(problems) == 11 and problems[-1] == "and 3 documents more"
+    assert len(problems) == 11 and problems[-1] == "and 3 more documents"
 
 
 def test_records_are_counted_in_each_file(tmp_path):
@@ -251,5 +252,5 @@ def test_records_are_counted_in_each_file(tmp_path):
 
 
 def test_too_few_documents(documents):
-    with pytest.raises(DataError, match="51 documents < actor.global_batch_size = 52"):
-        build_dynamic_loader(documents[0], global_batch_size=52, dp=1, ranks=[0], cost=COST, seed=0)
+    with pytest.raises(DataError, match="actor.global_batch_size: 52 is more than the 51 documents"):
+        build_dynamic_loader(documents[0], BatchOrder(52, seed=0), dp=1, ranks=[0], cost=COST)

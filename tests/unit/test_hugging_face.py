@@ -233,7 +233,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
 
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors")
     assert load_problems(tmp_path, arch) == [
-        "actor.model.model_path: FOLDER: lm_head.weight is not model.embed_tokens.weight: set actor.model.tie_word_embeddings: False"
+        "actor.model.model_path: FOLDER: lm_head.weight differs from model.embed_tokens.weight: set actor.model.tie_word_embeddings: False"
     ]
 
 
@@ -253,10 +253,11 @@ def test_all_wrong_tensors_are_named_at_once(tmp_path: Path) -> None:
     where = "actor.model.model_path: FOLDER: "
     assert sorted(load_problems(tmp_path, architecture())) == sorted(
         [
-            where + "model.layers.0.mlp.up_proj.weight (and 3 more layers) [48, 32] is missing: it is layers/mlp/up",
+            where
+            + "model.layers.0.mlp.up_proj.weight (and 3 more layers) [48, 32] is missing: it is needed for layers/mlp/up",
             where + "model.layers.2.self_attn.k_proj.weight is [32, 24], expected [24, 32] for layers/attention/key",
-            where + "model.norm.weight is I8, not there yet: choose one of F64, F32, F16, BF16",
-            where + "lm_head.weight [50, 32] is missing: it is head/weight",
+            where + "model.norm.weight is I8, which is not supported: choose one of F64, F32, F16, BF16",
+            where + "lm_head.weight [50, 32] is missing: it is needed for head/weight",
             where
             + "model.layers.0.self_attn.q_norm.weight (and 3 more layers) [6] is unexpected: the architecture in config.json has no such weight",
         ]
@@ -266,12 +267,12 @@ def test_all_wrong_tensors_are_named_at_once(tmp_path: Path) -> None:
 def test_folders_without_readable_weights(tmp_path: Path) -> None:
     assert not has_weights(tmp_path)
     where = "actor.model.model_path: FOLDER: "
-    none = where + "neither model.safetensors nor model.safetensors.index.json is there"
+    none = where + "has neither model.safetensors nor model.safetensors.index.json"
     assert load_problems(tmp_path, architecture()) == [none]
     (tmp_path / "pytorch_model.bin").touch()
     assert has_weights(tmp_path)
     assert load_problems(tmp_path, architecture()) == [
-        none + ": convert pytorch_model.bin by transformers' from_pretrained and save_pretrained"
+        none + ": convert pytorch_model.bin with transformers' from_pretrained and save_pretrained"
     ]
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "lost.safetensors"}}')
     assert load_problems(tmp_path, architecture())[0].startswith(
@@ -289,7 +290,7 @@ def test_folders_without_readable_weights(tmp_path: Path) -> None:
 
 def test_a_model_of_ones_own_has_no_names(tmp_path: Path) -> None:
     shapes = {"embed": {"wte": jax.ShapeDtypeStruct((4, 4), jnp.float32)}, "layers": {}, "head": {}}
-    with pytest.raises(ConfigError, match=r"only for the built-in decoder, which has no embed/wte"):
+    with pytest.raises(ConfigError, match=r"only supported for the built-in decoder, which has no embed/wte"):
         load_params(tmp_path, architecture(), shapes, shapes)
 
 
