@@ -29,9 +29,7 @@ checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints.")
 app.add_typer(checkpoint_app, name="checkpoint")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override the file's settings.")]
 Arguments = Annotated[
     list[str] | None,
     typer.Argument(metavar="[LAYOUT|KEY=VALUE]...", help="Layouts to compare, such as pp4,dp2; and settings."),
@@ -42,9 +40,7 @@ Arguments = Annotated[
 def train(
     config_path: ConfigPath,
     overrides: Overrides = None,
-    profile: Annotated[
-        str | None, typer.Option(metavar="STEP:COUNT", help="Trace COUNT steps, from step STEP on, for xprof.")
-    ] = None,
+    profile: Annotated[str | None, typer.Option(metavar="STEP:COUNT", help="Trace COUNT steps from STEP on.")] = None,
     verbose: Annotated[bool, typer.Option(help="Show the XLA and NCCL settings and the reason for each.")] = False,
 ) -> None:
     """Train a model. Ctrl-C saves and stops; with runner.resume_dir: auto, the same command continues from there.
@@ -96,9 +92,7 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
     console.print(display.device_table(blueprint.sizes, count // config.cluster.num_nodes))
     _notes(console, config.notes + blueprint.warnings)
     try:
-        if blueprint.architecture is None:
-            _notes(console, ["no parameters are shown: actor.model describes no model (model_path or hidden_size, …)"])
-            return
+        _ = blueprint.model
     except ConfigError as error:
         _notes(console, [f"no parameters are shown: {problem}" for problem in error.problems])
         return

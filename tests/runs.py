@@ -1,7 +1,9 @@
 """Runs of the quickstart, small: in this process, and as real processes."""
 
+import functools
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -12,7 +14,8 @@ import numpy as np
 
 import jaxpar
 
-QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs/quickstart.yaml"
 JAXPAR = Path(sys.executable).parent / "jaxpar"
 # A smaller decoder than the quickstart's, for runs that are about what surrounds it.
 SMALL = [
@@ -93,3 +96,14 @@ def start_two(folder: Path, *overrides: str, **variables: str) -> list[subproces
         port = free.getsockname()[1]
     place = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
     return [start(folder, *overrides, JAX_PROCESS_ID=str(rank), **place, **variables) for rank in range(2)]
+
+
+@functools.cache
+def run_jaxpar(command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """A command line that begins with `jaxpar`, as a README has it; it must succeed."""
+    arguments = shlex.split(command)[1:]
+    result = subprocess.run(
+        [JAXPAR, *arguments], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=1200
+    )
+    assert result.returncode == 0, (command, result.stdout[-2000:], result.stderr[-2000:])
+    return result

@@ -30,6 +30,7 @@ from jaxpar.parallel.sharding import BATCH_SPEC, layout_tree
 from jaxpar.pipeline.schedule import IDLE, Schedule, build_schedule
 from jaxpar.step.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grads
 
+ROOT = Path(__file__).parents[1]
 SEQ, GLOBAL_BATCH = 32, 12
 VOCAB, PADDED_VOCAB = 250, 256
 TOLERANCE = 1e-5  # relative, float32
@@ -94,10 +95,15 @@ def random_params(model: FunctionalModel, seed: int = 3) -> Any:
     return jax.tree_util.tree_map_with_path(one, model.shapes)
 
 
+def readmes() -> list[Path]:
+    """All READMEs of the project, the first one first."""
+    return [ROOT / "README.md", *sorted(ROOT.glob("*/**/README.md")), ROOT / ".github/CONTRIBUTING.md"]
+
+
 def readme_example(word: str) -> str:
-    """The Python of the README that has `word` in it."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (code,) = (code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if word in code)
+    """The Python of the READMEs that has `word` in it."""
+    codes = [code for file in readmes() for code in re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL)]
+    (code,) = (code for code in codes if word in code)
     return code
 
 

@@ -1,19 +1,127 @@
-"""What the README shows, run."""
+"""What the READMEs show, run: every command of every README, and the Python examples."""
 
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
 import numpy as np
-from support import readme_example
+import pytest
+from runs import JAXPAR, environment, run_jaxpar
+from support import ROOT, readme_example, readmes
 
 import jaxpar
-from jaxpar.measure.layouts import layout_overrides, split_arguments
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+COMMANDS = {
+    (str(file.relative_to(ROOT)), line): None
+    for file in readmes()
+    for block in re.findall(r"```bash\n(.*?)```", file.read_text(), re.DOTALL)
+    for line in block.strip().splitlines()
+}
+
+
+def kind(command: str) -> str:
+    """The word that says how a command is tested."""
+    words = [word for word in shlex.split(command.rpartition("&& ")[2]) if not re.match(r"[A-Z_]+=", word)]
+    return " ".join(words[:2]) if words[0] == "jaxpar" else words[0]
+
+
+def cases(*kinds: str) -> list:
+    """The commands of some kinds, each once."""
+    found = dict.fromkeys(line for _, line in COMMANDS if kind(line) in kinds)
+    assert found, kinds
+    return [pytest.param(line, id=line.replace("jaxpar ", "")[:60]) for line in found]
+
+
+HERE = {
+    "jaxpar train", "jaxpar mesh", "jaxpar schedule", "jaxpar checkpoint", "jaxpar compile", "jaxpar bench",
+    "pytest", "pip", "python", "pre-commit", "git",
+    "sbatch", "tpu_gpu_scripts/mpi.sh", "tpu_gpu_scripts/ssh.sh", "tpu_gpu_scripts/tpu_pod.sh",
+}  # fmt: skip
+
+
+def test_every_command_is_of_a_kind_that_is_tested_here():
+    assert {kind(line) for _, line in COMMANDS} <= HERE
+    folders = {Path(file).parent.name for file, _ in COMMANDS}
+    assert {"pipeline", "measure", "parallel", "backward", "step", "checkpoint", "run"} <= folders
+
+
+def test_every_folder_has_a_readme_and_the_first_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+    folders = [folder for folder in (ROOT / "jaxpar").iterdir() if (folder / "__init__.py").exists()]
+    assert len(folders) > 10
+    for folder in folders:
+        text = (folder / "README.md").read_text()
+        for file in re.findall(r"^\| `(\w+\.py)`", text, re.MULTILINE):
+            assert (folder / file).exists(), (folder, file)
+        named = set(re.findall(r"`(?:hlo/)?(\w+\.py)`", text))
+        missing = {file.name for file in folder.glob("*.py") if file.name != "__init__.py"} - named
+        assert not missing, f"{folder.name}/README.md does not name {missing}"
+
+
+@pytest.mark.parametrize("command", cases("jaxpar mesh", "jaxpar schedule"))
+def test_commands_that_end_at_once(command):
+    run_jaxpar(command)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", cases("jaxpar compile", "jaxpar bench"))
+def test_commands_that_compile(command):
+    """As they stand, but that a comparison takes one round."""
+    result = run_jaxpar(command + (" --steps 1" if "bench" in command else ""))
+    assert "not counted" not in result.stdout
+
+
+@pytest.mark.slow
+def test_commands_that_train(tmp_path):
+    """All of them one after the other in one folder, because some look at what others wrote; of long ones two steps."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    commands = dict.fromkeys(line for _, line in COMMANDS if kind(line) in ("jaxpar train", "jaxpar checkpoint"))
+    for command in commands:
+        command = command.rpartition("&& ")[2]
+        if "jaxpar train" in command and "max_steps" not in command:
+            command += " runner.max_steps=2"
+        run_jaxpar(command, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("command", cases("pytest"))
+def test_commands_that_test_find_their_tests(command):
+    arguments = shlex.split(command.rpartition("&& ")[2])[1:]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and "::test_" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("command", cases("pip"))
+def test_commands_that_install_name_an_extra_that_exists(command):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in re.findall(r"\.\[(\w+)\]", command):
+        assert extra in extras
+
+
+def test_scripts_exist():
+    """`test_cluster.py` runs them under a real Slurm, Open MPI and sshd."""
+    for _, line in COMMANDS:
+        for script in re.findall(r"\b(?:tpu_gpu_scripts|tests)/\S+", line):
+            assert (ROOT / script).exists(), line
+
+
+def test_the_schedule_is_what_the_command_draws():
+    text = (ROOT / "jaxpar/pipeline/README.md").read_text()
+    ((command, shown),) = re.findall(r"```bash\n(jaxpar schedule [^\n]*)\n```\n\n```\n(.*?)```", text, re.DOTALL)
+    assert run_jaxpar(command).stdout == shown
+
+
+def test_the_error_is_what_the_command_says():
+    ((command, shown),) = re.findall(
+        r"```\n\$ (jaxpar [^\n]*)\n(error: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    result = subprocess.run([JAXPAR, *command.split()[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.endswith(shown)
 
 
 def example() -> str:
@@ -27,7 +135,9 @@ def test_the_example_model_is_short():
 def test_the_example_trains(tmp_path):
     (tmp_path / "mine.py").write_text(example())
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    result = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "mine.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     assert "step 20/20" in result.stdout
     assert (tmp_path / "results/mine/checkpoints/global_step_20").is_dir()
@@ -55,32 +165,3 @@ def test_the_example_has_the_same_gradients_on_pp2_tp2_cp2():
         results.append(jax.tree.map(np.asarray, trainer.loss_and_grads(batch)))
     for one, many in zip(*map(jax.tree.leaves, results), strict=True):
         assert np.linalg.norm(one - many) <= 1e-5 * np.linalg.norm(one)
-
-
-def test_the_schedule_is_what_the_command_draws():
-    ((command, shown),) = re.findall(r"```bash\n(jaxpar schedule [^\n]*)\n```\n\n```\n(.*?)```", README, re.DOTALL)
-    script = Path(sys.executable).parent / "jaxpar"
-    result = subprocess.run([script, *command.split()[1:]], capture_output=True, text=True, timeout=120)
-    assert result.stdout == shown
-
-
-def test_the_layouts_of_the_readme_fit_their_configs():
-    found = 0
-    for path, rest in re.findall(r"^jaxpar (?:compile|bench) (\S+\.yaml)(.*)$", README, re.MULTILINE):
-        nodes = re.search(r"--nodes (\d+)", rest)
-        config = jaxpar.load_config(ROOT / path, [f"cluster.num_nodes={nodes[1]}"] if nodes else [])
-        for layout in split_arguments(re.sub(r"--\w+ \S+", "", rest).split())[1]:
-            jaxpar.load_config(ROOT / path, layout_overrides(layout, config, config.num_configured_devices()))
-            found += 1
-    assert found >= 10
-
-
-def test_the_readme_commands_parse():
-    """Every `jaxpar …` command of the README, with `train` turned into `mesh` so that it ends at once."""
-    commands = re.findall(r"^(?:pip install -e \. && )?(jaxpar (?:train|mesh|schedule) .*)$", README, re.MULTILINE)
-    assert len(commands) >= 5
-    for command in commands:
-        arguments = command.replace("jaxpar train", "jaxpar mesh").split()[1:]
-        script = Path(sys.executable).parent / "jaxpar"
-        result = subprocess.run([script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, (command, result.stderr)
