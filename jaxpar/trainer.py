@@ -61,7 +61,7 @@ class Trainer:
 
     @property
     def state(self) -> State:
-        """The current `step`, `params`, `opt_state`, `rng`; created on first use. The next step consumes (donates) it."""
+        """The current `step`, `params`, `opt_state`, `rng`; created on first use. The next step consumes it."""
         if self._state is None:
             self._state = self.program.init(self._stored_params())
         return self._state
@@ -85,9 +85,9 @@ class Trainer:
         """Loss and gradients of one global batch at the current parameters, on the mesh, without an update.
 
         Args:
-          batch: the whole run's numpy or jax arrays, each [global_batch_size, seq]: `tokens` and `targets`, int; optional
-            `loss_mask`, float, the weight of each target (default 1); `segment_ids`, int, the document of each token
-            (default: one document); `positions`, int, the token's position in its document (default 0, 1, 2, …).
+          batch: the whole run's numpy or jax arrays, each [global_batch_size, seq]: `tokens` and `targets`, int;
+            optional `loss_mask`, float, the weight of each target (default 1); `segment_ids`, int, the document of each
+            token (default: one document); `positions`, int, the token's position in its document (default 0, 1, 2, …).
 
         Returns:
           (loss, grads): the loss in nats per token, float32, the mean over the whole global batch weighted by the mask;

@@ -1,9 +1,9 @@
 """Checkpoints through Orbax: asynchronous, sharded, atomic, and verified when read.
 
-`<experiment>/checkpoints/global_step_N/` holds `state/` and the files that `jaxpar.checkpoint.manifest` writes beside it.
-`state/` has one array for each parameter and moment, with the layers in order, so any layout can read what any other
-wrote. Orbax writes under a temporary name and then renames the folder, so a folder with the final name is complete unless
-a part of it was removed later.
+`<experiment>/checkpoints/global_step_N/` holds `state/` and the files that `jaxpar.checkpoint.manifest` writes beside
+it. `state/` has one array for each parameter and moment, with the layers in order, so any layout can read what any
+other wrote. Orbax writes under a temporary name and then renames the folder, so a folder with the final name is complete
+unless a part of it was removed later.
 """
 
 import contextlib
@@ -173,8 +173,8 @@ class Checkpoints:
         )
         if dynamic != stored:
             problems.append(
-                f"runner.enable_dynamic_batch_size: {dynamic}, but {path} was written with {stored}, and its data position "
-                f"counts {'documents' if stored else 'sequences'}: set it to {stored}, or set "
+                f"runner.enable_dynamic_batch_size: {dynamic}, but {path} was written with {stored}, and its data "
+                f"position counts {'documents' if stored else 'sequences'}: set it to {stored}, or set "
                 f"runner.resume_dir: null for a new run"
             )
         stored_tree = manifest["tree"]
@@ -185,8 +185,8 @@ class Checkpoints:
         for name in different[:3]:
             problems.append(
                 f"runner.resume_dir: {name} is {stored_tree.get(name, 'missing')} in {path} and "
-                f"{own_tree.get(name, 'missing')} in the model of this config ({len(different)} differences in all): resume "
-                f"with the config that it was written with, or set runner.resume_dir: null for a new run"
+                f"{own_tree.get(name, 'missing')} in the model of this config ({len(different)} differences in all): "
+                f"resume with the config that it was written with, or set runner.resume_dir: null for a new run"
             )
         if problems:
             raise ConfigError(problems)
@@ -238,7 +238,7 @@ class Checkpoints:
 
 
 class _Keep(PreservationPolicy):
-    """Keeps the newest `count` (None: all), the multiples of `interval`, and the one with the lowest validation loss."""
+    """Keeps the newest `count` (None: all), the multiples of `interval`, and the one of the lowest validation loss."""
 
     def __init__(self, count: int | None, interval: int | None, val_losses: dict[int, float]):
         self._count, self._interval, self._val_losses = count, interval, val_losses

@@ -68,7 +68,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def write_checksums(folder: Path, paths: Sequence[Path], part: str) -> None:
-    """Reads back the files among `paths`, several at a time, and writes their checksums to a file for `merge_checksums`.
+    """Reads back the files among `paths`, several at a time, and writes a file of checksums for `merge_checksums`.
 
     Args:
       folder: `state` of the checkpoint, under its temporary name.

@@ -36,7 +36,7 @@ class _Membership:
             raise ConfigError(f"JAX_COORDINATOR_ADDRESS: {self.address} is not host:port, such as node0:12355")
         if self.process_id >= self.num_processes:
             raise ConfigError(
-                f"JAX_PROCESS_ID: {self.process_id}, but JAX_NUM_PROCESSES is {self.num_processes}: process IDs start at 0"
+                f"JAX_PROCESS_ID: {self.process_id}, but JAX_NUM_PROCESSES is {self.num_processes}: IDs start at 0"
             )
 
     @property
@@ -49,7 +49,7 @@ def join() -> int:
     """Joins the other processes of this run, if there are any, and returns the number of processes.
 
     Several processes find each other by JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or
-    by what jax detects: Open MPI, Slurm, a TPU pod. They wait JAXPAR_START_TIMEOUT seconds for each other, 300 if unset.
+    by what jax detects: Open MPI, Slurm, a TPU pod. They wait JAXPAR_START_TIMEOUT seconds (300) for each other.
 
     Raises:
       ConfigError: a process is missing, or one of these variables is wrong.
@@ -64,9 +64,9 @@ def join() -> int:
     if problem:
         host, port = member.host_and_port
         raise ConfigError(
-            f"{problem}. Check that all {member.num_processes} processes were started, one on each node or for each GPU; "
-            f"that {host} is the name of process 0's node on every node; that no firewall blocks its port {port}. To wait "
-            f"longer, set JAXPAR_START_TIMEOUT (seconds)"
+            f"{problem}. Check that all {member.num_processes} processes were started, one on each node or for each "
+            f"GPU; that {host} is the name of process 0's node on every node; that no firewall blocks its port {port}. "
+            f"To wait longer, set JAXPAR_START_TIMEOUT (seconds)"
         )
     # The only process on a node takes all GPUs there. jax's detection would give it one, as if there were several.
     local: list[int] | None = [] if _alone_on_node() and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None
@@ -121,8 +121,8 @@ def _wait_for_others(member: _Membership, seconds: int) -> str:
         if missing:
             names = ", ".join(map(str, sorted(missing)[:8])) + (", …" if len(missing) > 8 else "")
             problem = (
-                f"process 0 of {member.num_processes} waited {seconds} s at {member.address}, but {len(missing)} did not "
-                f"connect: {names}"
+                f"process 0 of {member.num_processes} waited {seconds} s at {member.address}, but {len(missing)} did "
+                f"not connect: {names}"
             )
         for connection in connections:
             with contextlib.suppress(OSError):  # that process has ended
@@ -138,8 +138,8 @@ def _listen(member: _Membership) -> socket.socket:
         return socket.create_server(("", port), family=family, backlog=member.num_processes, dualstack_ipv6=both)
     except OSError as error:
         raise ConfigError(
-            f"coordinator {member.address}: process 0 cannot listen on port {port} ({os.strerror(error.errno or 0)}): set "
-            f"another port in JAX_COORDINATOR_ADDRESS, or under Slurm in JAX_COORDINATOR_PORT, for all processes"
+            f"coordinator {member.address}: process 0 cannot listen on port {port} ({os.strerror(error.errno or 0)}): "
+            f"set another port in JAX_COORDINATOR_ADDRESS, or under Slurm in JAX_COORDINATOR_PORT, for all processes"
         ) from None
 
 
@@ -160,7 +160,7 @@ def _wait_for_process_0(member: _Membership, seconds: int) -> str:
             reason = error.strerror or str(error)
         if time.monotonic() > deadline:
             return (
-                f"process {member.process_id} of {member.num_processes} waited {seconds} s for the coordinator, process 0 "
-                f"at {member.address}: {reason}"
+                f"process {member.process_id} of {member.num_processes} waited {seconds} s for the coordinator, "
+                f"process 0 at {member.address}: {reason}"
             )
         time.sleep(0.5)

@@ -73,7 +73,7 @@ def devices(config: Config) -> list[jax.Device]:
 
 
 def num_devices_to_show(config: Config) -> tuple[int, str]:
-    """The number of devices that a run of this config would have, without starting it, and where the number comes from."""
+    """The number of devices that a run of this config would have, and where that number comes from. Starts nothing."""
     nodes = config.cluster.num_nodes
     if jax.default_backend() != "cpu":
         return nodes * jax.local_device_count(), f"{nodes} nodes x {jax.local_device_count()} devices of this machine"

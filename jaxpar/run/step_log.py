@@ -127,6 +127,6 @@ class StepLog:
         if self._skipped_in_a_row >= (most := self._config.runner.max_skipped_steps):
             raise NonFiniteError(
                 f"the last {most} steps ({step - most + 1} to {step}) had losses or gradients that are not "
-                f"finite, and {most} is the limit, runner.max_skipped_steps: their batches are in {folder}; try a lower "
-                f"actor.optim.lr, precision bf16 or fp32, or resume from an earlier checkpoint with runner.resume_dir"
+                f"finite, and {most} is the limit, runner.max_skipped_steps: their batches are in {folder}; try "
+                f"a lower actor.optim.lr, precision bf16 or fp32, or an earlier checkpoint with runner.resume_dir"
             )

@@ -1,4 +1,4 @@
-"""Ends all processes of a run when one of them has died or makes no progress, and says which one, where and since when."""
+"""Ends all processes of a run when one has died or makes no progress, and says which one, where and since when."""
 
 import ctypes
 import faulthandler
@@ -23,8 +23,8 @@ _HEARTBEATS, _VERDICT = "jaxpar/heartbeat/", "jaxpar/verdict"
 class Watchdog:
     """A thread that reports this process's progress to the others and ends this process when any of them fails.
 
-    Process 0 reads all heartbeats and decides; the others read its verdict. Heartbeats go through jax's coordinator, not
-    through the devices.
+    Process 0 reads all heartbeats and decides; the others read its verdict. Heartbeats go through jax's coordinator,
+    not through the devices.
 
     Args:
       stall_timeout: seconds without a call of `enter` after which a process counts as stalled; 0: never.
@@ -43,7 +43,7 @@ class Watchdog:
         self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
 
     def enter(self, step: int, phase: str) -> None:
-        """Notes that this process begins `phase` of `step`, such as "reading the batch". Call it at least once a step."""
+        """This process begins `phase` of `step`, such as "reading the batch". Call it at least once a step."""
         self._entered, self._step, self._phase, self._since = self._entered + 1, step, phase, time.monotonic()
 
     def __enter__(self) -> "Watchdog":

@@ -31,10 +31,10 @@ XLA_FLAGS: dict[str, tuple[str, str]] = {
     ),
     "xla_gpu_reduce_scatter_combine_threshold_bytes": (str(32 * MIB), "the same for the gradient reduction [jax]"),
     "xla_gpu_all_reduce_combine_threshold_bytes": (str(128 * MIB), "the same for replicated parameters [jax]"),
-    # The pipelined all-gather, reduce-scatter and all-reduce that [jax] recommends stay off. Parameters are gathered and
-    # gradients reduced once a step, outside all loops. To pipeline the tensor group's own collectives, XLA (jaxlib
-    # 0.10.2) runs each microbatch twice: Llama-3-8B compiled for 64 H100s with dp 8, SP 8 takes 1.21e15 FLOPs instead of
-    # 6.1e14, and 15.3 GiB instead of 11.0.
+    # The pipelined all-gather, reduce-scatter and all-reduce that [jax] recommends stay off. Parameters are gathered
+    # and gradients reduced once a step, outside all loops. To pipeline the tensor group's own collectives, XLA (jaxlib
+    # 0.10.2) runs each microbatch twice: Llama-3-8B compiled for 64 H100s with dp 8, SP 8 takes 1.21e15 FLOPs instead
+    # of 6.1e14, and 15.3 GiB instead of 11.0.
     "xla_gpu_enable_pipelined_all_gather": ("false", "would run each microbatch twice, see jaxpar/run/xla.py"),
     "xla_gpu_enable_pipelined_reduce_scatter": ("false", "the same"),
     "xla_gpu_enable_pipelined_all_reduce": ("false", "the same"),
@@ -42,7 +42,7 @@ XLA_FLAGS: dict[str, tuple[str, str]] = {
     "xla_gpu_enable_pipelined_p2p": ("false", "gives wrong numbers with several rings (openxla/xla issue 45222)"),
     "xla_gpu_enable_command_buffer": (
         "-collectives",
-        "CUDA graphs for compute, which is XLA's default, but not for collectives: 30% slower with them (openxla/xla issue 35360)",
+        "CUDA graphs for compute as by XLA's default, not for collectives: 30% slower (openxla/xla issue 35360)",
     ),
 }
 # NCCL chooses its protocol and buffers itself. [jax] recommends values from 2023, which could not be timed here.
@@ -90,8 +90,8 @@ def apply(overrides: Mapping[str, str | bool | int], deterministic: bool = False
         from_config = {flag.removeprefix("--") for flag in overrides}
         raise ConfigError(
             [
-                f"{'cluster.xla_flags' if flag in from_config else 'XLA_FLAGS'}: the installed jaxlib has no flag {flag}: "
-                f"remove it"
+                f"{'cluster.xla_flags' if flag in from_config else 'XLA_FLAGS'}: the installed jaxlib has no flag "
+                f"{flag}: remove it"
                 for flag in unknown
             ]
         )
@@ -118,7 +118,7 @@ def _text(value: str | bool | int) -> str:
 
 
 def _unknown(flags: Iterable[str]) -> list[str]:
-    """The flags that the installed jaxlib does not know. It has no list of its flags, so search its binary for the names."""
+    """The flags that jaxlib does not know. It has no list of its flags, so this searches its binary for their names."""
     unknown = list(flags)
     for library in _libraries():
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:

@@ -309,7 +309,9 @@ def test_tpu_pod_with_a_stand_in_for_gcloud(tmp_path):
 
 def test_shellcheck(need):
     need("shellcheck")
-    result = subprocess.run(["shellcheck", *SCRIPTS.iterdir()], capture_output=True, text=True)
+    result = subprocess.run(
+        ["shellcheck", *(path for path in SCRIPTS.iterdir() if path.suffix != ".md")], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout
 
 
