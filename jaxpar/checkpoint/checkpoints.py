@@ -2,8 +2,8 @@
 
 `<experiment>/checkpoints/global_step_N/` holds `state/` and the files that `jaxpar.checkpoint.manifest` writes beside
 it. `state/` has one array for each parameter and moment, with the layers in order, so any layout can read what any
-other wrote. Orbax writes under a temporary name and then renames the folder, so a folder with the final name is complete
-unless a part of it was removed later.
+other wrote. Orbax writes under a temporary name and renames the folder at the end, so a folder with the final name is
+complete unless a part of it was removed later.
 """
 
 import contextlib
