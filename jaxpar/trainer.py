@@ -1,4 +1,4 @@
-"""The training loop: what happens when. No maths."""
+"""The trainer and its training loop: what happens when. No maths."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +29,7 @@ from jaxpar.run import runtime
 from jaxpar.run.evaluation import Evaluation
 from jaxpar.run.metrics import metrics_writers
 from jaxpar.run.profile import Profiler, Steps
-from jaxpar.run.progress import Reporter, reporter
+from jaxpar.run.progress import reporter
 from jaxpar.run.replicas import ReplicaError, check_replicas
 from jaxpar.run.signals import Interrupted, Signals
 from jaxpar.run.step_log import NonFiniteError, StepLog
@@ -44,14 +44,14 @@ class Trainer:
 
     Args:
       config: from `jaxpar.load_config`.
-      model: a `jaxpar.Model`, or for a model that is no stack of blocks a function of `nnx.Rngs` that builds it.
-        Default: the built-in decoder with the config's architecture.
+      model: a `jaxpar.Model`, or a function of `nnx.Rngs` that builds a model that is not a stack of blocks. Default:
+        the built-in decoder with the config's architecture.
 
     Attributes:
-      program: the compiled programs with mesh, layouts and schedule, see `jaxpar.program.Program`.
+      program: the jitted functions with mesh, layouts and schedule, see `jaxpar.program.Program`.
 
     Raises:
-      ConfigError: with every problem of the config, for these devices and this model.
+      ConfigError: lists every problem of the config for these devices and this model.
     """
 
     def __init__(self, config: Config, model: Model | Callable[[nnx.Rngs], nnx.Module] | None = None):
@@ -62,21 +62,21 @@ class Trainer:
 
     @property
     def state(self) -> State:
-        """`step`, `params`, `opt_state`, `rng`: the newest, made on first use. Consumed by the next step."""
+        """The current `step`, `params`, `opt_state`, `rng`; created on first use. The next step consumes it."""
         if self._state is None:
             self._state = self.program.init(self._stored_params())
         return self._state
 
     @property
     def warnings(self) -> list[str]:
-        """What to tell the user once about this run, beside `config.notes`."""
+        """What the user should be told once about this run, in addition to `config.notes`."""
         warnings, path = list(self.program.blueprint.warnings), self.config.actor.model.model_path
         if self.program.blueprint.architecture and path and not has_weights(path):
-            warnings.append(f"actor.model.model_path: {path} has no weights: training starts from random ones")
+            warnings.append(f"actor.model.model_path: {path} has no weights: training starts from random weights")
         return warnings
 
     def _stored_params(self) -> Any:
-        """The weights beside the config.json of actor.model.model_path; None where there are none."""
+        """The weights in the folder actor.model.model_path; None if it has none."""
         program, path = self.program, self.config.actor.model.model_path
         if program.blueprint.architecture is None or path is None or not has_weights(path):
             return None
@@ -85,16 +85,16 @@ class Trainer:
         )
 
     def loss_and_grads(self, batch: Mapping[str, Any]) -> tuple[Float[Array, ""], Any]:
-        """Loss and gradients of one global batch at the present parameters, on the mesh, without an update.
+        """Loss and gradients of one global batch at the current parameters, on the mesh, without an update.
 
         Args:
-          batch: numpy or jax arrays, each [global_batch_size, seq] of the whole run: `tokens` and `targets`, int;
-            optional `loss_mask`, float, weight of each target (default 1); `segment_ids`, int, document of each token
-            (default: one document); `positions`, int, place in its document (default 0, 1, 2, …).
+          batch: the whole run's numpy or jax arrays, each [global_batch_size, seq]: `tokens` and `targets`, int;
+            optional `loss_mask`, float, the weight of each target (default 1); `segment_ids`, int, the document of each
+            token (default: one document); `positions`, int, the token's position in its document (default 0, 1, 2, …).
 
         Returns:
-          (loss, grads): loss in nats a token, float32, the mask's weighted mean over the whole global batch; grads a
-          tree like `trainer.state["params"]`, float32.
+          (loss, grads): the loss in nats per token, float32, the mean over the whole global batch weighted by the mask;
+          grads is a float32 tree like `trainer.state["params"]`.
 
         Raises:
           ValueError: a key or shape is wrong.
@@ -103,109 +103,49 @@ class Trainer:
         return self.program.loss_and_grads(self.state["params"], layout.put_on_mesh(layout.own_rows(batch)), scale)
 
     def log_probs(self, batch: Mapping[str, Any]) -> Float[Array, "global_batch seq"]:
-        """log p(target) of each token at the present parameters, float32, in nats, without gradients; a batch as in
-        `loss_and_grads`."""
+        """log p(target) of each token at the current parameters, without gradients: float32, in nats.
+
+        Args:
+          batch: as in `loss_and_grads`.
+        """
         layout = self.program.batch_layout
         return -self.program.evaluate(self.state["params"], layout.put_on_mesh(layout.own_rows(batch)))["token_losses"]
 
     def train_step(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """One optimizer step on one global batch (as in `loss_and_grads`); returns the metrics of
-        `jaxpar.step.train_step.build_train_step`."""
+        """Takes one optimizer step.
+
+        Args:
+          batch: one global batch, as in `loss_and_grads`.
+
+        Returns:
+          The metrics of `jaxpar.step.train_step.build_train_step`.
+        """
         return self._advance(self.program.batch_layout.own_rows(batch))
 
     def fit(self, profile: Steps | None = None) -> None:
-        """Trains from the start, or from where `runner.resume_dir` says, to `max_steps` or `max_epochs`.
+        """Trains from the start, or from the checkpoint that `runner.resume_dir` names, to `max_steps` or `max_epochs`.
 
-        Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves, and raises `Interrupted`.
+        Ctrl-C, SIGTERM or SIGUSR1 finishes the current step, saves, and raises `Interrupted`.
 
         Args:
-          profile: steps to trace for xprof, into `profile` beside the metrics.
+          profile: steps to trace for xprof, into the folder `profile` beside the metrics.
 
         Raises:
-          ConfigError: of the config, the data (`jaxpar.data.DataError`) or a checkpoint (`CheckpointError`), as they
-            are found.
+          ConfigError: a mistake in the config, the data (`jaxpar.data.DataError`) or a checkpoint (`CheckpointError`),
+            raised when it is found.
           Interrupted: stopped by a signal; everything is saved.
-          NonFiniteError, ReplicaError: the run has gone wrong and must not go on.
+          NonFiniteError, ReplicaError: the run has gone wrong and must not continue.
         """
         with Watchdog(self.config.runner.stall_timeout) as watchdog:
-            self._fit(watchdog, profile)
-
-    def _fit(self, watchdog: Watchdog, profile: Steps | None) -> None:
-        runner, first_process = self.config.runner, jax.process_index() == 0
-        watchdog.enter(0, "opening the data")
-        loader, evaluation = self._open_data(), self._open_evaluation()
-        checkpoints = Checkpoints(self.config)
-        report = reporter(first_process, runner.log_interval)
-        watchdog.enter(0, "restoring")
-        self._resume(checkpoints, loader, report)
-        step = int(self.state["step"])
-        last = min(n for n in (runner.max_steps if runner.max_steps > 0 else None, loader.num_batches) if n)
-        if profile:
-            profile.check(step, last)
-        writers = metrics_writers(self.config, step) if first_process else []
-        log = StepLog(self.config, self.program, report, writers)
-        folder = self.config.output_path / "profile"
-        profiler = Profiler(profile, folder, lambda: jax.block_until_ready(self._state), report.say)
-        with Signals() as signals:
-            report.start(step, last)
-            val_loss: float | None = None
-            try:
-                while step < last:
-                    watchdog.enter(step + 1, "asking all for signals")
-                    if signals.received:
-                        break
-                    watchdog.enter(step + 1, "reading the batch")
-                    batch = next(loader)
-                    watchdog.enter(step + 1, "training")
-                    with profiler.step(step + 1):
-                        log.enter(step + 1, self._advance(batch), batch, loader.figures)
-                    step += 1
-                    val_loss = None
-                    if evaluation and step % runner.val_check_interval == 0:
-                        watchdog.enter(step, "evaluating")
-                        val_loss = self._evaluate(evaluation, log)
-                    if runner.check_replicas_interval > 0 and step % runner.check_replicas_interval == 0:
-                        watchdog.enter(step, "comparing replicas")
-                        check_replicas(self.state["params"])
-                    checkpoints.check()
-                    is_best = val_loss is not None and runner.keep_best_checkpoint and checkpoints.is_best(val_loss)
-                    if is_best or (runner.save_interval > 0 and step % runner.save_interval == 0):
-                        log.flush()
-                        watchdog.enter(step, "saving")
-                        checkpoints.save(step, self.state, loader.get_state()["batch"], val_loss)
-                log.flush()
-                watchdog.enter(step, "saving")
-                checkpoints.save(step, self.state, loader.get_state()["batch"], val_loss)
-                checkpoints.wait()
-            except (NonFiniteError, ReplicaError):
-                checkpoints.wait()  # for what was begun before
-                raise
-            finally:
-                profiler.stop()
-                report.stop()
-                loader.close()
-                for writer in writers:
-                    writer.close()
-        if signals.received and step < last:
-            raise Interrupted(step, last, signals.received)
-        report.say(f"done: step {step}, checkpoint in {checkpoints.folder}")
-
-    def _resume(self, checkpoints: Checkpoints, loader: BatchLoader, report: Reporter) -> None:
-        found, torn = checkpoints.find()
-        for note in torn:
-            report.say(note)
-        if found:
-            self._state, position = checkpoints.restore(found, self.program.state_shapes, self.program.state_shardings)
-            loader.set_state(position)
-            report.say(f"resumed from {found}")
-
-    def _evaluate(self, evaluation: Evaluation, log: StepLog) -> float:
-        seconds = log.wait()
-        val_loss = evaluation.loss(self.state["params"])
-        log.flush(seconds, val_loss=val_loss)
-        return val_loss
+            run = _TrainingRun(self, watchdog, profile)
+            signal_number = run.train()
+        # Raised outside: an exception inside would tell the other processes' watchdogs that this process has failed.
+        if signal_number:
+            raise Interrupted(run.step, run.last_step, signal_number)
+        run.report.say(f"done: step {run.step}, checkpoint in {run.checkpoints.folder}")
 
     def _advance(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Dispatches one step on this process's rows of a global batch; returns its metrics."""
         self._state, metrics = self.program.train_step(self.state, self.program.batch_layout.put_on_mesh(batch))
         return metrics
 
@@ -230,7 +170,7 @@ class Trainer:
         if architecture and tokenizer.vocab_size > architecture.vocab_size:
             raise ConfigError(
                 f"actor.tokenizer.tokenizer_model: {tokenizer.name} has {tokenizer.vocab_size} tokens, but the model's "
-                f"vocab_size is {architecture.vocab_size}: choose the model's own tokenizer, or raise vocab_size"
+                f"vocab_size is {architecture.vocab_size}: use the model's own tokenizer, or increase vocab_size"
             )
         return token_cache(
             getattr(config.data, key),
@@ -246,3 +186,119 @@ class Trainer:
             return None
         samples = PackedSource.read(self._token_cache("val_data_paths"), self.config.row_length)
         return Evaluation(self.program, samples, runner.limit_val_batches)
+
+
+class _TrainingRun:
+    """One call of `Trainer.fit`, from opening the data to the last checkpoint.
+
+    Attributes:
+      step: the last step that was dispatched.
+      last_step: the step at which the run ends.
+      report: prints progress; silent except on process 0.
+    """
+
+    def __init__(self, trainer: Trainer, watchdog: Watchdog, profile: Steps | None):
+        self._trainer, self._watchdog, self._runner = trainer, watchdog, trainer.config.runner
+        config, first_process = trainer.config, jax.process_index() == 0
+        watchdog.enter(0, "opening the data")
+        self._loader, self._evaluation = trainer._open_data(), trainer._open_evaluation()
+        self.checkpoints = Checkpoints(config)
+        self.report = reporter(first_process, self._runner.log_interval)
+        watchdog.enter(0, "restoring")
+        self._resume()
+        self.step = int(trainer.state["step"])
+        max_steps = self._runner.max_steps if self._runner.max_steps > 0 else None
+        self.last_step = min(limit for limit in (max_steps, self._loader.num_batches) if limit)
+        if profile:
+            profile.check(self.step, self.last_step)
+        self._writers = metrics_writers(config, self.step) if first_process else []
+        self._log = StepLog(config, trainer.program, self.report, self._writers)
+        folder = config.output_path / "profile"
+        self._profiler = Profiler(profile, folder, lambda: jax.block_until_ready(trainer._state), self.report.say)
+        self._val_loss: float | None = None  # of the parameters after `step`, if they were evaluated
+
+    def train(self) -> int:
+        """Trains to the last step or until a signal arrives, then saves.
+
+        Returns:
+          The number of the signal that stopped the run, 0 if none did; the same in all processes.
+        """
+        signal_number = 0
+        with Signals() as signals:
+            self.report.start(self.step, self.last_step)
+            try:
+                while self.step < self.last_step:
+                    self._watchdog.enter(self.step + 1, "checking for signals")
+                    if signal_number := signals.agree():
+                        break
+                    self._train_step()
+                    self._evaluate_if_due()
+                    self._check_replicas_if_due()
+                    self._save_if_due()
+                self._save()
+                self.checkpoints.wait()
+            except (NonFiniteError, ReplicaError):
+                self.checkpoints.wait()  # let an earlier save finish
+                raise
+            finally:
+                self._close()
+        return signal_number
+
+    def _resume(self) -> None:
+        program = self._trainer.program
+        found, notes = self.checkpoints.find()
+        for note in notes:
+            self.report.say(note)
+        if found:
+            state, position = self.checkpoints.restore(found, program.state_shapes, program.state_shardings)
+            self._trainer._state = state
+            self._loader.set_state(position)
+            self.report.say(f"resumed from {found}")
+
+    def _train_step(self) -> None:
+        """Dispatches the next step and reports the one before it."""
+        number = self.step + 1
+        self._watchdog.enter(number, "reading the batch")
+        batch = next(self._loader)
+        self._watchdog.enter(number, "training")
+        with self._profiler.step(number):
+            self._log.enter(number, self._trainer._advance(batch), batch, self._loader.figures)
+        self.step, self._val_loss = number, None
+
+    def _evaluate_if_due(self) -> None:
+        if self._evaluation and self._is_due(self._runner.val_check_interval):
+            self._watchdog.enter(self.step, "evaluating")
+            seconds = self._log.wait()  # so that the step's time does not include the evaluation
+            self._val_loss = self._evaluation.loss(self._trainer.state["params"])
+            self._log.flush(seconds, val_loss=self._val_loss)
+
+    def _check_replicas_if_due(self) -> None:
+        if self._is_due(self._runner.check_replicas_interval):
+            self._watchdog.enter(self.step, "comparing replicas")
+            check_replicas(self._trainer.state["params"])
+
+    def _save_if_due(self) -> None:
+        """Saves at `save_interval` and, with `keep_best_checkpoint`, after the lowest validation loss so far."""
+        self.checkpoints.check()
+        best = (
+            self._val_loss is not None
+            and self._runner.keep_best_checkpoint
+            and self.checkpoints.is_best(self._val_loss)
+        )
+        if best or self._is_due(self._runner.save_interval):
+            self._save()
+
+    def _save(self) -> None:
+        self._log.flush()  # before saving, so that metrics.jsonl never lacks a step that a checkpoint has
+        self._watchdog.enter(self.step, "saving")
+        self.checkpoints.save(self.step, self._trainer.state, self._loader.get_state()["batch"], self._val_loss)
+
+    def _is_due(self, interval: int) -> bool:
+        return interval > 0 and self.step % interval == 0
+
+    def _close(self) -> None:
+        self._profiler.stop()
+        self.report.stop()
+        self._loader.close()
+        for writer in self._writers:
+            writer.close()

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains on machines that ssh reaches without a password. The same command again goes on where it was.
+# Trains on machines that ssh reaches without a password. The same command again continues where the run stopped.
 #   JAXPAR_HOSTS="node0 node1" tpu_gpu_scripts/ssh.sh CONFIG [key=value …]
-# Start it (in tmux: it must stay) in a folder that all machines see under the same path. Tested with OpenSSH, both hosts
-# being one machine with simulated CPU devices; never yet on GPUs or on several machines.
+# Start it in tmux, because it must keep running, in a folder that all machines see under the same path. Tested with
+# OpenSSH, both hosts being one machine with simulated CPU devices; not yet run on GPUs or on several machines.
 set -euo pipefail
 
 # The cluster: one process on each host takes all its GPUs. cluster.num_nodes is the number of hosts.
-: "${JAXPAR_HOSTS:=node0 node1}" # the first runs the coordinator; the others must know it by this name
-: "${JAXPAR_PORT:=12355}"        # the coordinator's: free there, open between the hosts
-: "${JAXPAR_START_TIMEOUT:=300}" # seconds in which all processes must be up
-: "${JAXPAR_ENV:=$PWD/.venv}"    # a virtual environment's folder
+: "${JAXPAR_HOSTS:=node0 node1}" # the first one runs the coordinator; the others must be able to resolve its name
+: "${JAXPAR_PORT:=12355}"        # the coordinator's port: unused there, open between the hosts
+: "${JAXPAR_START_TIMEOUT:=300}" # seconds until which all processes must have started
+: "${JAXPAR_ENV:=$PWD/.venv}"    # folder of the virtual environment
 : "${JAXPAR_SSH:=ssh -o BatchMode=yes -o ServerAliveInterval=30}"
 
 config=${1:?"usage: JAXPAR_HOSTS=\"node0 node1\" ssh.sh CONFIG [key=value …]"}
@@ -20,8 +20,8 @@ mkdir "$logs"
 printf -v train '%q ' "$JAXPAR_ENV/bin/jaxpar" train "$config" \
   cluster.num_nodes="${#hosts[@]}" runner.resume_dir=auto "${@:2}"
 
-# ssh passes no signals on. So every process stops when the standard input of its ssh ends, which is this pipe: by a
-# Ctrl-C, by the failure of another, or by a lost connection.
+# ssh does not pass signals on. Instead, each process stops when the standard input of its ssh, this pipe, ends: after a
+# Ctrl-C, the failure of another process, or a lost connection.
 exec 3< <(exec tail -f --pid=$$ /dev/null)
 pipe=$!
 stop() { kill $pipe 2>/dev/null || true; }
@@ -47,7 +47,7 @@ done
 result=0
 for job in "${jobs[@]}"; do
   signalled=yes
-  while [[ $signalled ]]; do # a signal ends `wait` before the job ends
+  while [[ $signalled ]]; do # a signal makes `wait` return before the job ends
     signalled=
     status=0
     wait "$job" || status=$?

@@ -1,4 +1,4 @@
-"""Checkpoints: written in the background through Orbax, checked when they are read, readable on any layout."""
+"""Checkpoints: written in the background by Orbax, verified when read, readable on any layout."""
 
 from jaxpar.checkpoint.checkpoints import CheckpointError, Checkpoints
 

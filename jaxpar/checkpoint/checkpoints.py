@@ -1,8 +1,9 @@
-"""Checkpoints through Orbax: asynchronous, sharded, atomic, and checked when they are read.
+"""Checkpoints through Orbax: asynchronous, sharded, atomic, and verified when read.
 
-`<experiment>/checkpoints/global_step_N/` holds `state/` (one array for each canonical parameter and moment, layers in
-order, so that any layout can read what any other wrote) and what `jaxpar.checkpoint.manifest` writes beside it. Orbax writes under
-another name and renames, so a folder of that name is complete, unless something took a part of it afterwards.
+`<experiment>/checkpoints/global_step_N/` holds `state/` and the files that `jaxpar.checkpoint.manifest` writes beside
+it. `state/` has one array for each parameter and moment, with the layers in order, so any layout can read what any
+other wrote. Orbax writes under a temporary name and renames the folder at the end, so a folder with the final name is
+complete unless a part of it was removed later.
 """
 
 import contextlib
@@ -37,10 +38,10 @@ from jaxpar.checkpoint.orbax_handler import (
     return_large_buffers,
 )
 from jaxpar.config import Config, ConfigError
-from jaxpar.run.processes import check_together, from_first
+from jaxpar.run.processes import decide_on_process_0, raise_together
 
-_TORN = "torn_"  # before the name of a folder that was found incomplete
-_WRITE_TIMEOUT = 3600  # seconds; Orbax's own 600 are short for a large model on a slow file system
+_TORN = "torn_"  # prefix for the folder of a torn checkpoint
+_WRITE_TIMEOUT = 3600  # seconds; Orbax's default of 600 is too short for a large model on a slow file system
 
 
 class CheckpointError(ConfigError):
@@ -51,7 +52,7 @@ class Checkpoints:
     """The checkpoints of one experiment.
 
     Args:
-      config: says where they are and which are kept, and is stored with them.
+      config: says where they are and which ones to keep; it is stored with each of them.
     """
 
     def __init__(self, config: Config):
@@ -62,14 +63,14 @@ class Checkpoints:
         self._val_losses: dict[int, float] = {}
 
     def save(self, step: int, state: Any, batch: int, val_loss: float | None = None) -> None:
-        """Copies the state to the host and writes it in the background. A step that is there already is kept.
+        """Copies the state to the host and writes it in the background. Does nothing if the step is already saved.
 
         Args:
           batch: position in the data, `BatchLoader.get_state()["batch"]`.
-          val_loss: of these parameters, if they were evaluated.
+          val_loss: validation loss of these parameters, if they were evaluated.
 
         Raises:
-          CheckpointError: this one or the one before could not be written.
+          CheckpointError: this checkpoint or the previous one could not be written.
         """
         with self._reported("write"):
             manager = self._open_to_write()
@@ -83,31 +84,34 @@ class Checkpoints:
             manager.save(step, args=ocp.args.Composite(state=StateSave(state, save_args=chunks)))
 
     def is_best(self, val_loss: float) -> bool:
-        """Whether it is below that of every checkpoint."""
+        """Whether `val_loss` is lower than that of every checkpoint."""
         self._open_to_write()
         return val_loss < min(self._val_losses.values(), default=float("inf"))
 
     def check(self) -> None:
-        """Raises CheckpointError if writing has failed in the background; does not wait."""
+        """Raises CheckpointError if a write in the background has failed. Does not wait."""
         if self._manager is not None:
             with self._reported("write"):
                 self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Until everything is written. Raises CheckpointError if it was not."""
+        """Waits until everything is written. Raises CheckpointError if that fails."""
         if self._manager is not None:
             with self._reported("write"):
                 self._manager.wait_until_finished()
 
     def find(self) -> tuple[Path | None, list[str]]:
-        """The checkpoint that `runner.resume_dir` asks for, a folder global_step_N or None to start anew, and what to
-        tell about torn ones that were passed over. The same in all processes.
+        """Finds the checkpoint that `runner.resume_dir` asks for. A collective call.
+
+        Returns:
+          (folder, notes), the same in all processes: a folder global_step_N, or None for a new run; and one line for
+          the user about each torn checkpoint that was skipped.
 
         Raises:
-          ConfigError: it names a path without a complete checkpoint, or this experiment's folder holds later
-            checkpoints, which the run would get mixed up with.
+          ConfigError: resume_dir names a path without a complete checkpoint, or this experiment's folder holds later
+            checkpoints, which would get mixed up with those of this run.
         """
-        path, notes = from_first(self._find)
+        path, notes = decide_on_process_0(self._find)
         return Path(path) if path else None, notes
 
     def _find(self) -> tuple[str | None, list[str]]:
@@ -121,29 +125,33 @@ class Checkpoints:
         if last and step_of(last) > (step_of(found) if found else 0):
             raise ConfigError(
                 f"runner.resume_dir: {wanted or 'null'}, but {self.folder} already holds checkpoints up to step "
-                f"{step_of(last)}: set resume_dir: auto to go on from there, or another runner.experiment_name, or "
-                f"move them away"
+                f"{step_of(last)}: set runner.resume_dir: auto to continue from there, or set another "
+                f"runner.experiment_name, or move them away"
             )
         return str(found) if found else None, []
 
     def restore(self, path: Path, shapes: Any, shardings: Any) -> tuple[Any, dict[str, int]]:
-        """State and data position from a checkpoint of any layout; each device reads its own slices.
+        """Reads a checkpoint that any layout may have written; each device reads its own slices. A collective call.
 
         Args:
           path: from `find`.
-          shapes, shardings: trees that say how the state shall lie on this run's devices.
+          shapes: tree of the shapes and dtypes of this run's state.
+          shardings: tree of its shardings.
+
+        Returns:
+          (state, position): the state on this run's devices, and the position in the data for `BatchLoader.set_state`.
 
         Raises:
-          ConfigError: another model's checkpoint, or a position in the data that means something else in this run.
+          ConfigError: the checkpoint is of another model, or its position in the data means something else in this run.
           CheckpointError: a file is damaged or cannot be read.
         """
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-        manifest = from_first(lambda: read_manifest(path))
+        manifest = decide_on_process_0(lambda: read_manifest(path))
         self._check(path, manifest, target)
         if self._config.runner.verify_checkpoint:
-            advice = "go on from an earlier checkpoint with runner.resume_dir"
+            advice = "resume from an earlier checkpoint with runner.resume_dir"
             found = damages(path, jax.process_index(), jax.process_count())
-            check_together([f"{problem}: {advice}" for problem in found])
+            raise_together([f"{problem}: {advice}" for problem in found])
         return_large_buffers()
         with self._reported("read", path):
             handlers = {"state": StateHandler(bytes_at_once(path / "state", target))}
@@ -152,30 +160,33 @@ class Checkpoints:
         return state["state"], {"batch": manifest["data"]["batch"]}
 
     def _check(self, path: Path, manifest: dict[str, Any], target: Any) -> None:
+        """Raises ConfigError unless the checkpoint fits this run's config and model."""
         problems = []
         batch, stored_batch = self._config.actor.global_batch_size, manifest["data"]["global_batch_size"]
         if batch != stored_batch:
             problems.append(
                 f"actor.global_batch_size: {batch}, but {path} was written with {stored_batch}, and its data position "
-                f"is counted in such batches: set it to {stored_batch}, or runner.resume_dir: null to start anew"
+                f"counts batches of that size: set it to {stored_batch}, or set runner.resume_dir: null for a new run"
             )
         dynamic, stored = (
             runner["enable_dynamic_batch_size"] for runner in (vars(self._config.runner), manifest["config"]["runner"])
         )
         if dynamic != stored:
             problems.append(
-                f"runner.enable_dynamic_batch_size: {dynamic}, but {path} was written with {stored}, and its data position "
-                f"counts {'documents' if stored else 'sequences'}: set it to {stored}, or runner.resume_dir: null to start "
-                f"anew"
+                f"runner.enable_dynamic_batch_size: {dynamic}, but {path} was written with {stored}, and its data "
+                f"position counts {'documents' if stored else 'sequences'}: set it to {stored}, or set "
+                f"runner.resume_dir: null for a new run"
             )
-        theirs = manifest["tree"]
-        ours = {name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in named_leaves(target)}
-        different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+        stored_tree = manifest["tree"]
+        own_tree = {name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in named_leaves(target)}
+        different = sorted(
+            name for name in stored_tree.keys() | own_tree.keys() if stored_tree.get(name) != own_tree.get(name)
+        )
         for name in different[:3]:
             problems.append(
-                f"runner.resume_dir: {path} has {name} {theirs.get(name, 'not at all')}, the model of this config "
-                f"{ours.get(name, 'not at all')} (one of {len(different)} differences): resume with the config that it "
-                f"was written with, or set runner.resume_dir: null to start anew"
+                f"runner.resume_dir: {name} is {stored_tree.get(name, 'missing')} in {path} and "
+                f"{own_tree.get(name, 'missing')} in the model of this config ({len(different)} differences in all): "
+                f"resume with the config that it was written with, or set runner.resume_dir: null for a new run"
             )
         if problems:
             raise ConfigError(problems)
@@ -183,7 +194,7 @@ class Checkpoints:
     def _open_to_write(self) -> ocp.CheckpointManager:
         if self._manager is None:
             with self._reported("write"):
-                steps = from_first(self._clear_torn)
+                steps = decide_on_process_0(self._clear_torn)
                 self._val_losses = {int(step): loss for step, loss in steps.items() if math.isfinite(loss or math.nan)}
                 runner = self._config.runner
                 keep = _Keep(
@@ -197,8 +208,11 @@ class Checkpoints:
         return self._manager
 
     def _clear_torn(self) -> dict[str, float | None]:
-        """Moves torn folders out of the way of Orbax, which takes every name for a checkpoint; step → validation loss
-        of the others."""
+        """Renames the folders of torn checkpoints, because Orbax would count them as checkpoints.
+
+        Returns:
+          step → validation loss of the complete checkpoints.
+        """
         steps = {}
         for path in checkpoints_in(self.folder):
             if why_torn(path):
@@ -209,7 +223,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reported(self, verb: str, path: Path | None = None) -> Iterator[None]:
-        """Whatever Orbax, TensorStore or the file system raise, as one line that says what is left."""
+        """Turns any error of Orbax, TensorStore or the file system into one line that says which checkpoint is left."""
         try:
             yield
         except ConfigError:
@@ -218,13 +232,13 @@ class Checkpoints:
             left, _ = newest(self.folder)
             kept = f"the newest complete one is {left}" if left else "there is no complete one"
             reason = re.sub(r"\s+", " ", str(error))
-            if len(reason) > 400:  # TensorStore's end with the file and the system's own words
+            if len(reason) > 400:  # TensorStore's messages end with the file and the system's error
                 reason = f"{reason[:60]} … {reason[-300:]}"
             raise CheckpointError(f"cannot {verb} a checkpoint in {path or self.folder}: {reason}: {kept}") from error
 
 
 class _Keep(PreservationPolicy):
-    """The newest `count`, the multiples of `interval`, and the best; all, if neither number is given."""
+    """Keeps the newest `count` (None: all), the multiples of `interval`, and the one of the lowest validation loss."""
 
     def __init__(self, count: int | None, interval: int | None, val_losses: dict[int, float]):
         self._count, self._interval, self._val_losses = count, interval, val_losses

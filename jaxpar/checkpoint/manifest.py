@@ -1,8 +1,8 @@
-"""Which folders are checkpoints, and what a checkpoint says about itself.
+"""Finds checkpoints, describes them and verifies them.
 
 `manifest.json` is for people and tools: step, data position, mesh, versions, the tree with shapes and dtypes, the
-config. `checksums.json` has size and CRC-32 of every file: by the sizes a torn checkpoint is known from a complete one
-at a glance, by the sums flipped bits are found.
+config. `checksums.json` has the size and CRC-32 of every file. The sizes quickly tell a torn checkpoint, one that is
+incomplete, from a complete one; the checksums reveal flipped bits.
 """
 
 import json
@@ -22,20 +22,21 @@ from jaxpar.config import Config, ConfigError
 
 PREFIX = "global_step"
 MANIFEST, CHECKSUMS = "manifest.json", "checksums.json"
-COMMITTED = "commit_success.txt"  # Orbax's, the last file that it writes
-_PARTS = "checksums.part."
+COMMITTED = "commit_success.txt"  # the last file that Orbax writes
+_PARTS = "checksums.part."  # prefix of the files that `merge_checksums` merges
 _PIECE = 2**22  # bytes read at once
 _THREADS = 8
 
-Checksums = dict[str, tuple[int, int]]  # path inside of the checkpoint → bytes, CRC-32
+Checksums = dict[str, tuple[int, int]]  # path inside the checkpoint → bytes, CRC-32
 
 
 def build_manifest(config: Config, step: int, state: Any, batch: int, val_loss: float | None) -> dict[str, Any]:
     """The content of `manifest.json`.
 
     Args:
-      state: arrays; its `step` tells the mesh.
-      batch: global batches read so far, the position in the data.
+      state: tree of arrays; the mesh is that of its `step`.
+      batch: number of global batches read so far, the position in the data.
+      val_loss: validation loss of these parameters, or None.
     """
     packages = ("jaxpar", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
@@ -52,11 +53,12 @@ def build_manifest(config: Config, step: int, state: Any, batch: int, val_loss: 
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Raises OSError or ValueError if it is not there or no JSON."""
+    """The content of `manifest.json`. Raises OSError if it is missing, ValueError if it is not JSON."""
     return json.loads((checkpoint / MANIFEST).read_text())
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """(name, leaf) of each leaf, with names such as params/layers/attention/query."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
@@ -66,20 +68,22 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def write_checksums(folder: Path, paths: Sequence[Path], part: str) -> None:
-    """Reads the files among `paths` back, several at a time.
+    """Reads back the files among `paths`, several at a time, and writes a file of checksums for `merge_checksums`.
 
     Args:
-      folder: `state` of the checkpoint, under the name that it has while it is written.
-      part: name of this part, for `merge_checksums`.
+      folder: `state` of the checkpoint, under its temporary name.
+      paths: files and folders below it; folders are ignored.
+      part: name of this part of the checksums.
     """
     files = [path for path in sorted(paths) if path.is_file()]
     names = [f"state/{path.relative_to(folder)}" for path in files]
-    with ThreadPoolExecutor(_THREADS) as threads:  # zlib works without the interpreter's lock
+    with ThreadPoolExecutor(_THREADS) as threads:  # zlib releases the interpreter lock
         sums = dict(zip(names, threads.map(_checksum, files), strict=True))
     (folder.parent / f"{_PARTS}{part}").write_text(json.dumps(sums))
 
 
 def merge_checksums(checkpoint: Path) -> None:
+    """Merges the files of all `write_checksums` calls into `checksums.json` and removes them."""
     parts = list(checkpoint.glob(f"{_PARTS}*"))
     sums: Checksums = {name: entry for part in parts for name, entry in json.loads(part.read_text()).items()}
     lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(sums.items())]
@@ -89,8 +93,8 @@ def merge_checksums(checkpoint: Path) -> None:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete one, and a line for each torn one that is newer."""
-    torn = dict.fromkeys(checkpoints_in(folder, rf"{PREFIX}_\d+\..*tmp.*"), "it was not written to its end")
+    """The newest complete checkpoint in `folder`, or None; and a line for each torn one that is newer."""
+    torn = dict.fromkeys(checkpoints_in(folder, rf"{PREFIX}_\d+\..*tmp.*"), "it was not completely written")
     found = None
     for path in checkpoints_in(folder):
         reason = why_torn(path)
@@ -99,28 +103,26 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
             break
         torn[path] = reason
     newer = {path: reason for path, reason in torn.items() if not found or step_of(path) > step_of(found)}
-    return found, [f"{path} is torn and passed over: {reason}" for path, reason in newer.items()]
+    return found, [f"{path} is torn and was skipped: {reason}" for path, reason in newer.items()]
 
 
 def resolve(path: Path) -> Path:
-    """A checkpoint's folder, or the newest complete one in a folder of them or of an experiment.
+    """The checkpoint that `path` means: a checkpoint itself, or the newest complete one of a folder or an experiment.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: there is no complete checkpoint.
     """
     path = path.expanduser().absolute()
     if re.fullmatch(rf"{PREFIX}_\d+", path.name) and path.is_dir():
         return path
     found = newest(path)[0] or newest(path / "checkpoints")[0]
     if found is None:
-        raise ConfigError(
-            f"no checkpoint ({PREFIX}_N) in {path}: give a checkpoint's folder, or the folder of an experiment"
-        )
+        raise ConfigError(f"no checkpoint ({PREFIX}_N) in {path}: give the folder of a checkpoint or of an experiment")
     return found
 
 
 def checkpoints_in(folder: Path, pattern: str = rf"{PREFIX}_\d+") -> list[Path]:
-    """Highest step first, complete or not."""
+    """The checkpoints in `folder`, complete or not, highest step first."""
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if re.fullmatch(pattern, p.name)), key=step_of, reverse=True)
@@ -131,7 +133,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def why_torn(checkpoint: Path) -> str | None:
-    """What is missing from a checkpoint, or None if it is complete: every file is there with its size."""
+    """What is missing from a checkpoint; None if it is complete, which means every file exists and has its size."""
     if not (checkpoint / COMMITTED).exists():
         return f"{COMMITTED} is missing"
     try:
@@ -148,7 +150,7 @@ def why_torn(checkpoint: Path) -> str | None:
 
 
 def damages(checkpoint: Path, share: int, num_shares: int) -> Iterator[str]:
-    """Reads every `num_shares`-th file, from the `share`-th on; a line for each that is not what was written."""
+    """Reads every `num_shares`-th file, starting with number `share`; yields a line for each that was altered."""
 
     def damage(item: tuple[str, tuple[int, int]]) -> str:
         path = checkpoint / item[0]
@@ -156,11 +158,11 @@ def damages(checkpoint: Path, share: int, num_shares: int) -> Iterator[str]:
             good = _checksum(path) == tuple(item[1])
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"
-        return "" if good else f"{path} is damaged: its checksum is not the one that was written"
+        return "" if good else f"{path} is damaged: its checksum differs from the one that was written"
 
     with ThreadPoolExecutor(_THREADS) as threads:
-        mine = list(_read_checksums(checkpoint).items())[share::num_shares]
-        yield from filter(None, threads.map(damage, mine))
+        own_share = list(_read_checksums(checkpoint).items())[share::num_shares]
+        yield from filter(None, threads.map(damage, own_share))
 
 
 def _read_checksums(checkpoint: Path) -> Checksums:

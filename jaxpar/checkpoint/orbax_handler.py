@@ -1,4 +1,4 @@
-"""How Orbax writes and reads the state of a run: with manifest and checksums, in pieces, and in little memory."""
+"""How Orbax writes and reads the state of a run: with manifest and checksums, in small chunks, in little memory."""
 
 import contextlib
 import ctypes
@@ -12,14 +12,20 @@ import orbax.checkpoint as ocp
 
 from jaxpar.checkpoint.manifest import merge_checksums, named_leaves, write_checksums, write_manifest
 
-_PROCESS = "ocdbt.process_"  # Orbax's folder of what one process wrote
-# A reader takes chunks whole, even those that it needs a part of.
+_PROCESS = "ocdbt.process_"  # prefix of the folder in which Orbax puts what one process writes
+# A reader reads whole chunks, even if it needs only part of them, so they must not be large.
 CHUNK_BYTES = 2**24
-_READ_AT_ONCE = 0.05  # of the state that a process restores: what is on its way from disk to the devices
+_READ_AT_ONCE = (
+    0.05  # fraction of the state that a process restores which may be on its way from disk to the devices at a time
+)
 
 
 class StateHandler(ocp.StandardCheckpointHandler):
-    """Adds manifest and checksums to what Orbax writes, before its renaming makes the checkpoint visible."""
+    """Adds manifest and checksums to what Orbax writes, before its renaming makes the checkpoint visible.
+
+    Attributes:
+      manifest: content of `manifest.json`; set it before each save.
+    """
 
     manifest: dict[str, Any]
 
@@ -30,7 +36,7 @@ class StateHandler(ocp.StandardCheckpointHandler):
         futures = await super().async_save(directory, *args, **kwargs)
         return [_Written(futures or [], Path(getattr(directory, "path", directory)))]
 
-    def finalize(self, directory: Any) -> None:  # on process 0, when all have written
+    def finalize(self, directory: Any) -> None:  # runs on process 0 after all processes have written
         super().finalize(directory)
         folder = Path(directory)
         rest = [path for path in folder.rglob("*") if not path.relative_to(folder).parts[0].startswith(_PROCESS)]
@@ -50,7 +56,7 @@ class StateRestore(ocp.args.StandardRestore): ...
 
 
 class _Written:
-    """Orbax's future of this process's part of the state, which then gets its checksums."""
+    """A future for Orbax: waits until this process has written its part of the state, then writes its checksums."""
 
     def __init__(self, futures: Sequence[Any], folder: Path):
         self._futures, self._folder = futures, folder
@@ -63,15 +69,22 @@ class _Written:
 
 
 def return_large_buffers() -> None:
-    """What is read on the way goes back to the system at once: glibc's allocator would keep a part of it."""
-    with contextlib.suppress(AttributeError, OSError):  # another libc
+    """Makes glibc return freed read buffers to the system at once; by default its allocator keeps some of them."""
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
         for parameter, size in ((-3, 2**16), (-1, 2**17)):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, bytes
             ctypes.CDLL(None).mallopt(parameter, size)
 
 
 def bytes_at_once(folder: Path, target: Any) -> int:
-    """Least bytes that TensorStore must be allowed to read at a time: the largest shard, in whole chunks; or a share of
-    all shards, if that is more."""
+    """How many bytes TensorStore may read at a time.
+
+    At least the largest shard, counted in whole chunks, because it cannot read less; or a fixed fraction of all shards,
+    if that is more.
+
+    Args:
+      folder: `state` of the checkpoint.
+      target: tree of `jax.ShapeDtypeStruct` with the shardings that the state will have.
+    """
     stored = dict(named_leaves(StateHandler().metadata(folder).tree))
     shards = [
         _in_whole_chunks(index, leaf, stored[name].storage.chunk_shape)
@@ -82,6 +95,7 @@ def bytes_at_once(folder: Path, target: Any) -> int:
 
 
 def _in_whole_chunks(index: Sequence[slice], leaf: jax.ShapeDtypeStruct, chunk: Sequence[int]) -> int:
+    """Bytes of all stored chunks that overlap the slice `index` of an array."""
     size = leaf.dtype.itemsize
     for where, length, step in zip(index, leaf.shape, chunk, strict=True):
         start, stop, _ = where.indices(length)

@@ -1,4 +1,4 @@
-"""What surrounds the steps of a run: processes, signals, watchdog, metrics, evaluation, XLA's settings.
+"""Everything around the steps of a training run: processes, signals, watchdog, metrics, evaluation, XLA settings.
 
-Nothing is imported here: `jaxpar.run.xla` must be at work before jax is loaded.
+This file imports nothing, because `jaxpar.run.xla` must set the environment before jax is imported.
 """

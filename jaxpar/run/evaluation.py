@@ -1,4 +1,4 @@
-"""The loss on the validation data, in their own order and without gradients."""
+"""The validation loss, without gradients, on the validation data in their stored order."""
 
 from collections.abc import Iterator
 
@@ -12,17 +12,17 @@ class Evaluation:
     """Evaluates parameters on validation samples.
 
     Args:
-      samples: as many as there are; the last batch may be partly empty.
-      max_batches: global batches to take, from the first; None: all.
+      samples: any number of them; empty rows fill up the last batch.
+      max_batches: number of global batches to evaluate, starting with the first; None: all.
     """
 
     def __init__(self, program: Program, samples: SampleSource, max_batches: int | None):
         self._program, self._samples = program, samples
-        whole = -(-len(samples) // program.batch_layout.shape[0])
-        self._num_batches = min(whole, max_batches or whole)
+        available = -(-len(samples) // program.batch_layout.shape[0])
+        self._num_batches = min(available, max_batches or available)
 
     def loss(self, params: object) -> float:
-        """Nats a token: the sum over all valid tokens, over their count."""
+        """Mean loss in nats per token: the sum over all valid tokens divided by their number."""
         loss, tokens = 0.0, 0.0
         for batch in self._batches():
             sums = self._program.evaluate(params, self._program.batch_layout.put_on_mesh(batch))

@@ -1,4 +1,4 @@
-"""Where the figures of each step go: `metrics.jsonl` and TensorBoard's files."""
+"""Writes the numbers of each step to `metrics.jsonl` and to TensorBoard's event files."""
 
 import json
 import math
@@ -16,7 +16,7 @@ class MetricsWriter(Protocol):
 
 
 def metrics_writers(config: Config, first_step: int) -> list[MetricsWriter]:
-    """Those that the config asks for; `first_step`: the step that the run starts from, 0 for a new one."""
+    """The writers that the config asks for. `first_step` is the step that the run resumes from, 0 for a new run."""
     writers: list[MetricsWriter] = [MetricsFile(config.output_path, first_step)]
     if "tensorboard" in (config.runner.logger.logger_backends or ()):
         writers.append(TensorBoardFile(config.output_path, first_step))
@@ -24,11 +24,11 @@ def metrics_writers(config: Config, first_step: int) -> list[MetricsWriter]:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object a step.
+    """`metrics.jsonl`: one JSON object per step.
 
     Args:
-      folder: of the experiment; it is made.
-      first_step: what an earlier run wrote about steps after this one is dropped, because they are run again.
+      folder: the experiment's folder; created if missing.
+      first_step: rows of an earlier run for later steps are dropped, because those steps run again.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -41,7 +41,7 @@ class MetricsFile:
         self._file = self.path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a line, at once visible to `tail -f`. A value that is not finite becomes a string: JSON has none."""
+        """Appends one line and flushes it, for `tail -f`. JSON has no NaN or infinity, so these become strings."""
         plain = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._file.write(json.dumps(plain) + "\n")
         self._file.flush()
@@ -54,11 +54,11 @@ class MetricsFile:
 
 
 class TensorBoardFile:
-    """`tensorboard/events.out.tfevents…`: each number of a row as the scalar `train/<its name>`.
+    """`tensorboard/events.out.tfevents…`: each number of a row becomes the scalar `train/<name>`.
 
     Args:
-      folder: of the experiment.
-      first_step: TensorBoard is told to forget what an earlier run wrote about steps after this one.
+      folder: the experiment's folder.
+      first_step: TensorBoard is told to discard what an earlier run wrote for later steps.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -78,4 +78,4 @@ def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return math.inf  # torn by a crash
+        return math.inf  # a line cut off by a crash: drop it

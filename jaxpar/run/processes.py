@@ -1,4 +1,7 @@
-"""What the processes of a run agree on: files are seen by each at its own time, a decision must be one."""
+"""Decisions that all processes of a run must share.
+
+Processes may see a change in a shared file system at different times, so one of them looks and tells the others.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,11 +14,14 @@ from jax.experimental import multihost_utils
 from jaxpar.config import ConfigError
 
 
-def from_first(decide: Callable[[], Any]) -> Any:
-    """What `decide`, called on process 0 alone, returns there (something JSON can hold), in all processes.
+def decide_on_process_0(decide: Callable[[], Any]) -> Any:
+    """Calls `decide` on process 0 only and returns its result in all processes. A collective call.
+
+    Args:
+      decide: returns something that JSON can hold.
 
     Raises:
-      ConfigError: it raised one; all processes raise the same.
+      ConfigError: `decide` raised one; all processes raise the same error.
     """
     if jax.process_count() == 1:
         return decide()
@@ -34,12 +40,16 @@ def from_first(decide: Callable[[], Any]) -> Any:
     return answer["value"]
 
 
-def check_together(problems: Sequence[str]) -> None:
-    """Raises ConfigError in all processes if any has problems: its own where it has some, else the number of the first
-    process that does."""
+def raise_together(problems: Sequence[str]) -> None:
+    """Stops all processes if any of them found problems. A collective call.
+
+    Raises:
+      ConfigError: with this process's own problems if it has any, otherwise with the number of the first process that
+        has some.
+    """
     if jax.process_count() == 1:
         failed = [bool(problems)]
     else:
         failed = list(np.asarray(multihost_utils.process_allgather(np.bool_(bool(problems)))).ravel())
     if any(failed):
-        raise ConfigError(list(problems) or f"process {failed.index(True)} stopped with an error, which it printed")
+        raise ConfigError(list(problems) or f"process {failed.index(True)} stopped with an error: see its output")

@@ -13,7 +13,7 @@ from jaxpar.config import ConfigError
 
 @dataclass(frozen=True)
 class Steps:
-    """What `--profile STEP:COUNT` asks for: `count` steps from step number `first`, counted from 1 as they are printed."""
+    """The steps that `--profile STEP:COUNT` asks for: `count` steps from step `first` on. The first step is step 1."""
 
     first: int
     count: int
@@ -24,8 +24,10 @@ class Steps:
 
     @classmethod
     def parse(cls, text: str) -> "Steps":
-        """Raises:
-        ConfigError: not two whole numbers above 0.
+        """Reads `STEP:COUNT`.
+
+        Raises:
+          ConfigError: `text` is not two whole numbers above 0.
         """
         found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text, re.ASCII)
         if not found:
@@ -33,24 +35,25 @@ class Steps:
         return cls(int(found[1]), int(found[2]))
 
     def check(self, done: int, last: int) -> None:
-        """A run from step `done` to step `last` has these steps.
+        """Checks that a run that has done `done` steps and ends with step `last` still runs these steps.
 
         Raises:
-          ConfigError: it has not.
+          ConfigError: it does not run all of them.
         """
         if self.first <= done or self.last > last:
             raise ConfigError(
-                f"--profile: {self.first}:{self.count} are steps {self.first} to {self.last}, but this run has steps "
-                f"{done + 1} to {last}: choose among these"
+                f"--profile: {self.first}:{self.count} means steps {self.first} to {self.last}, but this run has steps "
+                f"{done + 1} to {last}: choose some of these"
             )
 
 
 class Profiler:
-    """Traces the steps asked for, and nothing else of the run.
+    """Traces the requested steps and nothing else.
 
     Args:
-      folder: for the trace; each host writes its own file below it.
-      wait: returns once the devices have done all that was asked of them, so that no other step is in the trace.
+      steps: the steps to trace; None: no trace.
+      folder: where the trace goes; each host writes its own file below it.
+      wait: returns when the devices have finished all dispatched work, so that no other step gets into the trace.
       say: prints a line.
     """
 
@@ -60,7 +63,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the dispatch of one step."""
+        """Wraps the dispatch of one step."""
         if self._steps and number == self._steps.first:
             self._wait()
             jax.profiler.start_trace(self._folder)
@@ -72,7 +75,7 @@ class Profiler:
             self.stop()
 
     def stop(self) -> None:
-        """Writes the trace, also of fewer steps if the run ended before."""
+        """Writes the trace, even if the run ended before the last requested step."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()

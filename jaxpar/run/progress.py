@@ -1,4 +1,4 @@
-"""What a person sees of a running training: a bar in a terminal, plain lines elsewhere."""
+"""Progress output of a run: a progress bar in a terminal, plain lines elsewhere."""
 
 import sys
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """Says nothing: for all processes but the first."""
+    """Prints nothing; for all processes except process 0."""
 
     def start(self, first_step: int, last_step: int | None) -> None: ...
     def step(self, row: dict[str, Any]) -> None: ...
@@ -24,7 +24,7 @@ class Silent:
 
 
 class Lines(Silent):
-    """A line each `every` steps, without colours or cursor movements."""
+    """Prints a line every `every` steps, without colours or cursor movements."""
 
     def __init__(self, every: int = 1):
         self._every = every
@@ -43,7 +43,7 @@ class Lines(Silent):
 
 
 class Bar(Silent):
-    """A progress bar with loss, tokens/s and time left."""
+    """A progress bar with loss, tokens/s and remaining time."""
 
     def __init__(self, console: Console):
         self._progress = Progress(
@@ -66,6 +66,7 @@ class Bar(Silent):
 
 
 def summary(row: dict[str, Any]) -> str:
+    """The numbers of one step, from its metrics row, as one line of text."""
     mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
     more = f"  val loss {row['val_loss']:.4f}" if "val_loss" in row else ""
     more += "  skipped" if row["skipped"] else ""
@@ -79,7 +80,7 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def reporter(first_process: bool, every: int = 1) -> Reporter:
-    """What suits this process's output."""
+    """The reporter for this process: a bar, lines every `every` steps, or silence."""
     if not first_process:
         return Silent()
     return Bar(Console()) if sys.stdout.isatty() else Lines(every)

@@ -1,4 +1,4 @@
-"""Whether all devices that hold the same part of a parameter hold the same bits."""
+"""Checks that all devices that hold the same part of a parameter hold the same bits."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,19 +13,19 @@ from jax.sharding import PartitionSpec as P
 
 
 class ReplicaError(Exception):
-    """Replicas of a parameter differ; the message names parameter and devices."""
+    """Replicas of a parameter differ. The message names the parameter and the devices."""
 
 
 def check_replicas(params: Any) -> None:
     """Compares checksums of the replicas of each array's shards.
 
-    What only one device holds, as with parameters that ZeRO splits, has no replica and nothing to compare.
+    A shard that only one device holds, such as a shard of a parameter that ZeRO splits, has no replica to compare with.
 
     Args:
       params: tree of float32 arrays on one mesh.
 
     Raises:
-      ReplicaError: some differ; in all processes.
+      ReplicaError: some replicas differ; raised in all processes.
     """
     named = jax.tree_util.tree_leaves_with_path(params)
     mesh = named[0][1].sharding.mesh
@@ -37,24 +37,24 @@ def check_replicas(params: Any) -> None:
 
     leaves = [leaf for _, leaf in named]
     specs = [leaf.sharding.spec for leaf in leaves]
-    # check_vma: no check of replication, because that is what it looks for.
+    # check_vma=False: jax would assume that replicas are equal, which is the very thing to be checked.
     sums = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P(axes), check_vma=False)
     table = np.asarray(jax.jit(sums, out_shardings=NamedSharding(mesh, P()))(leaves))  # [devices, leaves]
     differences = [
         f"{jax.tree_util.keystr(path, simple=True, separator='/')} on {', '.join(map(str, devices))}"
         for (path, leaf), column in zip(named, table.T, strict=True)
-        if (devices := list(_odd_ones(leaf, column, mesh)))
+        if (devices := list(_differing_devices(leaf, column, mesh)))
     ]
     if differences:
         raise ReplicaError(
-            f"{len(differences)} of {len(leaves)} parameters differ between devices that should hold the same: "
-            f"{'; '.join(differences[:3])}. A device or a link computes wrongly: take that machine out and go on from "
+            f"{len(differences)} of {len(leaves)} parameters differ between devices that should hold the same values: "
+            f"{'; '.join(differences[:3])}. A device or a link is faulty: take that machine out and resume from "
             f"the newest checkpoint before this step"
         )
 
 
-def _odd_ones(leaf: jax.Array, sums: np.ndarray, mesh: jax.sharding.Mesh) -> Iterator[jax.Device]:
-    """Devices whose checksum is not that of most that hold the same slice."""
+def _differing_devices(leaf: jax.Array, sums: np.ndarray, mesh: jax.sharding.Mesh) -> Iterator[jax.Device]:
+    """Devices whose checksum differs from the most common one among the devices that hold the same slice."""
     slices = leaf.sharding.devices_indices_map(leaf.shape)
     of_device = dict(zip(mesh.devices.flatten(), sums.tolist(), strict=True))
     groups: dict[str, list[jax.Device]] = {}

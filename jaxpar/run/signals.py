@@ -1,4 +1,4 @@
-"""Stopping between two steps when a signal asks for it."""
+"""Stops a run between two steps when a signal asks for it."""
 
 import signal
 from types import FrameType
@@ -10,22 +10,23 @@ from jax.experimental import multihost_utils
 
 
 class Interrupted(Exception):
-    """A signal ended the run between two steps; the checkpoint of `step` is complete.
+    """A signal ended the run between two steps. The checkpoint of `step` is complete.
 
     Attributes:
-      step, last_step: where it stopped, and where it would have ended.
+      step: the last step that was done.
+      last_step: the step at which the run would have ended.
       signal: number of the signal.
     """
 
     def __init__(self, step: int, last_step: int, signal_number: int):
         self.step, self.last_step, self.signal = step, last_step, signal_number
-        super().__init__(f"stopped after step {step} of {last_step}, which is saved")
+        super().__init__(f"saved and stopped after step {step} of {last_step}")
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGUSR1 (Slurm's choice), noted instead of obeyed; a second SIGINT interrupts at once.
+    """Notes SIGINT, SIGTERM and SIGUSR1 instead of ending the process; a second SIGINT interrupts at once.
 
-    `received` is the same in all processes, whichever of them the signal reached.
+    SIGUSR1 is what `tpu_gpu_scripts/slurm.sbatch` has Slurm send before the job's time is over.
     """
 
     def __enter__(self) -> "Signals":
@@ -37,8 +38,11 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @property
-    def received(self) -> int:
+    def agree(self) -> int:
+        """The number of the signal that any process received, 0 if none did: the same in all processes.
+
+        A collective call: all processes must make it equally often. If several signals arrived, the highest counts.
+        """
         if jax.process_count() == 1:
             return self._number
         return int(multihost_utils.process_allgather(np.int32(self._number)).max())

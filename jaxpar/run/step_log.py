@@ -1,9 +1,8 @@
-"""What a run writes down about its steps: the metrics file, the progress line, and the batches of skipped steps."""
+"""Records the steps of a run: metrics, the progress line, and the batches of skipped steps."""
 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,14 +16,14 @@ from jaxpar.run.progress import Reporter
 
 
 class NonFiniteError(Exception):
-    """`runner.max_skipped_steps` steps in a row had a loss or gradient that was NaN or infinite."""
+    """`runner.max_skipped_steps` steps in a row had a loss or gradient that is NaN or infinite."""
 
 
 class StepLog:
     """Reports each step one step late, so that the devices never wait for the host to read a number.
 
     Args:
-      writers: of the process that writes metrics, else none.
+      writers: for the metrics, on process 0; empty on the others.
     """
 
     def __init__(self, config: Config, program: Program, report: Reporter, writers: Sequence[MetricsWriter]):
@@ -40,7 +39,7 @@ class StepLog:
             self._flops_per_token = flops_per_token
             self._mfu_per_flops = 1 / (peak * len(devices))
         self._tokens = math.prod(program.batch_layout.shape)
-        self._before = time.perf_counter()
+        self._previous_end = time.perf_counter()
 
     def enter(
         self,
@@ -49,34 +48,40 @@ class StepLog:
         batch: Mapping[str, np.ndarray],
         figures: Mapping[str, float],
     ) -> None:
-        """A step was begun: its metrics, from `train_step`, this process's rows of its batch, and the batch's figures, see
-        `jaxpar.data.BatchLoader`."""
+        """Takes over a step that was just dispatched, and reports the one before it.
+
+        Args:
+          values: the step's metrics, from `train_step`; they may still be computing.
+          batch: this process's rows of its batch.
+          figures: numbers about that batch, see `jaxpar.data.BatchLoader`.
+        """
         self.flush()
         self._pending = (step, values, batch, figures)
 
     def wait(self) -> float:
-        """Until the pending step is done; returns the seconds that it took."""
+        """Waits until the pending step is done; returns its duration in seconds."""
         if self._pending:
             jax.block_until_ready(self._pending[1])
-        return time.perf_counter() - self._before
+        return time.perf_counter() - self._previous_end
 
     def flush(self, seconds: float | None = None, **more: float) -> None:
-        """Writes the pending step down, if there is one.
+        """Reports the pending step, if there is one.
 
         Args:
-          seconds: that it took, if something else was done after it.
-          more: what else to write into its row.
+          seconds: its duration from `wait`; required if other work followed the step.
+          more: additional numbers for its row.
 
         Raises:
-          NonFiniteError: it was the last of too many skipped ones.
+          NonFiniteError: `runner.max_skipped_steps` steps in a row, this one included, were skipped.
         """
         if self._pending is None:
             return
         step, values, batch, figures = self._pending
         self._pending = None
-        numbers = {key: float(value) for key, value in values.items()}  # waits for the step to end
-        seconds = time.perf_counter() - self._before if seconds is None else seconds
-        rate = (numbers["tokens"] if figures else self._tokens) / seconds  # of dynamic batches without padding
+        numbers = {key: float(value) for key, value in values.items()}  # waits for the step
+        seconds = time.perf_counter() - self._previous_end if seconds is None else seconds
+        # Only dynamic batches have figures; their padding does not count.
+        rate = (numbers["tokens"] if figures else self._tokens) / seconds
         mfu = None
         if self._mfu_per_flops is not None:
             mfu = rate * figures.get("flops_per_token", self._flops_per_token) * self._mfu_per_flops
@@ -98,28 +103,30 @@ class StepLog:
         self._report.step(row)
         for writer in self._writers:
             writer.write(row)
-        if skipped and not self._is_overflow(numbers):
-            self._reject(step, batch)
+        if skipped and not self._is_scale_overflow(numbers):
+            self._save_skipped(step, batch)
         else:
             self._skipped_in_a_row = 0
-        self._before = time.perf_counter()
+        self._previous_end = time.perf_counter()
 
-    def _is_overflow(self, numbers: Mapping[str, float]) -> bool:
-        """A dynamic loss scale that was too large and will be lowered: no fault of the batch."""
+    def _is_scale_overflow(self, numbers: Mapping[str, float]) -> bool:
+        """Whether the dynamic loss scale was too large and will be lowered; then the batch is not at fault."""
         lowest = self._config.actor.optim.min_loss_scale
         return np.isfinite(numbers["loss"]) and numbers.get("loss_scale", lowest) > lowest
 
-    def _reject(self, step: int, batch: Mapping[str, np.ndarray]) -> None:
+    def _save_skipped(self, step: int, batch: Mapping[str, np.ndarray]) -> None:
         folder = self._config.output_path / "skipped_batches"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step_{step}.process_{jax.process_index()}.npz"
         arrays: Any = {"rows": np.asarray(self._batch_layout.resized(len(batch["tokens"])).rows), **batch}
         np.savez_compressed(path, **arrays)
-        self._report.say(f"step {step}: loss or gradients are not finite, nothing was updated; its batch is in {path}")
+        self._report.say(
+            f"step {step}: loss or gradients are not finite, so nothing was updated; its batch is in {path}"
+        )
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= (most := self._config.runner.max_skipped_steps):
             raise NonFiniteError(
-                f"the last {most} steps ({step - most + 1} to {step}) had a loss or gradients that are not finite, "
-                f"which is runner.max_skipped_steps: their batches are in {Path(folder)}; try a lower actor.optim.lr, "
-                f"precision bf16 or fp32, or go on from an earlier checkpoint with runner.resume_dir"
+                f"the last {most} steps ({step - most + 1} to {step}) had losses or gradients that are not "
+                f"finite, and {most} is the limit, runner.max_skipped_steps: their batches are in {folder}; try "
+                f"a lower actor.optim.lr, precision bf16 or fp32, or an earlier checkpoint with runner.resume_dir"
             )

@@ -1,4 +1,4 @@
-"""Ends all processes of a run when one of them died or makes no progress, and says which, where and since when."""
+"""Ends all processes of a run when one has died or makes no progress, and says which one, where and since when."""
 
 import ctypes
 import faulthandler
@@ -12,21 +12,22 @@ import time
 from typing import Any
 
 import jax
-from jax._src import distributed  # jax has no public way to its coordinator's key-value store
+from jax._src import distributed  # jax has no public access to its coordinator's key-value store
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start it again
-_PERIOD = 2.0  # seconds between two heartbeats
-_SILENCE = 30.0  # seconds without a heartbeat, after which a process is taken for dead
+EXIT_CODE = 75  # EX_TEMPFAIL in sysexits.h: start the run again
+_PERIOD = 2.0  # seconds between heartbeats
+_SILENCE = 30.0  # seconds without a heartbeat after which a process counts as dead
 _HEARTBEATS, _VERDICT = "jaxpar/heartbeat/", "jaxpar/verdict"
 
 
 class Watchdog:
-    """A thread that tells the others how far this process is, and ends it when something is wrong with any.
+    """A thread that reports this process's progress to the others and ends this process when any of them fails.
 
-    Process 0 hears all and decides; the others ask it. Heartbeats go through jax's coordinator, not through the devices.
+    Process 0 reads all heartbeats and decides; the others read its verdict. Heartbeats go through jax's coordinator,
+    not through the devices.
 
     Args:
-      stall_timeout: seconds without `enter`, after which a process counts as stalled; 0: never.
+      stall_timeout: seconds without a call of `enter` after which a process counts as stalled; 0: never.
     """
 
     def __init__(self, stall_timeout: float):
@@ -37,12 +38,12 @@ class Watchdog:
         self._heard: dict[int, tuple[dict[str, Any], float]] = {}
         self._last_answer = time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        # jax's own client aborts from C++ as soon as the coordinator is gone, and says neither rank nor step. Python's
-        # signal handlers never run then: this one is called in place.
+        # As soon as the coordinator is gone, jax's own client aborts from C++, without naming rank or step. Python's
+        # signal handlers do not run then, so this one is installed in C and called directly.
         self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
 
     def enter(self, step: int, phase: str) -> None:
-        """This process now does `phase` of `step`, such as "reading the batch". Called at least once a step."""
+        """This process begins `phase` of `step`, such as "reading the batch". Call it at least once a step."""
         self._entered, self._step, self._phase, self._since = self._entered + 1, step, phase, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
@@ -53,13 +54,13 @@ class Watchdog:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if self._client is not None and isinstance(error, jax.errors.JaxRuntimeError):
-            # Most likely a collective broke because another process died: who it was is known when it stays silent.
+            # Most likely a collective failed because another process died. Its silence will show which one.
             self._thread.join(_SILENCE + 5 * _PERIOD)
         self._stop.set()
         self._thread.join(5 * _PERIOD)
         if self._client is not None:
             self._beat(ended=f"{type(error).__name__}: {error}" if error else "")
-            if error and jax.process_index() == 0:  # which judges no longer
+            if error and jax.process_index() == 0:  # this thread no longer judges
                 self._client.key_value_set(_VERDICT, f"process 0 stopped: {error}", allow_overwrite=True)
 
     def _aborted(self, signal_number: int) -> None:
@@ -67,12 +68,12 @@ class Watchdog:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError as error:
-            self._end(f"process 0 died: its coordinator at {host}:{port} is gone ({error.strerror or error})")
+            self._exit(f"process 0 died: its coordinator at {host}:{port} is gone ({error.strerror or error})")
 
     def _watch(self) -> None:
         while not self._stop.wait(_PERIOD):
             if problem := self._problem():
-                self._end(problem)
+                self._exit(problem)
 
     def _problem(self) -> str | None:
         if self._client is None:
@@ -84,7 +85,7 @@ class Watchdog:
             problem = self._judge() if jax.process_index() == 0 else self._client.key_value_try_get(_VERDICT)
         except jax.errors.JaxRuntimeError as error:
             problem = None
-            if "NOT_FOUND" in str(error):  # no verdict
+            if "NOT_FOUND" in str(error):  # no verdict yet
                 self._last_answer = time.monotonic()
         else:
             self._last_answer = time.monotonic()
@@ -107,7 +108,7 @@ class Watchdog:
         self._client.key_value_set(f"{_HEARTBEATS}{jax.process_index()}", json.dumps(beat), allow_overwrite=True)
 
     def _judge(self) -> str | None:
-        """Process 0: looks at all heartbeats; if something is wrong, tells the others and returns it."""
+        """On process 0: checks all heartbeats. If something is wrong, publishes it as the verdict and returns it."""
         now = time.monotonic()
         for key, text in self._client.key_value_dir_get(_HEARTBEATS):
             rank, beat = int(key.rpartition("/")[2]), json.loads(text)
@@ -121,37 +122,37 @@ class Watchdog:
     def _ended(self) -> str | None:
         for rank, (beat, _) in self._heard.items():
             if beat["ended"]:
-                return f"{_name(rank, beat)} stopped in {_place(beat)}: {beat['ended']}"
+                return f"{_who(rank, beat)} stopped in {_position(beat)}: {beat['ended']}"
         return None
 
     def _dead(self, now: float) -> str | None:
         for rank, (beat, heard) in self._heard.items():
             if beat["ended"] is None and now - heard > _SILENCE:
-                return f"{_name(rank, beat)} died or hangs: it was last heard {now - heard:.0f} s ago in {_place(beat)}"
+                return f"{_who(rank, beat)} died or hangs: last heard from {now - heard:.0f} s ago in {_position(beat)}"
         return None
 
     def _stalled(self) -> str | None:
         running = {rank: beat for rank, (beat, _) in self._heard.items() if beat["ended"] is None}
         if not running or not 0 < self._stall_timeout < max(beat["idle"] for beat in running.values()):
             return None
-        rank = min(running, key=lambda rank: running[rank]["entered"])  # the others wait for it
+        rank = min(running, key=lambda rank: running[rank]["entered"])  # the others wait for the slowest
         beat = running[rank]
-        return f"{_name(rank, beat)} makes no progress: for {beat['idle']:.0f} s it has been in {_place(beat)}"
+        return f"{_who(rank, beat)} makes no progress: it has been in {_position(beat)} for {beat['idle']:.0f} s"
 
-    def _end(self, problem: str) -> None:
-        own = f"process {jax.process_index()} ends in step {self._step}, phase {self._phase}"
-        print(f"error: {problem}; {own}. The same command goes on from the newest checkpoint", file=sys.stderr)
+    def _exit(self, problem: str) -> None:
+        own = f"process {jax.process_index()} exits in step {self._step}, phase {self._phase}"
+        print(f"error: {problem}; {own}. Run the same command to continue from the newest checkpoint", file=sys.stderr)
         if 0 < self._stall_timeout < time.monotonic() - self._since:
             faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
         if self._client is not None and jax.process_index() == 0:
-            time.sleep(2 * _PERIOD)  # the others read the verdict; without the coordinator they could not
-        os._exit(EXIT_CODE)  # the main thread may be where nothing reaches it
+            time.sleep(2 * _PERIOD)  # the coordinator must live until the others have read the verdict
+        os._exit(EXIT_CODE)  # the main thread may hang where no exception reaches it
 
 
-def _name(rank: int, beat: dict[str, Any]) -> str:
+def _who(rank: int, beat: dict[str, Any]) -> str:
     return f"process {rank} on {beat['host']}"
 
 
-def _place(beat: dict[str, Any]) -> str:
+def _position(beat: dict[str, Any]) -> str:
     return f"step {beat['step']}, phase {beat['phase']}"

@@ -1,5 +1,6 @@
-"""XLA and NCCL settings for GPU clusters: one table, each with its reason and source. No jax here: they must be set
-before it starts.
+"""XLA and NCCL settings for GPU clusters, each with its reason and source.
+
+This file must not import jax: the settings only take effect if they are in the environment before jax starts.
 
 Sources: [jax] https://docs.jax.dev/en/latest/gpu_performance_tips.html, [xla] the flag's help in xla/xla.proto,
 [nccl] https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html.
@@ -14,81 +15,87 @@ from pathlib import Path
 from jaxpar.config import ConfigError
 
 MIB = 2**20
-GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")  # the last is WSL's
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")  # the last one: WSL
 
 # flag → (value, reason)
 XLA_FLAGS: dict[str, tuple[str, str]] = {
     "xla_gpu_enable_latency_hiding_scheduler": (
         "true",
-        "moves collectives away from the compute that needs them [jax]",
+        "starts collectives early, so that compute hides them [jax]",
     ),
-    # Of what each device receives. What is combined waits in memory for the last of it: with 512 MiB Llama-3-8B on eight
-    # H100s takes 35.1 GB instead of 33.0 with ZeRO-2, and 19.9 instead of 19.6 with ZeRO-3.
-    "xla_gpu_all_gather_combine_threshold_bytes": (str(128 * MIB), "one large transfer instead of many small [jax]"),
+    # In bytes that each device receives. Combined tensors stay in memory until the last of them is ready: with 512 MiB,
+    # Llama-3-8B on eight H100s takes 35.1 GB instead of 33.0 with ZeRO-2, and 19.9 instead of 19.6 with ZeRO-3.
+    "xla_gpu_all_gather_combine_threshold_bytes": (
+        str(128 * MIB),
+        "one large transfer instead of many small ones [jax]",
+    ),
     "xla_gpu_reduce_scatter_combine_threshold_bytes": (str(32 * MIB), "the same for the gradient reduction [jax]"),
     "xla_gpu_all_reduce_combine_threshold_bytes": (str(128 * MIB), "the same for replicated parameters [jax]"),
-    # The pipelined all-gather, reduce-scatter and all-reduce of [jax] stay off. Parameters are gathered and gradients
-    # reduced once a step, outside of all loops; to pipeline the tensor group's own collectives XLA 0.10.2 runs each
-    # microbatch twice (Llama-3-8B compiled for 64 H100s, dp 8, SP 8: 1.21e15 FLOPs instead of 6.1e14, 15.3 GiB instead
-    # of 11.0).
+    # The pipelined all-gather, reduce-scatter and all-reduce that [jax] recommends stay off. Parameters are gathered
+    # and gradients reduced once a step, outside all loops. To pipeline the tensor group's own collectives, XLA (jaxlib
+    # 0.10.2) runs each microbatch twice: Llama-3-8B compiled for 64 H100s with dp 8, SP 8 takes 1.21e15 FLOPs instead
+    # of 6.1e14, and 15.3 GiB instead of 11.0.
     "xla_gpu_enable_pipelined_all_gather": ("false", "would run each microbatch twice, see jaxpar/run/xla.py"),
     "xla_gpu_enable_pipelined_reduce_scatter": ("false", "the same"),
     "xla_gpu_enable_pipelined_all_reduce": ("false", "the same"),
-    # Permutes with several cycles, as a cp ring beside other axes is, can be zeroed.
-    "xla_gpu_enable_pipelined_p2p": ("false", "wrong numbers with several rings (openxla/xla issue 45222)"),
+    # It can zero the result of a permute with several cycles, which a cp ring is when there are other mesh axes.
+    "xla_gpu_enable_pipelined_p2p": ("false", "gives wrong numbers with several rings (openxla/xla issue 45222)"),
     "xla_gpu_enable_command_buffer": (
         "-collectives",
-        "CUDA graphs of compute as XLA has them by default, never of collectives: 30% slower with them (openxla/xla issue 35360)",
+        "CUDA graphs for compute as by XLA's default, not for collectives: 30% slower (openxla/xla issue 35360)",
     ),
 }
-# NCCL chooses its protocol and buffers itself: nothing here could time the values that [jax] has for them from 2023.
+# NCCL chooses its protocol and buffers itself. [jax] recommends values from 2023, which could not be timed here.
 ENVIRONMENT: dict[str, tuple[str, str]] = {
     "XLA_PYTHON_CLIENT_MEM_FRACTION": (
         "0.92",
-        "the rest is for CUDA, NCCL and cuBLAS; jax's default of 0.75 wastes 20 GB",
+        "leaves the rest to CUDA, NCCL and cuBLAS; jax's default of 0.75 wastes 20 GB",
     ),
-    "NCCL_DEBUG": ("WARN", "says which rank and network fails, and nothing else [nccl]"),
+    "NCCL_DEBUG": ("WARN", "reports which rank and network fail, and nothing else [nccl]"),
 }
-# Beside these for `cluster.deterministic`. What they cost has not been measured.
+# Added for `cluster.deterministic`. Their cost has not been measured.
 DETERMINISTIC_FLAG = (
     "xla_gpu_deterministic_ops",
-    ("true", "cluster.deterministic: kernels without atomics, and no autotuning, whose choice differs [xla]"),
+    (
+        "true",
+        "cluster.deterministic: kernels without atomics, and no autotuning, whose choice varies between runs [xla]",
+    ),
 )
-DETERMINISTIC_ENVIRONMENT = ("NCCL_ALGO", ("Ring", "cluster.deterministic: one order of sums in every run [nccl]"))
+DETERMINISTIC_ENVIRONMENT = ("NCCL_ALGO", ("Ring", "cluster.deterministic: the same order of sums in every run [nccl]"))
 
 
 def apply(overrides: Mapping[str, str | bool | int], deterministic: bool = False) -> list[str]:
-    """Set the table's values in the environment, unless the user has set them there.
+    """Sets these values in the environment, except those that the user has set there.
 
     Args:
-      overrides: `cluster.xla_flags` of the config: flag → value, which win over the table.
-      deterministic: adds what makes a GPU's sums the same in every run.
+      overrides: `cluster.xla_flags` of the config, flag → value; they win over the table.
+      deterministic: adds the settings that make sums on a GPU the same in every run.
 
     Returns:
       A line for each setting with its reason or origin, for `--verbose`.
 
     Raises:
-      ConfigError: a flag that the installed jaxlib does not know; jaxlib itself would abort.
+      ConfigError: the installed jaxlib does not know a flag; jaxlib itself would abort.
     """
     if not any(Path(device).exists() for device in GPU_DEVICES) and _has_cuda_plugin():
-        # The plugin is there for `jaxpar compile`; looking for a GPU, it would print a traceback.
+        # The plugin is installed for `jaxpar compile`. Without a GPU it would print a traceback.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     flags = XLA_FLAGS | dict([DETERMINISTIC_FLAG] if deterministic else [])
     environment = ENVIRONMENT | dict([DETERMINISTIC_ENVIRONMENT] if deterministic else [])
     values = {flag: value for flag, (value, _) in flags.items()}
     values |= {flag.removeprefix("--"): _text(value) for flag, value in overrides.items()}
-    mine = os.environ.get("XLA_FLAGS", "").split()
-    given = {flag.removeprefix("--").partition("=")[0] for flag in mine if flag.startswith("--")}
+    users = os.environ.get("XLA_FLAGS", "").split()
+    given = {flag.removeprefix("--").partition("=")[0] for flag in users if flag.startswith("--")}
     if unknown := _unknown([*values, *given]):
         from_config = {flag.removeprefix("--") for flag in overrides}
         raise ConfigError(
             [
-                f"{'cluster.xla_flags' if flag in from_config else 'XLA_FLAGS'}: the installed jaxlib knows no flag {flag}: "
-                f"remove it"
+                f"{'cluster.xla_flags' if flag in from_config else 'XLA_FLAGS'}: the installed jaxlib has no flag "
+                f"{flag}: remove it"
                 for flag in unknown
             ]
         )
-    os.environ["XLA_FLAGS"] = " ".join([f"--{f}={v}" for f, v in values.items() if f not in given] + mine)
+    os.environ["XLA_FLAGS"] = " ".join([f"--{f}={v}" for f, v in values.items() if f not in given] + users)
     for name, (value, _) in environment.items():
         os.environ.setdefault(name, value)
     lines = [
@@ -96,7 +103,7 @@ def apply(overrides: Mapping[str, str | bool | int], deterministic: bool = False
         for flag, value in values.items()
         if flag not in given
     ]
-    lines += [f"{flag.removeprefix('--')}  XLA_FLAGS of the environment" for flag in mine]
+    lines += [f"{flag.removeprefix('--')}  XLA_FLAGS of the environment" for flag in users]
     return lines + [f"{name}={os.environ[name]}  {reason}" for name, (_, reason) in environment.items()]
 
 
@@ -111,7 +118,7 @@ def _text(value: str | bool | int) -> str:
 
 
 def _unknown(flags: Iterable[str]) -> list[str]:
-    """jaxlib has no list of its flags, but their names stand in its binary."""
+    """The flags that jaxlib does not know. It has no list of its flags, so this searches its binary for their names."""
     unknown = list(flags)
     for library in _libraries():
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:

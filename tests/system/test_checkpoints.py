@@ -259,5 +259,5 @@ def restore(trainer: jaxpar.Trainer, path: Path) -> dict:
 def found(folder: Path, *overrides: str) -> tuple[int, str]:
     """Step that `resume_dir: auto` takes, and what it says about step 4."""
     path, notes = Checkpoints(config(folder, *overrides)).find()
-    prefix = f"{checkpoint(folder, 4)} is torn and passed over: "
+    prefix = f"{checkpoint(folder, 4)} is torn and was skipped: "
     return int(path.name.rpartition("_")[2]), "".join(n.removeprefix(prefix) for n in notes if n.startswith(prefix))

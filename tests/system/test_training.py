@@ -60,7 +60,7 @@ def test_tensorboard_can_be_left_out(tmp_path):
 def test_a_profile_is_of_the_steps_asked_for(tmp_path, capsys):
     run = [f"runner.output_dir={tmp_path}", "runner.max_steps=4", *SMALL, *layout("dp4")]
     trainer = jaxpar.Trainer(jaxpar.load_config(QUICKSTART, run))
-    with pytest.raises(jaxpar.ConfigError, match="3:3 are steps 3 to 5, but this run has steps 1 to 4"):
+    with pytest.raises(jaxpar.ConfigError, match="3:3 means steps 3 to 5, but this run has steps 1 to 4"):
         trainer.fit(Steps(3, 3))
     trainer.fit(Steps(2, 2))
     folder = tmp_path / "quickstart/profile"
@@ -85,7 +85,7 @@ def test_resume_from_a_path_and_its_mistakes(tmp_path):
         (["runner.resume_dir=auto", "actor.global_batch_size=8"], "global_batch_size: 8, but"),
         (
             ["runner.resume_dir=auto", "actor.model.hidden_size=64"],
-            "float32[384,32], the model of this config float32[384,64]",
+            "and float32[384,64] in the model of this config",
         ),
     ]:
         with pytest.raises(jaxpar.ConfigError) as caught:
@@ -147,7 +147,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     done = metrics(tmp_path)[-1]["step"]
-    assert f"stopped after step {done} of 400, which is saved: run the same command to continue" in errors
+    assert f"saved and stopped after step {done} of 400: run the same command to continue" in errors
     assert "Traceback" not in errors
     assert 5 <= done < 400
     last = done + 3
