@@ -1,4 +1,4 @@
-"""The name scope that tells a reader of the compiled program how often the engine takes a conditional. No jax here.
+"""The name scope that tells a reader of the compiled program how often the engine takes a conditional. Needs no jax.
 
 The engine runs embedding, head and loss only in the ticks that need them, in a `lax.cond` inside this scope. The scope
 becomes part of the conditional's op_name, from which `jaxpar.measure.hlo.count` can learn what to count.

@@ -162,9 +162,9 @@ def test_dropout_without_randomness_is_no_state():
 def test_a_module_instead_of_a_function_that_builds_it():
     with nnx.use_eager_sharding(False):
         module = user_models.NoStack(nnx.Rngs(0))
-    with pytest.raises(ConfigError, match=r"NoStack has not the members.*lambda rngs: MyModule"):
+    with pytest.raises(ConfigError, match=r"NoStack lacks members.*lambda rngs: MyModule"):
         FunctionalModel(module)
-    with pytest.raises(ConfigError, match="str has not the members"):
+    with pytest.raises(ConfigError, match="str lacks members"):
         FunctionalModel("GPT")
 
 
