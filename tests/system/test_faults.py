@@ -24,7 +24,6 @@ from jaxpar.run.replicas import ReplicaError, check_replicas
 from jaxpar.run.step_log import NonFiniteError
 from jaxpar.step.loss_scale import DynamicLossScale
 
-pytestmark = pytest.mark.usefixtures("compile_cache")
 KILLS = 50
 RUN = ["runner.resume_dir=auto", *SMALL, *layout("dp4")]
 
