@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +18,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpar.attention import AttentionSettings, reference_attention
@@ -56,6 +57,24 @@ def make_mesh(sizes: tuple[int, ...]) -> Mesh:
     """dp, pp, tp, sp, cp → a mesh over the first devices."""
     mesh_sizes = MeshSizes(*sizes)
     return build_mesh(mesh_sizes, jax.devices()[: mesh_sizes.num_devices])
+
+
+def slow(*cases: Any) -> list[Any]:
+    """Parameters of a test with the mark `slow`. A tuple has a value for each argument, unless it is a mesh's sizes."""
+    several = lambda case: isinstance(case, tuple) and not all(isinstance(value, int) for value in case)  # noqa: E731
+    return [pytest.param(*(case if several(case) else (case,)), marks=pytest.mark.slow) for case in cases]
+
+
+def product_of(*values: Iterable[Any], rest: Any) -> list[Any]:
+    """The product of lists of values, as parameters of a test. Every two values of different lists meet in a case without
+    a mark; the other cases have the mark `rest`, `pytest.mark.slow` or `pytest.mark.exhaustive`."""
+    cases = list(itertools.product(*map(list, values)))
+    pairs = {case: set(itertools.combinations(enumerate(map(repr, case)), 2)) for case in cases}
+    missing, cover = set().union(*pairs.values()), []
+    while missing:
+        cover.append(max(cases, key=lambda case: len(pairs[case] & missing)))
+        missing -= pairs[cover[-1]]
+    return [case if case in cover else pytest.param(*case, marks=rest) for case in cases]
 
 
 @functools.cache
