@@ -212,6 +212,7 @@ print("MEMORY", peak, held)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("reader", ["dp4", "all"])
 def test_restoring_takes_little_host_memory_beyond_the_state(tmp_path, reader):
     """The devices' memory is host memory here: growth of a fresh process's peak while it restores, against what its

@@ -98,7 +98,7 @@ def programs() -> dict[str, Spec]:
             tuple(f"{KEYS[name]}={value}" for name, value in {"tensor": 1, "sp": False, "pp": 1, "cp": 1}.items())
         ),
     }
-    for schedule in ("gpipe", "1f1b", "zb1p"):
+    for schedule in ("gpipe", "1f1b", "eager_1f1b", "zb1p"):
         found[f"schedule {schedule}"] = small(4, pp=4, schedule=schedule)
         found[f"schedule {schedule}, uneven layers"] = small(4, pp=2, tensor=2, layers=5, schedule=schedule)
     for schedule in ("gpipe", "interleaved_1f1b", "zb1p"):
@@ -231,6 +231,8 @@ _QUOTED = r'"(?:[^"\\]|\\.)*"'
 _METADATA = re.compile(rf', metadata=\{{(?:[^{{}}"]|{_QUOTED}|\{{[^{{}}]*\}})*\}}')
 _OP_NAME = re.compile(rf"op_name=({_QUOTED})")
 _NAME = re.compile(r"%[\w.\-<>~]+")
+_COMPUTATION = re.compile(r"^(ENTRY )?%\S+ .*\{$")
+_PARAMETER = re.compile(r"(?<=[( ])([\w.\-<>~]+)(?=: )")  # in a computation's first line, where it has no %
 # What Pallas writes into a kernel's code: names and places in the source.
 _LOCATION = re.compile(r'loc\((?:[^()"]|"[^"]*"|\([^()]*\))*\)|#loc\w*')
 
@@ -254,13 +256,15 @@ def normalized(text: str) -> Text:
     for line in text.splitlines():
         if line.startswith("HloModule"):
             line = re.sub(r"^HloModule [^,]+", "HloModule", line)
-        elif not started and not re.match(r"^(ENTRY )?%\S+ .*\{$", line):
+        elif not started and not _COMPUTATION.match(line):
             continue  # tables of files, functions and stack frames
         else:
             started = True
         metadata = " ".join(_METADATA.findall(line))
         origin = _OP_NAME.search(metadata)
         line = _LOCATION.sub("", _METADATA.sub("", line))
+        if _COMPUTATION.match(line):
+            line = _PARAMETER.sub(r"%\1", line)
         result.lines.append(_NAME.sub(renamed, line))
         result.origins.append(origin[1] if origin else "")
     return result
