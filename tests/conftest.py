@@ -1,12 +1,23 @@
-"""Sixteen simulated CPU devices, set up before any test can start jax's backend."""
+"""Sixteen simulated CPU devices and a cache of compiled programs, set up before any test can start jax's backend."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Compiled programs are kept for the next run and for the processes that tests start. A program's key is its text with the
+# names of its operations, but without source lines: an edit that changes what is computed, or how it is named, misses.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache/jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["JAX_COMPILATION_CACHE_INCLUDE_METADATA_IN_KEY"] = "true"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+# XLA's own optimization of a CPU's code is most of the time to compile, and what is computed does not depend on it. .ci/run
+# sets XLA_FLAGS to nothing, so that there the runs of tests/system are compiled as a user's are.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+
+import shutil
 
 import jax
-import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxpar.run.runtime import simulate_devices
 
@@ -15,11 +26,8 @@ simulate_devices(16)
 jax.devices()  # now, because a Trainer would change their number to its config's
 
 
-@pytest.fixture(scope="module")
-def compile_cache(tmp_path_factory):
-    """For modules that build the same programs again and again."""
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.getbasetemp() / "compiled"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+def pytest_configure(config):
+    """Empties the cache when it is larger than 2 GB (a run adds about 0.2 GB after a change to the programs)."""
+    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    if not hasattr(config, "workerinput") and sum(file.stat().st_size for file in folder.glob("*")) > 2e9:
+        shutil.rmtree(folder)

@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +17,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpar.attention import AttentionSettings, reference_attention
@@ -34,8 +35,9 @@ ROOT = Path(__file__).parents[1]
 SEQ, GLOBAL_BATCH = 32, 12
 VOCAB, PADDED_VOCAB = 250, 256
 TOLERANCE = 1e-5  # relative, float32
-# LLVM's optimization is a third of the time to compile, and nothing that these tests look at; XLA's own is as ever.
-QUICK = {"xla_backend_optimization_level": 0}
+# How the CPU's machine code is made is most of the time to compile and nothing that these tests look at: LLVM does not
+# optimize it, and kernels are made without MLIR (8.6 s of CPU time for a step on eight devices with it, 5.2 s without).
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 # Grouped-query attention 8:4 with everything that a Qwen has.
 DECODER = Architecture("qwen3", VOCAB, PADDED_VOCAB, 64, 96, 4, 8, 4, 8, qk_norm=True, attention_bias=True)
@@ -55,6 +57,24 @@ def make_mesh(sizes: tuple[int, ...]) -> Mesh:
     """dp, pp, tp, sp, cp → a mesh over the first devices."""
     mesh_sizes = MeshSizes(*sizes)
     return build_mesh(mesh_sizes, jax.devices()[: mesh_sizes.num_devices])
+
+
+def slow(*cases: Any) -> list[Any]:
+    """Parameters of a test with the mark `slow`. A tuple has a value for each argument, unless it is a mesh's sizes."""
+    several = lambda case: isinstance(case, tuple) and not all(isinstance(value, int) for value in case)  # noqa: E731
+    return [pytest.param(*(case if several(case) else (case,)), marks=pytest.mark.slow) for case in cases]
+
+
+def product_of(*values: Iterable[Any], rest: Any) -> list[Any]:
+    """The product of lists of values, as parameters of a test. Every two values of different lists meet in a case without
+    a mark; the other cases have the mark `rest`, `pytest.mark.slow` or `pytest.mark.exhaustive`."""
+    cases = list(itertools.product(*map(list, values)))
+    pairs = {case: set(itertools.combinations(enumerate(map(repr, case)), 2)) for case in cases}
+    missing, cover = set().union(*pairs.values()), []
+    while missing:
+        cover.append(max(cases, key=lambda case: len(pairs[case] & missing)))
+        missing -= pairs[cover[-1]]
+    return [case if case in cover else pytest.param(*case, marks=rest) for case in cases]
 
 
 @functools.cache
@@ -122,7 +142,8 @@ def reference_loss(model: FunctionalModel, params: Any, batch: Any, vocab: int =
 
 
 def reference(model: FunctionalModel, params: Any, batch: Any, **kwargs: Any) -> tuple[np.ndarray, Any]:
-    step = jax.jit(jax.value_and_grad(lambda params: reference_loss(model, params, batch, **kwargs)))
+    function = jax.value_and_grad(lambda params: reference_loss(model, params, batch, **kwargs))
+    step = jax.jit(function, compiler_options=QUICK)
     return jax.tree.map(np.asarray, step(params))
 
 
@@ -228,7 +249,8 @@ class Step:
         return jax.jit(model.init, static_argnums=0, out_shardings=self.shardings)(seed)
 
     def evaluate(self, params: Any, batch: Any) -> dict[str, np.ndarray]:
-        return jax.tree.map(np.asarray, jax.jit(build_evaluate(self.setup))(*self._placed(params, batch)))
+        evaluate = jax.jit(build_evaluate(self.setup), compiler_options=QUICK)
+        return jax.tree.map(np.asarray, evaluate(*self._placed(params, batch)))
 
     def __call__(self, params: Any, batch: Any) -> tuple[np.ndarray, Any]:
         return jax.tree.map(np.asarray, self.compiled(*self._placed(params, batch)))

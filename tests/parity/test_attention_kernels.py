@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import TOLERANCE, make_mesh, relative_error
+from support import QUICK, TOLERANCE, make_mesh, relative_error
 
 from jaxpar.attention import (
     AttentionSettings,
@@ -63,7 +63,10 @@ def test_a_block(case):
 
     for offset in offsets:
         static = (0, 1) if "rank" not in case else (1,)
-        results = (jax.jit(both, static_argnums=static)(offset, module) for module in (flash, blockwise))
+        results = (
+            jax.jit(both, static_argnums=static, compiler_options=QUICK)(offset, module)
+            for module in (flash, blockwise)
+        )
         for actual, wanted in zip(*results, strict=True):
             assert np.abs(actual - wanted).max() <= TOLERANCE * np.abs(wanted).max()
 
@@ -96,6 +99,7 @@ def test_a_ring_of_kernels(window, packed):
         run(attention), mesh=make_mesh((1, 1, 1, 1, cp)), in_specs=(spec,) * 5, out_specs=(spec,) * 4, check_vma=False
     )
     with attention_settings(AttentionSettings(backend="pallas")):
-        actual = jax.jit(ring)(*(x[:, order] for x in (*values, segments)))
-    for one, wanted in zip(actual, run(reference_attention)(*values, segments), strict=True):
+        actual = jax.jit(ring, compiler_options=QUICK)(*(x[:, order] for x in (*values, segments)))
+    definition = jax.jit(run(reference_attention), compiler_options=QUICK)
+    for one, wanted in zip(actual, definition(*values, segments), strict=True):
         assert relative_error(one[:, np.argsort(order)], wanted) < TOLERANCE

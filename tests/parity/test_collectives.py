@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import user_models
-from support import DECODER, FEW_KV_HEADS, PLAIN, REDUCTIONS, SEQ, Step, array_shapes, mesh_id
+from support import DECODER, FEW_KV_HEADS, PLAIN, REDUCTIONS, SEQ, Step, array_shapes, mesh_id, product_of, slow
 from support import collectives as collectives_of
 
 from jaxpar.attention import blockwise
@@ -77,11 +77,22 @@ def test_no_other_tensor_collective_in_a_layer():
 # --- gradients ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compute_dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("zero_stage", [1, 0])
-@pytest.mark.parametrize("sizes", [(2, 2, 1, 2, 2), (2, 1, 2, 1, 2), (4, 1, 1, 1, 1)], ids=mesh_id)
-@pytest.mark.parametrize("model", [FEW_KV_HEADS, DECODER, user_models.GPT], ids=["few kv heads", "decoder", "user"])
+MODELS = {"few kv heads": FEW_KV_HEADS, "decoder": DECODER, "user": user_models.GPT}
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "zero_stage", "compute_dtype"),
+    product_of(
+        MODELS,
+        [(2, 2, 1, 2, 2), (2, 1, 2, 1, 2), (4, 1, 1, 1, 1)],
+        [1, 0],
+        ["float32", "bfloat16"],
+        rest=pytest.mark.slow,
+    ),
+    ids=str,
+)
 def test_each_gradient_is_reduced_once_a_step_in_float32(model, sizes, zero_stage, compute_dtype):
+    model, compute_dtype = MODELS[model], jnp.dtype(compute_dtype)
     replicas = {axis for axis, size in zip(("dp", "cp"), (sizes[0], sizes[4]), strict=True) if size > 1}
     step = build(model, sizes, zero_stage=zero_stage, compute_dtype=compute_dtype)
     reductions = [c for c in collectives_of(step.jaxpr, step.mesh.shape) if c.kind in REDUCTIONS and c.axes & replicas]
@@ -165,6 +176,7 @@ def temporaries(schedule, num_microbatches):
     )
 
 
+@pytest.mark.slow  # by default parity/test_pipeline_work.py compares 8 with 64
 def test_memory_of_1f1b_does_not_grow_with_the_number_of_microbatches():
     assert temporaries("1f1b", 16) < 1.02 * temporaries(
         "1f1b", 7
@@ -172,6 +184,7 @@ def test_memory_of_1f1b_does_not_grow_with_the_number_of_microbatches():
     assert temporaries("1f1b", 64) < 1.02 * temporaries("1f1b", 16)
 
 
+@pytest.mark.slow
 def test_memory_of_gpipe_does():
     assert temporaries("gpipe", 16) > 2 * temporaries("gpipe", 4)
     assert temporaries("gpipe", 16) > 1.8 * temporaries("1f1b", 16)
@@ -190,13 +203,14 @@ def test_a_step_keeps_no_scores_and_no_masks(monkeypatch, recompute):
     assert max(math.prod(shape) for shape in shapes if shape[-2:] == (tile, tile)) <= 8 * tile * tile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 def test_the_program_does_not_grow_with_the_number_of_microbatches(schedule):
     few, many = (len(build(PLAIN, (1, 4, 1, 1, 1), m, schedule=schedule).compiled.as_text()) for m in (4, 16))
     assert many < 1.1 * few
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (1, 2, 1, 1, 1)], ids=mesh_id)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), *slow((1, 2, 1, 1, 1))], ids=mesh_id)
 def test_the_program_does_not_grow_with_the_number_of_layers(sizes):
     deep = dataclasses.replace(PLAIN, num_hidden_layers=16)
     assert len(build(deep, sizes).compiled.as_text()) < 1.1 * len(build(PLAIN, sizes).compiled.as_text())
@@ -204,7 +218,7 @@ def test_the_program_does_not_grow_with_the_number_of_layers(sizes):
 
 PROGRAM = """
 import jax, support
-step = support.Step(support.decoder_case(support.DECODER).model, (2, 2, 1, 2, 2), schedule="zb1p", zero_stage=3)
+step = support.Step(support.FunctionalModel(support.Decoder(support.DECODER)), (2, 2, 1, 2, 2), schedule="zb1p", zero_stage=3)
 print(jax.jit(step.function).lower(*step.shapes).as_text())
 """
 

@@ -6,7 +6,7 @@ from unittest import mock
 
 import jax.numpy as jnp
 import pytest
-from support import PLAIN, Step, make_mesh
+from support import PLAIN, Step, make_mesh, slow
 
 from jaxpar.backward import Recompute, take_apart
 from jaxpar.config import Architecture
@@ -19,7 +19,17 @@ from jaxpar.pipeline.tick_scope import taken_fraction
 STAGES = 4
 DEEP = dataclasses.replace(PLAIN, num_hidden_layers=8)
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("zb1p", 1), ("zb1p", 2)]
-with_schedules = pytest.mark.parametrize(("schedule", "chunks"), SCHEDULES)
+
+
+def with_schedules(*microbatches, soon):
+    """Each schedule with each number of microbatches, if any; slow but for those in `soon`."""
+    names = ("schedule", "chunks", "microbatches") if microbatches else ("schedule", "chunks")
+    cases = [(*schedule, *more) for schedule in SCHEDULES for more in ([(m,) for m in microbatches] or [()])]
+    return pytest.mark.parametrize(names, [case if case in soon else slow(case)[0] for case in cases])
+
+
+# Each with 64 microbatches and with 16 layers is another program to compile.
+FEW = [("gpipe", 1), ("1f1b", 1), ("zb1p", 2)]
 
 
 @functools.cache
@@ -39,8 +49,7 @@ def temporaries(*args, **options):
     return build(*args, **options).compiled.memory_analysis().temp_size_in_bytes
 
 
-@with_schedules
-@pytest.mark.parametrize("microbatches", [3, 8])
+@with_schedules(3, 8, soon=[("interleaved_1f1b", 2, 3), ("zb1p", 2, 3), *((*schedule, 8) for schedule in SCHEDULES)])
 def test_executed_slots(schedule, chunks, microbatches):
     """Each executed F slot sends activations once, each B slot gradients once: (MV + P - 1) of both."""
     sent = [
@@ -53,8 +62,7 @@ def test_executed_slots(schedule, chunks, microbatches):
     assert sum(c.count for c in sent) == 2 * slots
 
 
-@with_schedules
-@pytest.mark.parametrize("microbatches", [8, 16])
+@with_schedules(8, 16, soon=[("gpipe", 1, 16), ("1f1b", 1, 16), *((*schedule, 8) for schedule in SCHEDULES)])
 def test_executed_products(schedule, chunks, microbatches):
     """At most (MV + P - 1) / MV times a stage's ideal share, and less where W has slots of its own."""
     whole = counted(stages=1).flops / 8
@@ -67,7 +75,7 @@ def test_executed_products(schedule, chunks, microbatches):
         assert share < 1 + 0.75 * (bound - 1)
 
 
-@with_schedules
+@with_schedules(soon=FEW)
 def test_memory_does_not_grow_with_the_number_of_microbatches(schedule, chunks):
     few, many = temporaries(schedule, chunks, 8), temporaries(schedule, chunks, 64)
     if schedule == "gpipe":
@@ -89,7 +97,7 @@ def test_memory_in_flight_is_what_the_table_says():
     assert step.setup.schedule.in_flight == [16] * STAGES
 
 
-@with_schedules
+@with_schedules(soon=FEW)
 def test_size_of_the_program_does_not_grow(schedule, chunks):
     few, many = (len(build(schedule, chunks, m).compiled.as_text()) for m in (8, 64))
     assert many < 1.1 * few

@@ -22,8 +22,10 @@ from support import (
     equal_trees,
     make_batch,
     mesh_id,
+    product_of,
     reference,
     relative_error,
+    slow,
 )
 
 from jaxpar.attention import AttentionSettings, blockwise, reference_attention, zigzag_order
@@ -32,12 +34,11 @@ from jaxpar.models import Decoder, FunctionalModel, TokenInfo
 from jaxpar.models import decoder as decoder_module
 from jaxpar.step import loss_and_grads
 
-ALL_OF_TWO = [
-    (dp, pp, tp, sp, cp) for dp, pp, cp in itertools.product((1, 2), repeat=3) for tp, sp in ((1, 1), (2, 1), (1, 2))
-]
+# dp, pp, cp; tp and sp
+ALL_OF_TWO = product_of((1, 2), (1, 2), (1, 2), ((1, 1), (2, 1), (1, 2)), rest=pytest.mark.slow)
 FOURS = [
-    (1, 4, 1, 1, 1), (1, 1, 1, 1, 4), (1, 1, 4, 1, 1), (1, 1, 1, 4, 1),
     (1, 4, 1, 1, 4), (1, 4, 4, 1, 1), (1, 4, 1, 4, 1), (1, 1, 4, 1, 4), (1, 1, 1, 4, 4),
+    *slow((1, 4, 1, 1, 1), (1, 1, 1, 1, 4), (1, 1, 4, 1, 1), (1, 1, 1, 4, 1)),
 ]  # fmt: skip
 
 
@@ -49,9 +50,9 @@ def test_valid_tokens_of_the_batch_are_uneven():
     assert len(set(by_microbatch.ravel())) > 6 and by_microbatch.min() == 0
 
 
-@pytest.mark.parametrize("sizes", ALL_OF_TWO, ids=mesh_id)
-def test_two_of_each(sizes):
-    check_step(decoder_case(DECODER), sizes)
+@pytest.mark.parametrize(("dp", "pp", "cp", "tensor"), ALL_OF_TWO)
+def test_two_of_each(dp, pp, cp, tensor):
+    check_step(decoder_case(DECODER), (dp, pp, *tensor, cp))
 
 
 @pytest.mark.parametrize("sizes", FOURS, ids=mesh_id)
@@ -59,7 +60,9 @@ def test_four(sizes):
     check_step(decoder_case(DECODER), sizes)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 4, 1, 1), (1, 1, 1, 4, 1), (2, 2, 1, 4, 1), (1, 2, 4, 1, 2)], ids=mesh_id)
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 1, 4, 1), (1, 2, 4, 1, 2), *slow((1, 1, 4, 1, 1), (1, 1, 1, 4, 1))], ids=mesh_id
+)
 def test_repeated_kv_heads_tied_embeddings_sliding_window(sizes):
     check_step(decoder_case(FEW_KV_HEADS), sizes)
 
@@ -68,13 +71,15 @@ def test_repeated_kv_heads_tied_embeddings_sliding_window(sizes):
     ("sizes", "num_microbatches", "schedule"),
     [
         ((1, 4, 1, 1, 1), 3, "1f1b"),  # fewer microbatches than stages
-        ((1, 4, 1, 1, 1), 3, "gpipe"),
         ((1, 2, 1, 1, 1), 1, "1f1b"),
         ((2, 4, 1, 2, 1), 6, "gpipe"),  # no multiple of the stages
-        ((2, 2, 1, 2, 2), 6, "gpipe"),
-        ((1, 2, 2, 1, 2), 12, "gpipe"),
-        ((1, 4, 1, 1, 2), 12, "1f1b"),
         ((1, 1, 1, 1, 1), 1, "1f1b"),
+        *slow(
+            ((1, 4, 1, 1, 1), 3, "gpipe"),
+            ((2, 2, 1, 2, 2), 6, "gpipe"),
+            ((1, 2, 2, 1, 2), 12, "gpipe"),
+            ((1, 4, 1, 1, 2), 12, "1f1b"),
+        ),
     ],
 )
 def test_schedules_and_numbers_of_microbatches(sizes, num_microbatches, schedule):
@@ -102,9 +107,10 @@ def check_schedule(sizes, num_microbatches, num_chunks, schedule, recompute, zer
 @pytest.mark.parametrize(
     ("cell", "schedule", "recompute"),
     [
-        (0, "zb1p", RECOMPUTE[0]), (1, "zb1p", RECOMPUTE[1]), (2, "interleaved_1f1b", RECOMPUTE[4]),
-        (3, "interleaved_1f1b", RECOMPUTE[2]), (4, "zb1p", RECOMPUTE[3]), (5, "1f1b", RECOMPUTE[0]),
-        (6, "gpipe", RECOMPUTE[1]), (7, "interleaved_1f1b", RECOMPUTE[0]), (7, "zb1p", RECOMPUTE[4]),
+        (0, "zb1p", RECOMPUTE[0]), (2, "interleaved_1f1b", RECOMPUTE[4]), (4, "zb1p", RECOMPUTE[3]),
+        (6, "gpipe", RECOMPUTE[1]), (7, "interleaved_1f1b", RECOMPUTE[0]),
+        *slow((1, "zb1p", RECOMPUTE[1]), (3, "interleaved_1f1b", RECOMPUTE[2]), (5, "1f1b", RECOMPUTE[0]),
+              (7, "zb1p", RECOMPUTE[4])),
     ],
 )  # fmt: skip
 def test_schedules(cell, schedule, recompute):
@@ -133,7 +139,7 @@ def test_every_schedule_size_and_recompute(schedule, cell, recompute):
     check_schedule(*cell, schedule, recompute)
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE[1:4], ids=str)
+@pytest.mark.parametrize("recompute", [*slow(*RECOMPUTE[1:3]), RECOMPUTE[3]], ids=str)
 def test_recompute_without_a_pipeline(recompute):
     check_step(decoder_case(DECODER), (2, 1, 2, 1, 1), recompute=recompute)
 
@@ -141,8 +147,8 @@ def test_recompute_without_a_pipeline(recompute):
 @pytest.mark.parametrize(
     ("sizes", "zero_stage", "num_chunks", "schedule"),
     [
-        ((2, 2, 1, 2, 2), 2, 1, "1f1b"), ((2, 2, 1, 2, 2), 3, 1, "zb1p"), ((2, 1, 1, 1, 4), 3, 1, "1f1b"),
-        ((2, 2, 2, 1, 1), 3, 2, "interleaved_1f1b"), ((2, 4, 1, 1, 2), 2, 1, "gpipe"), ((3, 2, 1, 1, 2), 3, 1, "1f1b"),
+        ((2, 2, 1, 2, 2), 3, 1, "zb1p"), ((2, 2, 2, 1, 1), 3, 2, "interleaved_1f1b"), ((2, 4, 1, 1, 2), 2, 1, "gpipe"),
+        ((3, 2, 1, 1, 2), 3, 1, "1f1b"), *slow(((2, 2, 1, 2, 2), 2, 1, "1f1b"), ((2, 1, 1, 1, 4), 3, 1, "1f1b")),
     ],
 )  # fmt: skip
 def test_zero_stages(sizes, zero_stage, num_chunks, schedule):
@@ -169,13 +175,14 @@ def test_zero_3_without_overlap():
     )
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("zero_stage", [*slow(2), 3])
 def test_zero_with_repeated_kv_heads_and_tied_embeddings(zero_stage):
     check_step(decoder_case(FEW_KV_HEADS), (2, 2, 1, 4, 1), zero_stage=zero_stage, num_microbatches=3)
 
 
 @pytest.mark.parametrize(("sizes", "options"), [
-    ((2, 2, 1, 2, 2), {}), ((1, 2, 2, 1, 1), {"schedule": "zb1p", "num_chunks": 2}), ((2, 1, 1, 1, 1), {"zero_stage": 3}),
+    ((2, 2, 1, 2, 2), {}), ((1, 2, 2, 1, 1), {"schedule": "zb1p", "num_chunks": 2}),
+    *slow(((2, 1, 1, 1, 1), {"zero_stage": 3})),
 ], ids=str)  # fmt: skip
 def test_losses_in_parts_of_the_tokens(sizes, options, monkeypatch):
     monkeypatch.setattr(loss_and_grads, "MAX_LOGITS_BYTES", 2048)
@@ -186,7 +193,7 @@ def test_losses_in_parts_of_the_tokens(sizes, options, monkeypatch):
     ("arch", "sizes", "options"),
     [
         (DECODER, (2, 2, 1, 2, 2), {"schedule": "zb1p"}),
-        (DECODER, (4, 1, 1, 1, 1), {"num_microbatches": 3}),
+        *slow((DECODER, (4, 1, 1, 1, 1), {"num_microbatches": 3})),
         (FEW_KV_HEADS, (2, 2, 2, 1, 1), {"num_chunks": 2}),
     ],
     ids=str,
@@ -213,10 +220,13 @@ def reference_token_losses(case):
     return -np.take_along_axis(np.asarray(log_probs), batch["targets"][..., None], -1)[..., 0]
 
 
-@pytest.mark.parametrize("logits_bytes", [2**29, 2048], ids=["at once", "in parts"])
-@pytest.mark.parametrize(("sizes", "options"), [
-    ((2, 2, 1, 2, 2), {"schedule": "gpipe"}), ((1, 4, 2, 1, 1), {"schedule": "zb1p"}),
-    ((1, 2, 1, 1, 2), {"num_chunks": 2, "num_microbatches": 3}), ((2, 1, 1, 1, 1), {"zero_stage": 3}),
+@pytest.mark.parametrize(("sizes", "options", "logits_bytes"), [
+    ((2, 2, 1, 2, 2), {"schedule": "gpipe"}, 2048), ((1, 4, 2, 1, 1), {"schedule": "zb1p"}, 2**29),
+    ((1, 2, 1, 1, 2), {"num_chunks": 2, "num_microbatches": 3}, 2048), ((2, 1, 1, 1, 1), {"zero_stage": 3}, 2**29),
+    *slow(
+        ((2, 2, 1, 2, 2), {"schedule": "gpipe"}, 2**29), ((1, 4, 2, 1, 1), {"schedule": "zb1p"}, 2048),
+        ((1, 2, 1, 1, 2), {"num_chunks": 2, "num_microbatches": 3}, 2**29), ((2, 1, 1, 1, 1), {"zero_stage": 3}, 2048),
+    ),
 ], ids=str)  # fmt: skip
 def test_evaluation_gives_the_loss_of_each_token(sizes, options, logits_bytes, monkeypatch):
     monkeypatch.setattr(loss_and_grads, "MAX_LOGITS_BYTES", logits_bytes)
@@ -227,7 +237,7 @@ def test_evaluation_gives_the_loss_of_each_token(sizes, options, logits_bytes, m
     assert relative_error(found["loss"] / found["tokens"], case.loss) < 1e-5
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 1, 2, 2), (2, 1, 2, 1, 2)], ids=mesh_id)
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 2, 2), *slow((2, 1, 2, 1, 2))], ids=mesh_id)
 def test_without_zero(sizes):
     check_step(decoder_case(DECODER), sizes, zero_stage=0)
 
@@ -241,8 +251,10 @@ def test_several_tiles_of_scores(monkeypatch):
     ("settings", "sizes", "arch"),
     [
         (AttentionSettings("all_gather"), (1, 2, 1, 2, 4), DECODER),
-        (AttentionSettings("all_gather"), (2, 1, 2, 1, 2), FEW_KV_HEADS),
-        (AttentionSettings("a2a"), (1, 2, 1, 2, 4), DECODER),
+        *slow(
+            (AttentionSettings("all_gather"), (2, 1, 2, 1, 2), FEW_KV_HEADS),
+            (AttentionSettings("a2a"), (1, 2, 1, 2, 4), DECODER),
+        ),
         (AttentionSettings("a2a"), (1, 2, 2, 1, 4), FEW_KV_HEADS),  # one kv head a device, for four ranks
         (AttentionSettings("a2a+p2p", 2), (1, 2, 1, 2, 4), DECODER),
         (AttentionSettings("a2a+p2p", 2), (2, 1, 2, 1, 4), FEW_KV_HEADS),
@@ -252,7 +264,7 @@ def test_kinds_of_context_parallelism(settings, sizes, arch):
     check_step(decoder_case(arch), sizes, settings)
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 1, 1, 4), (1, 1, 1, 2, 4)], ids=mesh_id)
+@pytest.mark.parametrize("sizes", [(1, 2, 1, 1, 4), *slow((1, 1, 1, 2, 4))], ids=mesh_id)
 def test_a_cp_rank_without_valid_tokens(sizes):
     case = decoder_case(DECODER)
     step, order = Step(case.model, sizes), zigzag_order(SEQ, 4)
@@ -275,7 +287,7 @@ def test_a_dimension_that_divides_by_one_axis_only():
     check_step(decoder_case(DECODER), (3, 2, 1, 1, 2), num_microbatches=2)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 2, 1, 2, 2)], ids=mesh_id)
+@pytest.mark.parametrize("sizes", [*slow((1, 1, 1, 1, 1)), (2, 2, 1, 2, 2)], ids=mesh_id)
 def test_bfloat16_is_near_float32(sizes):
     """A bfloat16 has 8 bits, 0.4% a rounding; over 4 layers all gradients together stay within 3% of float32."""
     case = decoder_case(DECODER)

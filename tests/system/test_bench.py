@@ -45,6 +45,7 @@ def test_a_config_is_measured(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_layouts_are_compared_and_train_alike(tmp_path):
     text, rows = bench(tmp_path, "dp4", "sp2,dp2", "pp2,dp2,microbatches=4", "--steps", "2")
     assert [row["name"] for row in rows] == [

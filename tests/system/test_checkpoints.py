@@ -19,7 +19,6 @@ from jaxpar.checkpoint.manifest import read_manifest
 from jaxpar.cli import app
 from jaxpar.data import PackedSource
 
-pytestmark = pytest.mark.usefixtures("compile_cache")
 RESUMED = ["zero3", "pp4-tp2", "all", "cp4", "sp4"]  # all but zero3 with ZeRO stage 1
 MATRIX = ["one", "zero3", "all", "pp4-tp2", "interleaved", "cp4"]
 COMMON = ["runner.resume_dir=auto", *SMALL]
@@ -213,6 +212,7 @@ print("MEMORY", peak, held)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("reader", ["dp4", "all"])
 def test_restoring_takes_little_host_memory_beyond_the_state(tmp_path, reader):
     """The devices' memory is host memory here: growth of a fresh process's peak while it restores, against what its

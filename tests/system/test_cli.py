@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from support import slow
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 JAXPAR = Path(sys.executable).parent / "jaxpar"
@@ -26,9 +27,11 @@ def jaxpar(*arguments: str | Path) -> subprocess.CompletedProcess:
             ["train", CONFIGS / "quickstart.yaml", "runner.output_dir={tmp}", "data.train_data_paths=/no/x"],
             "/no/x",
         ),
-        (["train", CONFIGS / "quickstart.yaml", "actor.model.pipeline_schedule=zigzag"], "none of: gpipe, 1f1b"),
         (["train", CONFIGS / "quickstart.yaml", "--profile", "10"], "'10' is not STEP:COUNT"),
-        (["train", CONFIGS / "quickstart.yaml", "--profile", "0:3"], "'0:3' is not STEP:COUNT"),
+        *slow(
+            (["train", CONFIGS / "quickstart.yaml", "actor.model.pipeline_schedule=zigzag"], "none of: gpipe, 1f1b"),
+            (["train", CONFIGS / "quickstart.yaml", "--profile", "0:3"], "'0:3' is not STEP:COUNT"),
+        ),
         (["mesh", CONFIGS / "quickstart.yaml", "actor.model.context_parallel_size=3"], "does not divide 16 devices"),
         (["bench", CONFIGS / "bench_small.yaml", "pp4,dp4"], "dp 4 * pp 4 = 16 devices, but there are 8"),
         (["bench", CONFIGS / "bench_small.yaml", "actor.micro_batch_size=3"], "16 is not a multiple of"),

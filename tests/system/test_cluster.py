@@ -187,6 +187,7 @@ def slurm(need, tmp_path) -> Iterator[Callable[..., str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_slurm_job_goes_on_after_the_end_of_its_time_and_after_a_preemption(slurm, expected, tmp_path):
     log, folder = tmp_path / "job.log", tmp_path / "results"
     job = slurm(
@@ -238,6 +239,7 @@ def stop_and_go_on(script: Path, folder: Path, variables: dict[str, str], argume
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_mpi(need, expected, tmp_path):
     need("mpirun")
     variables = environment(JAXPAR_HOSTS="localhost", JAXPAR_PER_NODE="2", JAXPAR_PORT=str(free_port()))
@@ -275,6 +277,7 @@ def sshd(need, tmp_path) -> Iterator[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_ssh(sshd, expected, tmp_path):
     variables = environment(JAXPAR_HOSTS="localhost 127.0.0.1", JAXPAR_PORT=str(free_port()), JAXPAR_SSH=sshd)
     arguments = [*RUN, "cluster.num_gpus_per_node=4"]  # on each of two nodes

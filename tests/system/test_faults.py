@@ -24,7 +24,6 @@ from jaxpar.run.replicas import ReplicaError, check_replicas
 from jaxpar.run.step_log import NonFiniteError
 from jaxpar.step.loss_scale import DynamicLossScale
 
-pytestmark = pytest.mark.usefixtures("compile_cache")
 KILLS = 50
 RUN = ["runner.resume_dir=auto", *SMALL, *layout("dp4")]
 
@@ -36,6 +35,7 @@ def cached(tmp_path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(1800)
 def test_kills_at_any_moment_lose_and_double_nothing(tmp_path, cached):
     """A save is under way nearly always. Steps, losses and tokens in the end are, bit for bit, those of a run that
@@ -76,6 +76,7 @@ def test_kills_at_any_moment_lose_and_double_nothing(tmp_path, cached):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_sigusr1_loses_no_step(tmp_path, cached):
     process = start(tmp_path, "runner.max_steps=100000", *RUN, **cached)
     read_until(process, r"step 5/")
@@ -88,6 +89,7 @@ def test_sigusr1_loses_no_step(tmp_path, cached):
     assert (tmp_path / f"quickstart/checkpoints/global_step_{done}").is_dir()
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing_earlier(tmp_path):
     disk = tmp_path / "small"
     disk.mkdir()
@@ -116,6 +118,7 @@ def test_a_full_disk_loses_nothing_earlier(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other(tmp_path, cached, victim):
     processes = start_two(tmp_path, "runner.max_steps=100000", "runner.log_interval=20", *RUN, **cached)
@@ -135,6 +138,7 @@ def test_a_killed_process_ends_the_other(tmp_path, cached, victim):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_process_that_waits_for_its_data_ends_both(tmp_path, cached):
     """Its loader's worker is stopped: the process lives, its heartbeat too, and it makes no progress."""
     run = [*RUN, "runner.max_steps=100000", "runner.log_interval=20", "data.num_workers=1", "runner.stall_timeout=40"]

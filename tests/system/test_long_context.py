@@ -16,7 +16,8 @@ LAYERS, MICROBATCHES = 32, 2
 
 
 @needs_plugin
-@pytest.mark.parametrize("backend", ["xla", pytest.param("pallas", marks=[needs_ptxas, pytest.mark.slow])])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["xla", pytest.param("pallas", marks=needs_ptxas)])
 def test_131072_tokens_on_eight(tmp_path, backend):
     hlo = tmp_path / "program.hlo"
     report = compile_(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from runs import JAXPAR, QUICKSTART, SMALL, assert_same_state, environment, fit, layout, losses, metrics, start_two
+from support import slow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import jaxpar
@@ -135,7 +136,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
     assert int(trainer.state["step"]) == 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, *slow(signal.SIGTERM)])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     run = ["runner.max_steps=400", *SMALL, *layout("dp4")]
     command = [JAXPAR, "train", QUICKSTART, f"runner.output_dir={tmp_path}", *run]
@@ -156,6 +157,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     assert losses(tmp_path) == losses(tmp_path, "whole")
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_the_last_checkpoint_and_metrics_without_gaps(tmp_path):
     run = ["runner.save_interval=5", *SMALL, *layout("dp4")]
     command = [JAXPAR, "train", QUICKSTART, f"runner.output_dir={tmp_path}", "runner.max_steps=400", *run]

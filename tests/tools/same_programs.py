@@ -98,7 +98,7 @@ def programs() -> dict[str, Spec]:
             tuple(f"{KEYS[name]}={value}" for name, value in {"tensor": 1, "sp": False, "pp": 1, "cp": 1}.items())
         ),
     }
-    for schedule in ("gpipe", "1f1b", "zb1p"):
+    for schedule in ("gpipe", "1f1b", "eager_1f1b", "zb1p"):
         found[f"schedule {schedule}"] = small(4, pp=4, schedule=schedule)
         found[f"schedule {schedule}, uneven layers"] = small(4, pp=2, tensor=2, layers=5, schedule=schedule)
     for schedule in ("gpipe", "interleaved_1f1b", "zb1p"):
@@ -234,6 +234,8 @@ _NAME = re.compile(r"%[\w.\-<>~]+")
 # A Pallas kernel's code is MLIR bytecode, with source lines in it. It is left out: of such a kernel, only the call is
 # compared.
 _KERNEL_CODE = re.compile(rf"\bir = {_QUOTED}")
+_COMPUTATION = re.compile(r"^(ENTRY )?%\S+ .*\{$")
+_PARAMETER = re.compile(r"(?<=[( ])([\w.\-<>~]+)(?=: )")  # in a computation's first line, where it has no %
 
 
 @dataclass
@@ -256,13 +258,15 @@ def normalized(text: str) -> Text:
         if line.startswith("HloModule"):
             # XLA's fingerprint is one of the text, names and metadata included.
             line = re.sub(r'^HloModule [^,]+|fingerprint_before_lhs="\w*"', "", line)
-        elif not started and not re.match(r"^(ENTRY )?%\S+ .*\{$", line):
+        elif not started and not _COMPUTATION.match(line):
             continue  # tables of files, functions and stack frames
         else:
             started = True
         metadata = " ".join(_METADATA.findall(line))
         origin = _OP_NAME.search(metadata)
         line = _KERNEL_CODE.sub("", _METADATA.sub("", line))
+        if _COMPUTATION.match(line):
+            line = _PARAMETER.sub(r"%\1", line)
         result.lines.append(_NAME.sub(renamed, line))
         result.origins.append(origin[1] if origin else "")
     return result

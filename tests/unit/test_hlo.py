@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from support import QUICK
 
 from jaxpar.config import MeshSizes, config_from_dict
 from jaxpar.measure.hlo import Collective, attention_flops, count
@@ -489,7 +490,7 @@ def train_step(devices: int, global_batch: int, tensor=1, sequence=False, pipeli
         key: jax.ShapeDtypeStruct(program.batch_layout.shape, dtype, sharding=program.batch_layout.sharding)
         for key, dtype in DTYPES.items()
     }
-    text = program.train_step.lower(state, batch).compile().as_text()
+    text = program.train_step.lower(state, batch).compile(compiler_options=QUICK).as_text()
     return program, count(text, device_grid(MeshSizes(**program.mesh.shape)), AXES, taken=taken_fraction)
 
 
