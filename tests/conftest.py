@@ -1,18 +1,19 @@
-"""Sixteen simulated CPU devices and a cache of compiled programs, set up before any test can start jax's backend."""
+"""Sets up sixteen simulated CPU devices and a cache of compiled programs, before any test can start jax's backend."""
 
 import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiled programs are kept for the next run and for the processes that tests start. A program's key is its text with the
-# names of its operations, but without source lines: an edit that changes what is computed, or how it is named, misses.
+# Compiled programs are kept for the next test session and for the processes that tests start. The key of a program is
+# its text, with the names of its operations but without source lines. So an edit that changes what is computed, or how
+# it is named, compiles again.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache/jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_COMPILATION_CACHE_INCLUDE_METADATA_IN_KEY"] = "true"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
-# XLA's own optimization of a CPU's code is most of the time to compile, and what is computed does not depend on it. .ci/run
-# sets XLA_FLAGS to nothing, so that there the runs of tests/system are compiled as a user's are.
+# XLA's optimization of CPU code takes most of the compile time and does not change what is computed. .ci/run sets an
+# empty XLA_FLAGS, so that the training runs of tests/system are compiled there as a user's are.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import shutil
@@ -23,7 +24,7 @@ from jaxpar.run.runtime import simulate_devices
 
 jax.config.update("jax_platforms", "cpu")
 simulate_devices(16)
-jax.devices()  # now, because a Trainer would change their number to its config's
+jax.devices()  # now, because a Trainer would change the number of devices to that of its config
 
 
 def pytest_configure(config):

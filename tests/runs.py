@@ -1,4 +1,4 @@
-"""Runs of the quickstart, small: in this process, and as real processes."""
+"""Small training runs of the quickstart: in this process, and as processes of their own."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ import jaxpar
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 JAXPAR = Path(sys.executable).parent / "jaxpar"
-# A smaller decoder than the quickstart's, for runs that are about what surrounds it.
+# A smaller decoder than the quickstart's, for runs that test everything around the model.
 SMALL = [
     "runner.seq_length=32",
     "actor.model.hidden_size=32",
@@ -25,7 +25,7 @@ SMALL = [
     "actor.lr_sched.lr_decay_iters=20",
     "actor.micro_batch_size=1",
 ]
-# Tensor group, stages, sequence parallel, cp, devices; what else.
+# Tensor group size, stages, sequence parallelism, cp, devices; more settings.
 LAYOUTS: dict[str, tuple] = {
     "one": (1, 1, False, 1, 1),
     "dp4": (1, 1, False, 1, 4),
@@ -79,7 +79,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(folder: Path, *overrides: str, **variables: str) -> subprocess.Popen:
-    """`jaxpar train` in a process of its own; its output, errors among it, is text in `stdout`."""
+    """Starts `jaxpar train` in a process of its own. Its `stdout` is text and includes the errors."""
     return subprocess.Popen(
         [JAXPAR, "train", QUICKSTART, f"runner.output_dir={folder}", *overrides],
         env=environment(**variables),
@@ -90,7 +90,7 @@ def start(folder: Path, *overrides: str, **variables: str) -> subprocess.Popen:
 
 
 def start_two(folder: Path, *overrides: str, **variables: str) -> list[subprocess.Popen]:
-    """The same run in two processes, of ranks 0 and 1."""
+    """Starts one run as two processes, with ranks 0 and 1."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -100,7 +100,7 @@ def start_two(folder: Path, *overrides: str, **variables: str) -> list[subproces
 
 @functools.cache
 def run_jaxpar(command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """A command line that begins with `jaxpar`, as a README has it; it must succeed."""
+    """Runs a command line from a README that begins with `jaxpar`; it must succeed."""
     arguments = shlex.split(command)[1:]
     result = subprocess.run(
         [JAXPAR, *arguments], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=1200

@@ -1,7 +1,7 @@
-"""What several tests share: a batch, weights, the engine on any mesh, one device to compare with, a look inside programs.
+"""What several tests share: a batch, weights, the engine on any mesh, a one-device reference, inspection of programs.
 
-The reference of a parity test shares nothing with the engine but the model's own layers: it loops over them on one
-device, outside of `shard_map`, with plain attention and jax's own cross-entropy.
+The reference of a parity test shares only the model's own layers with the engine: it loops over them on one device,
+outside `shard_map`, with plain attention and jax's own cross-entropy.
 """
 
 import dataclasses
@@ -35,17 +35,18 @@ ROOT = Path(__file__).parents[1]
 SEQ, GLOBAL_BATCH = 32, 12
 VOCAB, PADDED_VOCAB = 250, 256
 TOLERANCE = 1e-5  # relative, float32
-# How the CPU's machine code is made is most of the time to compile and nothing that these tests look at: LLVM does not
-# optimize it, and kernels are made without MLIR (8.6 s of CPU time for a step on eight devices with it, 5.2 s without).
+# Generating CPU machine code takes most of the compile time, and these tests do not look at it. So LLVM does not
+# optimize it, and kernels are generated without MLIR (8.6 s of CPU time for a step on eight devices with it, 5.2 s
+# without).
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
-# Grouped-query attention 8:4 with everything that a Qwen has.
+# Grouped-query attention 8:4, with every feature of the Qwen models.
 DECODER = Architecture("qwen3", VOCAB, PADDED_VOCAB, 64, 96, 4, 8, 4, 8, qk_norm=True, attention_bias=True)
 # 8:2, so that a tensor group of 4 repeats kv heads; tied embeddings and a sliding window.
 FEW_KV_HEADS = Architecture(
     "mistral", VOCAB, PADDED_VOCAB, 64, 96, 4, 8, 2, 8, tie_word_embeddings=True, sliding_window=11
 )
-# Nothing but the products and their norms: its collectives are the ones to count.
+# Only the matrix products and the norms, so that its collectives are easy to count.
 PLAIN = Architecture("llama", VOCAB, PADDED_VOCAB, 64, 96, 4, 8, 4, 8)
 
 
@@ -54,20 +55,20 @@ def mesh_id(sizes: tuple[int, ...]) -> str:
 
 
 def make_mesh(sizes: tuple[int, ...]) -> Mesh:
-    """dp, pp, tp, sp, cp → a mesh over the first devices."""
+    """A mesh of the sizes (dp, pp, tp, sp, cp) over the first devices."""
     mesh_sizes = MeshSizes(*sizes)
     return build_mesh(mesh_sizes, jax.devices()[: mesh_sizes.num_devices])
 
 
 def slow(*cases: Any) -> list[Any]:
-    """Parameters of a test with the mark `slow`. A tuple has a value for each argument, unless it is a mesh's sizes."""
+    """Marks parameters of a test as `slow`. A tuple holds one value per argument, unless it is the sizes of a mesh."""
     several = lambda case: isinstance(case, tuple) and not all(isinstance(value, int) for value in case)  # noqa: E731
     return [pytest.param(*(case if several(case) else (case,)), marks=pytest.mark.slow) for case in cases]
 
 
 def product_of(*values: Iterable[Any], rest: Any) -> list[Any]:
-    """The product of lists of values, as parameters of a test. Every two values of different lists meet in a case without
-    a mark; the other cases have the mark `rest`, `pytest.mark.slow` or `pytest.mark.exhaustive`."""
+    """The product of lists of values, as parameters of a test. The cases without a mark cover every pair of values from
+    different lists. The other cases have the mark `rest`: `pytest.mark.slow` or `pytest.mark.exhaustive`."""
     cases = list(itertools.product(*map(list, values)))
     pairs = {case: set(itertools.combinations(enumerate(map(repr, case)), 2)) for case in cases}
     missing, cover = set().union(*pairs.values()), []
@@ -79,8 +80,8 @@ def product_of(*values: Iterable[Any], rest: Any) -> list[Any]:
 
 @functools.cache
 def make_batch(rows: int = GLOBAL_BATCH, seq: int = SEQ) -> dict[str, np.ndarray]:
-    """Packed documents. Valid tokens grow along both dimensions, so no two dp ranks, cp ranks or microbatches have as many
-    of them, and rows 4 and 5 (one microbatch of two rows) have none."""
+    """Packed documents. Valid tokens get denser along both dimensions, so that no two dp ranks, cp ranks or
+    microbatches have the same number of them. Rows 4 and 5 (one microbatch of two rows) have none."""
     rng = np.random.default_rng(7)
     tokens = rng.integers(0, VOCAB, (rows, seq + 1)).astype(np.int32)
     starts = rng.random((rows, seq)) < 0.08
@@ -101,7 +102,7 @@ def make_batch(rows: int = GLOBAL_BATCH, seq: int = SEQ) -> dict[str, np.ndarray
 
 
 def random_params(model: FunctionalModel, seed: int = 3) -> Any:
-    """Weights for which everything matters: sharp attention, biases that are not 0 and scales that are not 1."""
+    """Weights with which every part of the model matters: sharp attention, biases other than 0, scales other than 1."""
     rng = np.random.default_rng(seed)
 
     def one(path: Any, shape: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -116,22 +117,22 @@ def random_params(model: FunctionalModel, seed: int = 3) -> Any:
 
 
 def readmes() -> list[Path]:
-    """All READMEs of the project, the first one first."""
+    """All READMEs of the project, the one in the root folder first."""
     return [ROOT / "README.md", *sorted(ROOT.glob("*/**/README.md")), ROOT / ".github/CONTRIBUTING.md"]
 
 
 def readme_example(word: str) -> str:
-    """The Python of the READMEs that has `word` in it."""
+    """The Python example in the READMEs that contains `word`."""
     codes = [code for file in readmes() for code in re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL)]
     (code,) = (code for code in codes if word in code)
     return code
 
 
-# --- one device ---------------------------------------------------------------------------------------------------------
+# --- one device -------------------------------------------------------------------------------------------------------
 
 
 def reference_loss(model: FunctionalModel, params: Any, batch: Any, vocab: int = VOCAB, table: Any = None) -> jax.Array:
-    """Mean loss of the valid tokens: the definition. `table` takes the embedding module's place by a plain index."""
+    """Mean loss of the valid tokens, by its definition. `table` replaces the embedding module by a plain lookup."""
     info = TokenInfo(batch["positions"], batch["segment_ids"])
     x = table(params)[batch["tokens"]] if table else model.embed(params, batch["tokens"], info)
     for index in range(model.num_layers):
@@ -149,7 +150,7 @@ def reference(model: FunctionalModel, params: Any, batch: Any, **kwargs: Any) ->
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, its weights, a batch, and what one device makes of them."""
+    """A model, its weights, a batch, and the loss and gradients on one device."""
 
     model: FunctionalModel
     params: Any
@@ -168,7 +169,7 @@ def decoder_case(arch: Architecture) -> Case:
 
 
 def assert_parity(loss: Any, grads: Any, expected_loss: Any, expected_grads: Any, tolerance: float = TOLERANCE) -> None:
-    """Norm of the difference over norm of the reference, for the loss, each parameter, and each layer of a stacked one."""
+    """Norm of difference over norm of reference, for the loss, each parameter, each layer of a stacked parameter."""
     errors = {"loss": relative_error(loss, expected_loss)}
     leaves, expected_leaves = (
         jax.tree_util.tree_leaves_with_path(grads),
@@ -192,11 +193,11 @@ def relative_error(actual: Any, expected: Any) -> float:
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
-# --- the engine on a mesh -----------------------------------------------------------------------------------------------
+# --- the engine on a mesh ---------------------------------------------------------------------------------------------
 
 
 class Step:
-    """jaxpar's loss and gradients of a model on a mesh."""
+    """Loss and gradients of a model on a mesh, computed by jaxpar."""
 
     def __init__(
         self,
@@ -245,7 +246,7 @@ class Step:
         return jax.jit(self.function).lower(*self.shapes).compile(compiler_options=QUICK)
 
     def initial_params(self, model: FunctionalModel, seed: int) -> Any:
-        # Compiled as a user's are: with other options the last bits are others, the same ones on every mesh.
+        # Compiled as for a user: with other options the last bits differ, though they still agree between meshes.
         return jax.jit(model.init, static_argnums=0, out_shardings=self.shardings)(seed)
 
     def evaluate(self, params: Any, batch: Any) -> dict[str, np.ndarray]:
@@ -265,7 +266,7 @@ def check_step(
     attention: AttentionSettings = AttentionSettings(),  # noqa: B008 (frozen)
     **kwargs: Any,
 ) -> None:
-    """The whole of a parity test."""
+    """A whole parity test: the step on a mesh against one device."""
     loss, grads = Step(case.model, sizes, attention=attention, **kwargs)(case.params, case.batch)
     assert_parity(loss, grads, case.loss, case.grads)
 
@@ -273,7 +274,7 @@ def check_step(
 def random_schedule(
     num_stages: int, num_microbatches: int, num_chunks: int, *, split_weight: bool, seed: int
 ) -> Schedule:
-    """Any valid table: in each slot every stage does one of the items that it could do, or none."""
+    """A random valid table: in each slot, every stage does one of the items that it could do, or none."""
     rng, items = np.random.default_rng(seed), num_chunks * num_microbatches
     slots, num_virtual = "FBW" if split_weight else "FB", num_stages * num_chunks
     done: dict[tuple[str, int, int], int] = {}  # (slot, virtual stage, microbatch) → tick
@@ -306,7 +307,7 @@ def random_schedule(
     raise AssertionError
 
 
-# --- a look inside a program --------------------------------------------------------------------------------------------
+# --- inspection of programs -------------------------------------------------------------------------------------------
 
 REDUCTIONS = ("all-reduce", "reduce-scatter")
 _KINDS = {"psum": "all-reduce", "reduce_scatter": "reduce-scatter", "all_gather": "all-gather",
@@ -319,7 +320,7 @@ class Collective:
 
     Attributes:
       loops: trip counts of the scans around it, the outermost first.
-      body: number of the innermost of these scans in the program's order, -1 outside of all.
+      body: number of the innermost of these scans, in program order; -1 outside all scans.
     """
 
     kind: str
@@ -335,10 +336,10 @@ class Collective:
 
 
 def collectives(program: Any, axis_sizes: Any) -> list[Collective]:
-    """Those of a program, in its order, from its jaxpr: there the axes have their names.
+    """The collectives of a program, in program order. They are read from its jaxpr, where the axes have names.
 
-    What jax itself puts in the jaxpr for one device (marks of replication) is no collective, and neither is one over
-    axes of size 1.
+    Collectives over axes of size 1 are left out, and so are the operations that jax itself inserts on one device to
+    mark replication.
     """
     numbers, found = itertools.count(), []
 
@@ -371,6 +372,6 @@ def array_shapes(text: str) -> set[tuple[int, ...]]:
 
 
 def equal_trees(a: Any, b: Any) -> bool:
-    """Bitwise."""
+    """Whether two trees of arrays are bitwise equal."""
     same: Callable = lambda x, y: x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()  # noqa: E731
     return jax.tree.all(jax.tree.map(same, jax.tree.map(np.asarray, a), jax.tree.map(np.asarray, b)))

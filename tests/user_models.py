@@ -1,4 +1,4 @@
-"""Models as a user of jaxpar writes them: plain Flax with dimension names, nothing of jaxpar but `attention`."""
+"""Models as a user of jaxpar writes them: plain Flax with dimension names; only `attention` comes from jaxpar."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ class Block(nnx.Module):
         self.query, self.key, self.value = (
             nnx.LinearGeneral(EMBED, (heads, HEAD_DIM), kernel_init=named(normal, ("embed", dim, "head_dim")),
                               bias_init=named(zeros, (dim, "head_dim")), use_bias=bias, rngs=rngs)
-            # Without rotation a bias of the keys is the same for all scores of a query: it would have no gradient.
+            # Without rotary embedding, a key bias adds the same to all scores of a query and would have no gradient.
             for dim, heads, bias in (("heads", HEADS, True), ("kv_heads", KV_HEADS, False), ("kv_heads", KV_HEADS, True))
         )  # fmt: skip
         self.out = nnx.LinearGeneral((HEADS, HEAD_DIM), EMBED, axis=(-2, -1), use_bias=False, rngs=rngs,
@@ -99,7 +99,7 @@ class LinenBlock(nn.Module):
 
 
 class LinenGPT(GPT):
-    """The blocks are Linen's, through the bridge."""
+    """The same stack with Linen blocks, through the bridge."""
 
     def block(self, rngs):
         tokens = jnp.zeros((1, 8), jnp.int32)
@@ -108,7 +108,7 @@ class LinenGPT(GPT):
 
 
 class NoStack(nnx.Module):
-    """Two unlike layers: no stack of like blocks, so it has no stages."""
+    """Two different layers. Without a stack of equal blocks, it cannot be divided into stages."""
 
     def __init__(self, rngs: nnx.Rngs, attention: Any = ring_attention):
         self.embed, self.head = TokenAndPosition(rngs), NormAndLogits(rngs)

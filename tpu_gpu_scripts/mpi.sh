@@ -7,29 +7,29 @@ set -euo pipefail
 
 # The cluster. cluster.num_nodes is the number of hosts.
 : "${JAXPAR_HOSTS:=node0 node1}" # the first one runs the coordinator; the others must be able to resolve its name
-: "${JAXPAR_PER_NODE:=1}"        # processes per host: a single one takes all GPUs; one process per GPU takes one each
-: "${JAXPAR_PORT:=12355}"        # the coordinator's port: unused there, open between the hosts
-: "${JAXPAR_START_TIMEOUT:=300}" # seconds until which all processes must have started
+: "${JAXPAR_PER_NODE:=1}"        # processes per host: a single one uses all GPUs; with one per GPU, each uses one
+: "${JAXPAR_PORT:=12355}"        # the coordinator's port: unused on its host, and open between the hosts
+: "${JAXPAR_START_TIMEOUT:=300}" # seconds within which all processes must have started
 : "${JAXPAR_ENV:=$PWD/.venv}"    # folder of the virtual environment
 
 config=${1:?"usage: JAXPAR_HOSTS=\"node0 node1\" mpi.sh CONFIG [key=value …]"}
 read -ra hosts <<<"$JAXPAR_HOSTS"
 slots=$(printf ",%s:$JAXPAR_PER_NODE" "${hosts[@]}")
 processes=$((${#hosts[@]} * JAXPAR_PER_NODE))
-# jax's own detection assumes that the coordinator runs on mpirun's machine, and needs mpi4py for Open MPI 5.
+# jax's own detection assumes that the coordinator runs on the machine of mpirun, and needs mpi4py for Open MPI 5.
 export JAX_COORDINATOR_ADDRESS="${hosts[0]}:$JAXPAR_PORT" JAX_NUM_PROCESSES=$processes JAXPAR_PER_NODE
 JAXPAR_LOGS="$PWD/jaxpar-$(date +%Y%m%d-%H%M%S)"
 export JAXPAR_LOGS JAXPAR_START_TIMEOUT
 mkdir "$JAXPAR_LOGS"
-# Each rank writes its own log. Through mpirun's pseudo-terminal it would print the progress bar.
+# Each rank writes its own log. Through mpirun's pseudo-terminal, it would print the progress bar.
 # shellcheck disable=SC2016 # the rank's shell expands it
 rank='export JAX_PROCESS_ID=$OMPI_COMM_WORLD_RANK
   ((JAXPAR_PER_NODE == 1)) || export JAX_LOCAL_DEVICE_IDS=$OMPI_COMM_WORLD_LOCAL_RANK
   exec "$@" >"$JAXPAR_LOGS/$JAX_PROCESS_ID.log" 2>&1'
 
 echo "watch: tail -F $JAXPAR_LOGS/0.log; save and stop: Ctrl-C, or kill $$"
-# setsid keeps a Ctrl-C from mpirun, which would kill its ranks a second later. It gets SIGUSR1, which it passes on.
-# Without --bind-to none each rank would get only one core.
+# setsid hides a Ctrl-C from mpirun, which would kill its ranks a second later. Instead, mpirun gets SIGUSR1 and passes
+# it on. Without --bind-to none, each rank would get only one core.
 setsid mpirun --host "${slots:1}" -np "$processes" --map-by "ppr:$JAXPAR_PER_NODE:node" --bind-to none -wdir "$PWD" \
   -x JAX_COORDINATOR_ADDRESS -x JAX_NUM_PROCESSES -x JAXPAR_PER_NODE -x JAXPAR_LOGS -x JAXPAR_START_TIMEOUT \
   bash -c "$rank" - "$JAXPAR_ENV/bin/jaxpar" train "$config" \

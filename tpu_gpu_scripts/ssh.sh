@@ -5,10 +5,10 @@
 # OpenSSH, both hosts being one machine with simulated CPU devices; not yet run on GPUs or on several machines.
 set -euo pipefail
 
-# The cluster: one process on each host takes all its GPUs. cluster.num_nodes is the number of hosts.
+# The cluster: one process on each host uses all its GPUs. cluster.num_nodes is the number of hosts.
 : "${JAXPAR_HOSTS:=node0 node1}" # the first one runs the coordinator; the others must be able to resolve its name
-: "${JAXPAR_PORT:=12355}"        # the coordinator's port: unused there, open between the hosts
-: "${JAXPAR_START_TIMEOUT:=300}" # seconds until which all processes must have started
+: "${JAXPAR_PORT:=12355}"        # the coordinator's port: unused on its host, and open between the hosts
+: "${JAXPAR_START_TIMEOUT:=300}" # seconds within which all processes must have started
 : "${JAXPAR_ENV:=$PWD/.venv}"    # folder of the virtual environment
 : "${JAXPAR_SSH:=ssh -o BatchMode=yes -o ServerAliveInterval=30}"
 

@@ -1,4 +1,4 @@
-"""Attention of every kind against the definition: output and gradients, work of each rank, memory and bytes sent."""
+"""Every kind of attention against its definition: output, gradients, work of each rank, memory and bytes sent."""
 
 import functools
 import math
@@ -46,7 +46,7 @@ def a2a_p2p(a2a_size):
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Several tiles a chunk, or one, by the size of the chunk."""
+    """Several tiles per chunk or a single one, depending on the chunk size."""
     monkeypatch.setattr(blockwise, "MAX_TILE", 4)
     monkeypatch.setattr(blockwise, "MIN_TILE", 2)
 
@@ -62,7 +62,7 @@ def arrays(heads: int, kv_heads: int, seq: int = SEQ, dtype: str = "float32"):
 
 
 def with_gradients(attend, cp: int | None, settings=P2P, *, packed: bool = False, **kind):
-    """A function on cp ranks: (query, key, value, output gradient, segments) → (output, gradients), in zigzag order."""
+    """A function (query, key, value, output gradient, segments) → (output, gradients) on cp ranks, in zigzag order."""
 
     def run(query, key, value, grad, segments):
         apply = lambda q, k, v: attend(q, k, v, segment_ids=segments if packed else None, **kind)  # noqa: E731
@@ -153,7 +153,7 @@ def test_any_length_without_context_parallelism(seq):
 @pytest.mark.parametrize("cp", [None, 4])
 @pytest.mark.parametrize("kind", ["causal", "packed window"])
 def test_bfloat16(cp, kind):
-    """Products in bfloat16, statistics and sums in float32: within 1% of attention in float32 (a rounding is 0.4%)."""
+    """With products in bfloat16, and statistics and sums in float32, within 1% of float32 (one rounding is 0.4%)."""
     actual = results(attention, cp, GROUPED, dtype="bfloat16", **KINDS[kind])
     for name, value in expected(GROUPED, kind).items():
         assert relative_error(actual[name], value) < 1e-2, name
@@ -166,13 +166,13 @@ def test_large_scores_do_not_overflow():
     for cp in (None, 4):
         actual = run(with_gradients(attention, cp), cp, values, segments)
         assert all(np.isfinite(x).all() for x in actual)
-        assert relative_error(actual[0], wanted) < 1e-3  # scores of 1e5 have no more significant digits
+        assert relative_error(actual[0], wanted) < 1e-3  # scores of 1e5 leave no more significant digits
 
 
 @pytest.mark.parametrize("cp", [None, 2, 4])
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_token_with_no_key_to_attend_to(cp, causal):
-    # A window of 0 allows only later keys: none at all with causal order, and none for the last token without it.
+    # A window of 0 allows only later keys: none at all if causal, and otherwise none for the last token.
     actual = results(attention, cp, GROUPED, causal=causal, window=0)
     wanted = results(reference_attention, None, GROUPED, causal=causal, window=0)
     empty = slice(None) if causal else slice(-1, None)
@@ -197,7 +197,7 @@ def test_documents_of_one_token_attend_to_themselves_alone(cp):
 
 @pytest.mark.parametrize("settings", [P2P, ALL_GATHER], ids=lambda s: s.cp_comm_type)
 def test_blocks_that_no_document_spans_are_not_computed(settings):
-    """They are not computed with a mask either: that would spread the NaN of another document's values, as 0 · NaN."""
+    """Nor are they computed and masked, because 0 · NaN would spread the NaN of another document's values."""
     (query, key, value, grad), _ = arrays(*EQUAL)
     segments = jnp.broadcast_to(jnp.arange(SEQ, dtype=jnp.int32) // (SEQ // 8), (BATCH, SEQ))  # one per chunk
     poisoned = to_zigzag(value, 4).at[:, 0].set(np.nan)
@@ -227,7 +227,7 @@ HEADS = GROUPED[0]
 
 
 def executed_flops(cp, settings=P2P, seq=SEQ, **kind) -> float:
-    """FLOPs of one device, forward and backward. All devices run one program, so none has more work than another."""
+    """FLOPs of one device, forward and backward. All devices run the same program, so all do the same work."""
     values, segments = arrays(*GROUPED, seq=seq)
     text = with_gradients(attention, cp, settings, **kind).lower(*values, segments).compile(QUICK).as_text()
     assert kind or not re.search(r"\bconditional\(", text)
@@ -237,7 +237,7 @@ def executed_flops(cp, settings=P2P, seq=SEQ, **kind) -> float:
 
 
 def full_square(seq=SEQ) -> float:
-    """FLOPs without a mask: two products forward, five backward (scores are not kept, so query · key is recomputed)."""
+    """FLOPs without a mask: two products forward, five backward (query · key is recomputed: scores are not kept)."""
     return 7 * 2 * BATCH * HEADS * HEAD_DIM * seq**2
 
 
@@ -250,7 +250,7 @@ def test_causal_work_is_the_same_on_every_rank_and_half_of_the_square(settings, 
     share = executed_flops(cp, settings) / (full_square() / cp)
     assert share <= 0.55
     chunk = SEQ // (2 * cp)
-    if settings == P2P:  # per rank 2·cp - 1 whole chunks, and two on the diagonal of which (tiles + 1) / 2 tiles remain
+    if settings == P2P:  # per rank 2·cp - 1 whole chunks, and two diagonal ones with (tiles + 1) / 2 tiles each
         assert share == ((2 * cp - 1) + (chunk // 2 + 1) / (chunk // 2)) / (4 * cp) if chunk > 2 else True
 
 
@@ -273,7 +273,7 @@ def test_ring_steps_beyond_the_window_are_left_out(window, hops):
     assert distances == ({1, 2} if hops == {1, 3} else {1} if hops else set())  # from step 1 to step 3 in one hop
 
 
-# --- what the compiled program keeps and sends --------------------------------------------------------------------------
+# --- what the compiled program keeps and sends ------------------------------------------------------------------------
 
 SHARE = 64  # tokens per cp rank
 
@@ -318,10 +318,10 @@ def sent(settings, cp=4):
 
 def test_only_the_kv_heads_travel():
     keys, heads = 4 * BATCH * SEQ // 4 * HEAD_DIM * GROUPED[1], 4 * BATCH * SEQ // 4 * HEAD_DIM * GROUPED[0]
-    # Keys and values go to 3 other ranks, forward and backward; the first hop serves both. Their gradients go one step
-    # further, to get home.
+    # Keys and values go to 3 other ranks, forward and backward; the first hop serves both passes. Their gradients go
+    # one step further, back to their own rank.
     assert sent(P2P) == {"collective-permute": 2 * (1 + 2 + 2 + 4) * keys}
     # Gathered once for both passes, because this program does nothing else.
     assert sent(ALL_GATHER) == {"all-gather": 2 * 4 * keys, "reduce-scatter": 2 * 4 * keys}
-    # Query and output with all their heads; keys and values with one head for each rank.
+    # Query and output are sent with all their heads, keys and values with one head per rank.
     assert sent(A2A) == {"all-to-all": 2 * (2 * heads + 2 * 2 * keys)}

@@ -1,4 +1,4 @@
-"""The flash kernels in Pallas' interpreter, alone and in a ring, against plain JAX. tests/system compiles them for H100s."""
+"""Pallas flash kernels, interpreted, alone and in a ring, against plain JAX. tests/system compiles them for H100."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def test_a_block(case):
     heads = (KV_HEADS, GROUP, HEAD_DIM)
     query, grad = random(rng, BATCH, TOKENS, *heads), random(rng, BATCH, TOKENS, *heads)
     key, value = (random(rng, BATCH, TOKENS, KV_HEADS, HEAD_DIM) for _ in range(2))
-    # The log-sum-exp is over other keys too, so that the weights of the block do not add up to 1.
+    # The log-sum-exp includes other keys as well, so the weights of the block do not add up to 1.
     more = jnp.abs(random(rng, BATCH, TOKENS, KV_HEADS, GROUP))
     segments = jnp.asarray((rng.random((BATCH, TOKENS)) < 0.06).cumsum(-1), jnp.int32) if packed else None
 
@@ -93,7 +93,7 @@ def test_a_ring_of_kernels(window, packed):
 
         return function
 
-    # check_vma: the interpreter's own loops fail the check; the kernels pass it, see tests/system.
+    # check_vma=False because the interpreter's own loops fail the check. The kernels pass it: see tests/system.
     spec, order = jax.P(None, "cp"), zigzag_order(seq, cp)
     ring = jax.shard_map(
         run(attention), mesh=make_mesh((1, 1, 1, 1, cp)), in_specs=(spec,) * 5, out_specs=(spec,) * 4, check_vma=False

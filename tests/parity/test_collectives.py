@@ -1,4 +1,4 @@
-"""What travels, and how often; what grows with the number of microbatches and layers, and what does not."""
+"""Which collectives a step has, how often, and what grows with the number of microbatches and layers."""
 
 import collections
 import dataclasses
@@ -21,12 +21,12 @@ from jaxpar.attention import blockwise
 from jaxpar.backward.recompute import Recompute
 from jaxpar.models import Decoder, FunctionalModel
 
-ROWS = 2  # sequences a microbatch and dp rank
+ROWS = 2  # sequences per microbatch and dp rank
 
 
 @functools.cache
 def build(model, sizes, num_microbatches=6, **options) -> Step:
-    """`model` is an Architecture, or a class of user model."""
+    """The step of a model, given as an Architecture or as the class of a user model."""
     model = FunctionalModel(Decoder(model) if dataclasses.is_dataclass(model) else model())
     rows = ROWS * num_microbatches * sizes[0]
     return Step(model, sizes, num_microbatches=num_microbatches, rows=rows, **options)
@@ -37,12 +37,12 @@ def collectives(*args, **options):
     return collectives_of(step.jaxpr, step.mesh.shape)
 
 
-# --- the tensor group ---------------------------------------------------------------------------------------------------
+# --- the tensor group -------------------------------------------------------------------------------------------------
 
 
 def in_layers(found, axis, layers):
-    """Of each loop over layers, forward first, then backward: how often each kind is used over the tensor group, for
-    tensors of the size of the activations."""
+    """For each loop over layers, forward before backward: how often each kind of collective runs over the tensor group,
+    on arrays of the size of the activations."""
     by_body = collections.defaultdict(collections.Counter)
     smallest = ROWS * SEQ * 64 // 4  # activations that sp and cp split
     for c in found:
@@ -60,8 +60,8 @@ def test_two_all_reduces_a_layer_forward_and_two_backward(arch, sizes):
 @pytest.mark.parametrize("arch", [PLAIN, DECODER], ids=["plain", "biases and norms"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 2, 1), (2, 1, 1, 2, 2), (1, 1, 1, 4, 1)], ids=mesh_id)
 def test_with_sequence_parallelism_their_twins(arch, sizes):
-    """Backward, the gathered sequences that the products' weights need are gathered again instead of kept, as in Megatron-LM
-    (Korthikanti et al., 2022, section 4.2.2)."""
+    """The weight gradients of the products need the gathered sequences. They are not kept but gathered again in the
+    backward pass, as in Megatron-LM (Korthikanti et al., 2022, section 4.2.2)."""
     forward, backward = in_layers(collectives(arch, sizes), "sp", layers=4)
     assert forward == {"all-gather": 2, "reduce-scatter": 2}
     assert backward == {"all-gather": 2 + 2, "reduce-scatter": 2}
@@ -74,7 +74,7 @@ def test_no_other_tensor_collective_in_a_layer():
             assert len(c.loops) < 2 or c.size >= ROWS * SEQ * 64 // 2, c
 
 
-# --- gradients ----------------------------------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 MODELS = {"few kv heads": FEW_KV_HEADS, "decoder": DECODER, "user": user_models.GPT}
@@ -108,7 +108,7 @@ def test_each_gradient_is_reduced_once_a_step_in_float32(model, sizes, zero_stag
 @pytest.mark.parametrize("sizes", [(2, 1, 1, 1, 1), (2, 2, 1, 1, 2)], ids=mesh_id)
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_zero_gathers_a_layer_twice_a_microbatch_and_reduces_it_once(zero_stage, sizes, overlap):
-    """And not once more, however its loops are turned. In ticks that a stage is idle it does so in vain."""
+    """Overlap adds no collective. In a tick where a stage is idle, it still takes part, to no effect."""
     arch = dataclasses.replace(PLAIN, num_hidden_layers=10)
     options = {"overlap_param_gather": overlap, "overlap_grad_reduce": overlap}
     step = build(arch, sizes, zero_stage=zero_stage, num_microbatches=3, compute_dtype=jnp.bfloat16, **options)
@@ -141,8 +141,8 @@ def test_parameters_are_gathered_once_a_step_in_the_compute_dtype():
     num_params = len(jax.tree.leaves(step.shapes[0]))
     gathered = [c for c in collectives_of(step.jaxpr, step.mesh.shape) if c.kind == "all-gather" and not c.loops]
     assert sum(c.dtype == "bfloat16" for c in gathered) == num_params
-    # In float32 they are there to be transposed to the gradients' reduction, and never run. (A CPU's program cannot say
-    # which of the two it has kept: it has no collectives in bfloat16.)
+    # The float32 gathers exist only to be transposed into the reduction of the gradients, and never run. (The program
+    # for CPUs does not show which of the two it kept, because it has no collectives in bfloat16.)
     lines = [line for line in step.compiled.as_text().splitlines() if " all-gather(" in line and "/while/" not in line]
     assert len(lines) == num_params
 
@@ -167,7 +167,7 @@ def test_the_compiled_program_has_no_more_collectives_with_more_microbatches():
     assert counts[0] and counts[0] == counts[1]
 
 
-# --- memory and size of the program -------------------------------------------------------------------------------------
+# --- memory and size of the program -----------------------------------------------------------------------------------
 
 
 def temporaries(schedule, num_microbatches):
@@ -176,11 +176,11 @@ def temporaries(schedule, num_microbatches):
     )
 
 
-@pytest.mark.slow  # by default parity/test_pipeline_work.py compares 8 with 64
+@pytest.mark.slow  # in the default selection, parity/test_pipeline_work.py compares 8 with 64
 def test_memory_of_1f1b_does_not_grow_with_the_number_of_microbatches():
     assert temporaries("1f1b", 16) < 1.02 * temporaries(
         "1f1b", 7
-    )  # from 7 on stage 0 has as many in flight as it ever has
+    )  # from 7 on, stage 0 has its largest number in flight
     assert temporaries("1f1b", 64) < 1.02 * temporaries("1f1b", 16)
 
 
@@ -193,13 +193,13 @@ def test_memory_of_gpipe_does():
 @pytest.mark.parametrize("recompute", [Recompute(), Recompute("full", "uniform", 1)], ids=str)
 def test_a_step_keeps_no_scores_and_no_masks(monkeypatch, recompute):
     monkeypatch.setattr(blockwise, "MAX_TILE", 64)
-    tile, seq = 64, 512  # tokens a rank, more than any other size
+    tile, seq = 64, 512  # tokens per rank, more than any other size
     model = FunctionalModel(Decoder(PLAIN))
     step = Step(model, (1, 1, 1, 1, 2), num_microbatches=2, rows=2, seq=2 * seq, recompute=recompute)
     shapes = array_shapes(step.compiled.as_text())
     assert (1, seq, 64) in shapes
     assert not [shape for shape in shapes if sum(n >= seq for n in shape) > 1]
-    # Tiles of scores or masks that are stacked, over a row of tiles or over layers, would be […, tile, tile] in larger ones.
+    # Stacked tiles of scores or masks, over a row of tiles or over layers, would be larger arrays of [..., tile, tile].
     assert max(math.prod(shape) for shape in shapes if shape[-2:] == (tile, tile)) <= 8 * tile * tile
 
 
@@ -224,7 +224,7 @@ print(jax.jit(step.function).lower(*step.shapes).as_text())
 
 
 def test_all_processes_compile_the_same_program():
-    """Whatever the order that Python gives to its sets of strings, which is another in each process."""
+    """Whatever the iteration order of Python's sets of strings, which differs between processes."""
     folder = Path(__file__).parents[1]
     programs = [
         subprocess.Popen(
@@ -233,7 +233,7 @@ def test_all_processes_compile_the_same_program():
             stdout=subprocess.PIPE,
             text=True,
         )
-        for seed in (1, 5)  # with these the mesh axes had two orders
+        for seed in (1, 5)  # with these, the mesh axes had two different orders
     ]
     first, second = (process.communicate(timeout=300)[0] for process in programs)
     assert "all_gather" in first

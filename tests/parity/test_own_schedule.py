@@ -1,4 +1,4 @@
-"""Tables that are not ours run in the engine: a user's, which the README shows, and ones that no rule made."""
+"""Schedule tables from outside jaxpar run in the engine: a user's, from the README, and random ones."""
 
 import math
 
@@ -11,7 +11,7 @@ from jaxpar.pipeline.schedule import SCHEDULES, ScheduleError, build_schedule
 
 @pytest.fixture
 def depth_limited(monkeypatch):
-    """The README's schedule, taken off the list again."""
+    """The README's schedule, registered for one test."""
     monkeypatch.setitem(SCHEDULES, "depth_limited", None)
     exec(readme_example("SCHEDULES["), {})
     return SCHEDULES["depth_limited"]
@@ -37,7 +37,7 @@ def test_the_readmes_schedule_has_the_gradients_of_one_device(depth_limited):
 @pytest.mark.slow
 @pytest.mark.parametrize("split_weight", [False, True])
 def test_any_table_has_the_gradients_of_one_device(monkeypatch, split_weight):
-    """Messages wait in any order and W any time, with a ring over cp inside."""
+    """Messages wait in any order, W waits any time, and there is a ring over cp inside."""
     schedule = random_schedule(2, 6, 2, split_weight=split_weight, seed=1)
     assert schedule.buffers.sizes["from_below"] > 1 and schedule.buffers.sizes["outputs"] > 1
     monkeypatch.setitem(SCHEDULES, "random", lambda *sizes: schedule)
@@ -46,8 +46,8 @@ def test_any_table_has_the_gradients_of_one_device(monkeypatch, split_weight):
 
 @pytest.mark.parametrize(("schedule", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("zb1p", 2)])
 def test_the_program_executes_the_slots_of_the_table(schedule, chunks):
-    """Counted in the program: each F and each B that it runs sends one message, and the loops run the ticks. With six
-    microbatches, two stages and V chunks that is 6 V + 2 - 1 of each."""
+    """Counted in the program: each executed F and each executed B sends one message, and the loops run over the ticks.
+    With six microbatches, two stages and V chunks, that is 6 V + 2 - 1 of each."""
     step = Step(FunctionalModel(Decoder(PLAIN)), (1, 2, 1, 1, 1), schedule=schedule, num_chunks=chunks)
     table, found = step.setup.schedule, collectives(step.jaxpr, step.mesh.shape)
     sent = [math.prod(c.loops) for c in found if c.kind == "permute" and c.axes == {"pp"}]

@@ -1,4 +1,4 @@
-"""What a pipeline executes and holds, counted from the compiled program: slots, products, bytes, size of the program."""
+"""What a pipeline executes and holds, from the compiled program: slots, products, bytes, size of the program."""
 
 import dataclasses
 import functools
@@ -22,13 +22,13 @@ SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("zb1p", 1), ("
 
 
 def with_schedules(*microbatches, soon):
-    """Each schedule with each number of microbatches, if any; slow but for those in `soon`."""
+    """Each schedule with each number of microbatches, if any are given. Cases that are not in `soon` are slow."""
     names = ("schedule", "chunks", "microbatches") if microbatches else ("schedule", "chunks")
     cases = [(*schedule, *more) for schedule in SCHEDULES for more in ([(m,) for m in microbatches] or [()])]
     return pytest.mark.parametrize(names, [case if case in soon else slow(case)[0] for case in cases])
 
 
-# Each with 64 microbatches and with 16 layers is another program to compile.
+# Each of these compiles another program with 64 microbatches, and another one with 16 layers.
 FEW = [("gpipe", 1), ("1f1b", 1), ("zb1p", 2)]
 
 
@@ -51,27 +51,28 @@ def temporaries(*args, **options):
 
 @with_schedules(3, 8, soon=[("interleaved_1f1b", 2, 3), ("zb1p", 2, 3), *((*schedule, 8) for schedule in SCHEDULES)])
 def test_executed_slots(schedule, chunks, microbatches):
-    """Each executed F slot sends activations once, each B slot gradients once: (MV + P - 1) of both."""
+    """Each executed F slot sends activations once and each B slot sends gradients once: MV + P - 1 of each."""
     sent = [
         c
         for c in counted(schedule, chunks, microbatches).collectives
         if (c.kind, c.axes) == ("collective-permute", ("pp",))
     ]
-    # Fewer microbatches than stages wait for the first to come back from the last stage, for every chunk but the last.
+    # With fewer microbatches than stages, every chunk but the first waits for the first microbatch to come back from
+    # the last stage.
     slots = (chunks - 1) * max(microbatches, STAGES) + microbatches + STAGES - 1
     assert sum(c.count for c in sent) == 2 * slots
 
 
 @with_schedules(8, 16, soon=[("gpipe", 1, 16), ("1f1b", 1, 16), *((*schedule, 8) for schedule in SCHEDULES)])
 def test_executed_products(schedule, chunks, microbatches):
-    """At most (MV + P - 1) / MV times a stage's ideal share, and less where W has slots of its own."""
+    """At most (MV + P - 1) / MV times the ideal share of a stage, and less where W has slots of its own."""
     whole = counted(stages=1).flops / 8
     share = counted(schedule, chunks, microbatches).flops / microbatches / (whole / STAGES)
     items = microbatches * chunks
     bound = (items + STAGES - 1) / items
     assert 0.97 * bound < share < 1.005 * bound or (schedule == "zb1p" and share < bound)
     if schedule == "zb1p":
-        # The gradient of the weights, a third of the products in a layer, runs without a bubble; attention has none.
+        # Weight gradients, a third of the products in a layer, run without a bubble. Attention has no weight gradients.
         assert share < 1 + 0.75 * (bound - 1)
 
 
@@ -85,7 +86,7 @@ def test_memory_does_not_grow_with_the_number_of_microbatches(schedule, chunks):
 
 
 def test_memory_in_flight_is_what_the_table_says():
-    """Of two programs that differ in the number of microbatches in flight alone, the difference in bytes is theirs."""
+    """If two programs differ only in the number of microbatches in flight, these make up the difference in bytes."""
     step = build("gpipe", 1, 16)
     per_microbatch = (temporaries("gpipe", 1, 16) - temporaries("gpipe", 1, 8)) / 8
     table = {name: build(name, 1, 16).setup.schedule for name in ("gpipe", "1f1b")}
@@ -106,9 +107,9 @@ def test_size_of_the_program_does_not_grow(schedule, chunks):
 
 
 def test_what_is_kept_of_a_layer():
-    """Block input and attention's output before the second norm, two rms; q, k, v, attention's output and its log-sum-exp;
-    gate and up: what Megatron-LM keeps with fused norms, rotations and SwiGLU. With sequence parallelism the first two
-    are split too."""
+    """A layer keeps its input, the input of its second norm, and the rms of both norms; q, k, v, the output of
+    attention and its log-sum-exp; gate and up. Megatron-LM keeps the same with fused norms, rotary embedding and
+    SwiGLU. Sequence parallelism splits the first group too."""
     rows, seq, embed, heads, mlp = 2, 32, 64, 8, 96
 
     def kept(sizes, recompute=Recompute()):  # noqa: B008
@@ -126,7 +127,7 @@ def test_what_is_kept_of_a_layer():
 
 
 def test_sequence_parallelism_saves_half_of_the_activations():
-    """Of Llama-3-8B with TP 8 and 8,192 tokens in bfloat16: what all layers keep, and the last one's output."""
+    """Llama-3-8B with TP 8 and 8,192 tokens in bfloat16: what all layers keep, and the output of the last layer."""
     arch = Architecture("llama", 128256, 128256, 4096, 14336, 32, 32, 8, 128)
 
     def saved(sizes):
@@ -138,7 +139,7 @@ def test_sequence_parallelism_saves_half_of_the_activations():
 
 
 def kept_bytes(step) -> int:
-    """Bytes that one layer keeps of one microbatch, as the engine allocates them."""
+    """Bytes that one layer keeps for one microbatch, as the engine allocates them."""
     found = []
 
     def watched(*args, **options):

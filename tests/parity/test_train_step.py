@@ -1,4 +1,4 @@
-"""Loss and every gradient of a train step of the built-in decoder, on every mesh, against one device."""
+"""Loss and every gradient of the built-in decoder's train step, on every mesh, against one device."""
 
 import dataclasses
 import itertools
@@ -72,7 +72,7 @@ def test_repeated_kv_heads_tied_embeddings_sliding_window(sizes):
     [
         ((1, 4, 1, 1, 1), 3, "1f1b"),  # fewer microbatches than stages
         ((1, 2, 1, 1, 1), 1, "1f1b"),
-        ((2, 4, 1, 2, 1), 6, "gpipe"),  # no multiple of the stages
+        ((2, 4, 1, 2, 1), 6, "gpipe"),  # not a multiple of the stages
         ((1, 1, 1, 1, 1), 1, "1f1b"),
         *slow(
             ((1, 4, 1, 1, 1), 3, "gpipe"),
@@ -86,10 +86,10 @@ def test_schedules_and_numbers_of_microbatches(sizes, num_microbatches, schedule
     check_step(decoder_case(DECODER), sizes, num_microbatches=num_microbatches, schedule=schedule)
 
 
-# Six layers divide into no four parts, so that some stages have a layer more than others.
+# Six layers do not divide by four, so some stages have one layer more than others.
 SIX_LAYERS = dataclasses.replace(DECODER, num_hidden_layers=6, padded_vocab_size=264)
 GRID = [
-    # sizes, microbatches, chunks: M a multiple of P, no multiple, fewer; tensor, context and data parallelism on
+    # sizes, microbatches, chunks: M a multiple of P, not a multiple, fewer; with tensor, context and data parallelism
     ((2, 2, 1, 2, 2), 6, 1), ((2, 2, 2, 1, 2), 3, 2), ((1, 2, 1, 2, 2), 3, 3), ((1, 2, 1, 2, 2), 1, 2),
     ((1, 4, 1, 2, 2), 6, 1), ((2, 4, 1, 2, 1), 6, 1), ((1, 4, 2, 1, 2), 3, 1), ((2, 3, 1, 1, 2), 3, 2),
 ]  # fmt: skip
@@ -123,7 +123,7 @@ SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "zb1p"]
 @pytest.mark.parametrize(
     ("schedule", "cell", "recompute"),
     [
-        # A quarter of them has each two of the three together.
+        # A quarter of the cases covers every pair of values of two arguments.
         pytest.param(
             schedule, cell, recompute, marks=pytest.mark.slow if (i + j + k) % 4 == 0 else pytest.mark.exhaustive
         )
@@ -255,7 +255,7 @@ def test_several_tiles_of_scores(monkeypatch):
             (AttentionSettings("all_gather"), (2, 1, 2, 1, 2), FEW_KV_HEADS),
             (AttentionSettings("a2a"), (1, 2, 1, 2, 4), DECODER),
         ),
-        (AttentionSettings("a2a"), (1, 2, 2, 1, 4), FEW_KV_HEADS),  # one kv head a device, for four ranks
+        (AttentionSettings("a2a"), (1, 2, 2, 1, 4), FEW_KV_HEADS),  # one kv head per device, for four ranks
         (AttentionSettings("a2a+p2p", 2), (1, 2, 1, 2, 4), DECODER),
         (AttentionSettings("a2a+p2p", 2), (2, 1, 2, 1, 4), FEW_KV_HEADS),
     ],
@@ -272,7 +272,7 @@ def test_a_cp_rank_without_valid_tokens(sizes):
         batch = {**case.batch, "loss_mask": case.batch["loss_mask"].copy()}
         batch["loss_mask"][:, masked] = 0
         batch["segment_ids"] = batch["segment_ids"].copy()
-        batch["segment_ids"][:, masked] = np.arange(len(masked)) + 1000  # and nobody to attend to
+        batch["segment_ids"][:, masked] = np.arange(len(masked)) + 1000  # and no other token to attend to
         loss, grads = step(case.params, batch)
         if masked is order:
             assert loss == 0 and not any(g.any() for g in jax.tree.leaves(grads))
@@ -283,13 +283,13 @@ def test_a_cp_rank_without_valid_tokens(sizes):
 
 
 def test_a_dimension_that_divides_by_one_axis_only():
-    # At rest mlp 96 is split over dp 3 and cp 2, embed 64 over cp alone; its gradients are reduced over dp all the same.
+    # At rest, mlp 96 is split over dp 3 and cp 2, but embed 64 only over cp. Its gradients are still reduced over dp.
     check_step(decoder_case(DECODER), (3, 2, 1, 1, 2), num_microbatches=2)
 
 
 @pytest.mark.parametrize("sizes", [*slow((1, 1, 1, 1, 1)), (2, 2, 1, 2, 2)], ids=mesh_id)
 def test_bfloat16_is_near_float32(sizes):
-    """A bfloat16 has 8 bits, 0.4% a rounding; over 4 layers all gradients together stay within 3% of float32."""
+    """bfloat16 has 8 bits, 0.4% per rounding. Over 4 layers, all gradients together stay within 3% of float32."""
     case = decoder_case(DECODER)
     loss, grads = Step(case.model, sizes, compute_dtype=jnp.bfloat16)(case.params, case.batch)
     assert all(g.dtype == np.float32 for g in jax.tree.leaves(grads))
@@ -333,6 +333,6 @@ def test_initial_weights_of_a_layer_do_not_depend_on_the_number_of_layers(initia
     _, params = initial_params
     model = FunctionalModel(Decoder(dataclasses.replace(DECODER, num_hidden_layers=2)))
     shallow = jax.device_get(jax.jit(model.init, static_argnums=0)(5))
-    for name in ("query", "key", "value"):  # the output's scale does depend on it, by design
+    for name in ("query", "key", "value"):  # the scale of the output projection does depend on it, by design
         assert np.array_equal(shallow["layers"]["attention"][name], params["layers"]["attention"][name][:2])
     assert np.array_equal(shallow["embed"]["table"], params["embed"]["table"])

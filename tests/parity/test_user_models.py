@@ -1,4 +1,4 @@
-"""A user's own Flax model, its tensor collectives placed by XLA: loss and every gradient against one device; its errors."""
+"""Users' own Flax models, with tensor collectives inserted by XLA: loss and gradients against one device; errors."""
 
 import functools
 
@@ -18,7 +18,7 @@ from jaxpar.parallel.sharding import layout_tree
 
 @functools.cache
 def case(build) -> Case:
-    """`build` takes an attention: the ring's for jaxpar, the plain one for the reference."""
+    """`build` takes an attention function: the ring's for jaxpar, plain attention for the reference."""
     model, plain = FunctionalModel(build()), FunctionalModel(build(reference_attention))
     params, batch = random_params(model), make_batch()
     return Case(model, params, batch, *reference(plain, params, batch, vocab=user_models.VOCAB))
@@ -80,11 +80,11 @@ def test_initial_weights_are_bitwise_the_same_on_every_mesh(build):
         assert equal_trees(step.initial_params(model, 5), expected)
 
 
-# --- errors -------------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def problems(block, sizes=(1, 1, 2, 1, 1)) -> list[str]:
-    """What jaxpar says to a GPT with this function of rngs in the place of its block."""
+    """The errors for a GPT whose block is built by this function of rngs."""
 
     class Model(user_models.GPT):
         def block(self, rngs):

@@ -36,12 +36,12 @@ def test_a_config_is_measured(tmp_path):
     assert 0 < seconds["p10"] <= seconds["median"] <= seconds["p90"]
     assert figures["tokens_per_second"] == pytest.approx(8 * 64 / seconds["median"])
     assert figures["tokens_per_second_per_device"] == pytest.approx(figures["tokens_per_second"] / 4)
-    assert figures["mfu"] is None and figures["measured_peak"] is None  # of a CPU
+    assert figures["mfu"] is None and figures["measured_peak"] is None  # unknown for a CPU
     assert figures["mesh"] == {"dp": 2, "pp": 1, "tp": 2, "sp": 1, "cp": 1}
     memory = figures["memory"]
     assert memory["peak"] >= memory["temporaries"] > 0
     assert 0.3 < figures["model_flops"] / figures["flops"] < 1
-    assert 0 < figures["loss"] < 5.6  # ln 256 is 5.55, and the same tokens were seen seven times
+    assert 0 < figures["loss"] < 5.6  # ln 256 is 5.55, and the model has seen the same tokens seven times
 
 
 @pytest.mark.slow
@@ -60,6 +60,6 @@ def test_layouts_are_compared_and_train_alike(tmp_path):
     assert losses == pytest.approx([losses[1]] * 5, rel=1e-5)
     assert all(row["cpu_seconds"] > 0 and row["wall_seconds"] > 0 and row["temporaries"] > 0 for row in rows)
     one, plain, dp, sp, pp = (row["flops"] for row in rows)
-    assert [one, dp, sp] == pytest.approx([plain] * 3, rel=0.01)  # the same products, each once
-    assert 0.99 < pp / plain < 1.1 * (4 + 2 - 1) / 4  # and at most the bubble
+    assert [one, dp, sp] == pytest.approx([plain] * 3, rel=0.01)  # the same products, each executed once
+    assert 0.99 < pp / plain < 1.1 * (4 + 2 - 1) / 4  # the bubble is the only extra work
     assert "sp2,dp2" in text

@@ -1,4 +1,4 @@
-"""Checkpoints: any layout reads what any other wrote, bit for bit; torn and damaged ones are found."""
+"""Checkpoints: every layout reads those of every other, bit for bit; torn and damaged ones are detected."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from jaxpar.checkpoint.manifest import read_manifest
 from jaxpar.cli import app
 from jaxpar.data import PackedSource
 
-RESUMED = ["zero3", "pp4-tp2", "all", "cp4", "sp4"]  # all but zero3 with ZeRO stage 1
+RESUMED = ["zero3", "pp4-tp2", "all", "cp4", "sp4"]  # all except zero3 use ZeRO stage 1
 MATRIX = ["one", "zero3", "all", "pp4-tp2", "interleaved", "cp4"]
 COMMON = ["runner.resume_dir=auto", *SMALL]
 
@@ -42,7 +42,7 @@ def test_three_and_three_steps_are_bitwise_six(tmp_path):
     halves = fit(tmp_path / "halves", "runner.max_steps=6", *run)
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
     assert_same_state(whole, halves)
-    with pytest.raises(AssertionError):  # had the moments been lost, it would be seen
+    with pytest.raises(AssertionError):  # shows that a loss of the moments would be noticed
         assert_same_state(whole, jaxpar.Trainer(whole.config))
 
 
@@ -66,7 +66,7 @@ def test_two_processes_resume_bitwise_and_go_on_as_one(tmp_path):
 
 @pytest.mark.slow
 def test_each_layout_reads_each_others_checkpoint(tmp_path):
-    """36 pairs: parameters and moments bitwise, and the next step on the same samples has the same loss."""
+    """36 pairs: parameters and moments are bitwise equal, and the next step on the same samples has the same loss."""
     trainers = {name: fit(tmp_path / name, "runner.max_steps=3", *COMMON, *layout(name)) for name in MATRIX}
     saved = {name: jax.tree.map(np.asarray, trainer.state) for name, trainer in trainers.items()}
     for writer in MATRIX:
@@ -93,7 +93,7 @@ def test_another_dp_goes_on_with_the_same_samples(tmp_path):
     fit(tmp_path / "changed", "runner.max_steps=3", *whole)
     fit(tmp_path / "changed", "runner.max_steps=6", *COMMON, *layout("dp4"))
     np.testing.assert_allclose(losses(tmp_path / "changed"), losses(tmp_path / "whole"), rtol=0, atol=1e-5)
-    # Each batch has its own number of valid tokens.
+    # The batches differ in their number of valid tokens.
     tokens = [[row["tokens"] for row in metrics(tmp_path / folder)] for folder in ("whole", "changed")]
     assert tokens[0] == tokens[1]
 
@@ -165,7 +165,7 @@ def test_inspect_and_what_is_torn_or_damaged(tmp_path):
         shown = CliRunner().invoke(app, ["checkpoint", "inspect", str(newest), "--verify"])
         assert str(flipped.name) in str(shown.exception)
 
-    # A file that is shorter, missing, or a folder instead: torn, and the one before is taken.
+    # A checkpoint with a shorter or missing file is torn, so the one before it is used. Unfinished folders are ignored.
     flipped.write_bytes(whole[:-1])
     assert found(tmp_path, *run) == (
         2,
@@ -179,7 +179,7 @@ def test_inspect_and_what_is_torn_or_damaged(tmp_path):
         fit(tmp_path, "runner.max_steps=6", *run, f"runner.resume_dir={newest}")
     shutil.copytree(checkpoint(tmp_path, 2), tmp_path / "quickstart/checkpoints/global_step_9.orbax-checkpoint-tmp")
     assert found(tmp_path, *run)[0] == 2
-    fit(tmp_path, "runner.max_steps=4", *run)  # writes the step anew, beside what was left of it
+    fit(tmp_path, "runner.max_steps=4", *run)  # writes the step again, next to the torn one
     assert steps_in(tmp_path) == [2, 4]
     assert (tmp_path / "quickstart/checkpoints/torn_global_step_4").is_dir()
     assert found(tmp_path, *run) == (4, "")
@@ -215,8 +215,8 @@ print("MEMORY", peak, held)
 @pytest.mark.alone
 @pytest.mark.parametrize("reader", ["dp4", "all"])
 def test_restoring_takes_little_host_memory_beyond_the_state(tmp_path, reader):
-    """The devices' memory is host memory here: growth of a fresh process's peak while it restores, against what its
-    devices then hold. The checkpoint was written on one device, in the largest pieces."""
+    """Device memory is host memory here. The growth of a new process's peak memory during the restore is compared with
+    what its devices hold afterwards. The checkpoint was written on one device, in the largest pieces."""
     script = MEMORY.format(config=QUICKSTART)
     sizes = [
         "actor.model.hidden_size=1024", "actor.model.intermediate_size=4096", "actor.model.num_hidden_layers=4",
@@ -257,7 +257,7 @@ def restore(trainer: jaxpar.Trainer, path: Path) -> dict:
 
 
 def found(folder: Path, *overrides: str) -> tuple[int, str]:
-    """Step that `resume_dir: auto` takes, and what it says about step 4."""
+    """The step from which `resume_dir: auto` resumes, and its message about step 4."""
     path, notes = Checkpoints(config(folder, *overrides)).find()
     prefix = f"{checkpoint(folder, 4)} is torn and was skipped: "
     return int(path.name.rpartition("_")[2]), "".join(n.removeprefix(prefix) for n in notes if n.startswith(prefix))

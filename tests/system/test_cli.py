@@ -1,4 +1,4 @@
-"""The command line as a stranger meets it."""
+"""The command line as a new user sees it."""
 
 import re
 import subprocess
@@ -48,7 +48,7 @@ def jaxpar(*arguments: str | Path) -> subprocess.CompletedProcess:
 def test_a_mistake_is_one_clear_error(tmp_path, arguments, words):
     result = jaxpar(*[str(argument).replace("{tmp}", str(tmp_path)) for argument in arguments])
     assert result.returncode == 2
-    # XLA's CUDA plugin, where it is installed, says on standard error that it found no driver.
+    # If XLA's CUDA plugin is installed, it reports on standard error that it found no driver.
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert words in "\n".join(errors)
     assert "Traceback" not in result.stderr
@@ -59,7 +59,7 @@ def test_mesh_of_a_cluster_that_is_not_there():
     assert result.returncode == 0
     assert "dp 16  pp 2  tp 1  sp 2  cp 2  = 128 devices" in result.stdout
     assert len(re.findall(r"│ +0 1 0 1 0 +(?=│)", result.stdout)) == 1  # each coordinate once
-    # mlp 256 over a tensor group of 2 in a step; 4 layers over pp 2, 128 over dp 16 x cp 2 at rest
+    # In a step, mlp 256 is split over a tensor group of 2. At rest, 4 layers are over pp 2, and 128 over dp 16 x cp 2.
     assert "layers/mlp/down" in result.stdout
     row = next(line for line in result.stdout.splitlines() if "layers/mlp/down" in line)
     assert "4 x 256 x 128" in row

@@ -1,5 +1,5 @@
-"""The scripts in tpu_gpu_scripts/ under real launchers on this machine: Slurm, Open MPI and OpenSSH, with two processes of
-four simulated devices each. Only gcloud has a stand-in. What is missing is installed by apt, if it may.
+"""The scripts in tpu_gpu_scripts/ under real launchers on this machine: Slurm, Open MPI and OpenSSH, with two processes
+of four simulated devices each. Only gcloud has a stand-in. Missing tools are installed with apt-get, as root.
 """
 
 import json
@@ -53,7 +53,7 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 @pytest.fixture(scope="session")
 def need() -> Callable[..., None]:
-    """Skips the test where a tool is missing and cannot be installed."""
+    """Returns a function that skips the test if a tool is missing and could not be installed."""
     why = "install it"
     if packages := [package for tool, package in PACKAGES.items() if not shutil.which(tool, path=PATH)]:
         if os.geteuid() == 0 and shutil.which("apt-get"):
@@ -72,7 +72,7 @@ def need() -> Callable[..., None]:
 
 
 def environment(**more: str | Path) -> dict[str, str]:
-    """This one, without what would tell processes of others."""
+    """This process's environment without the variables of launchers, so that a process knows of no others."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_C", "JAX_NUM", "JAX_PROC", "SLURM", "OMPI"))}
     return {**kept, "PATH": PATH, "JAXPAR_ENV": sys.prefix, "JAXPAR_START_TIMEOUT": "60", **more}
 
@@ -96,26 +96,26 @@ def rows(folder: Path) -> list[dict]:
 
 
 def assert_whole(folder: Path, expected: list[float]) -> None:
-    """Every step is there once, as if nothing had interrupted the run."""
+    """Checks that every step occurs once, as if nothing had interrupted the run."""
     assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
     np.testing.assert_allclose([row["loss"] for row in rows(folder)], expected, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory) -> list[float]:
-    """Losses of the same command without a script: one process, never interrupted."""
+    """The losses of the same command without a script: one process that is never interrupted."""
     folder = tmp_path_factory.mktemp("direct")
     command = [Path(sys.prefix) / "bin/jaxpar", "train", *RUN, f"runner.output_dir={folder}"]
     subprocess.run(command, env=environment(), check=True, timeout=180)
     return [row["loss"] for row in rows(folder)]
 
 
-# --- Slurm --------------------------------------------------------------------------------------------------------------
+# --- Slurm ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def slurm(need, tmp_path) -> Iterator[Callable[..., str]]:
-    """A cluster of this one host, with 8 GPUs that are /dev/null; a function that runs Slurm's commands."""
+    """Starts Slurm on this host, with 8 GPUs that are /dev/null, and gives a function that runs its commands."""
     need("sbatch", "munged")
     if os.geteuid():
         pytest.skip("slurmctld, slurmd and munged are started as root")
@@ -128,7 +128,7 @@ def slurm(need, tmp_path) -> Iterator[Callable[..., str]]:
     key.write_bytes(os.urandom(1024))
     key.chmod(0o600)
     (tmp_path / "gres.conf").write_text(f"Name=gpu File={tmp_path}/gpu[0-7]\n")
-    # cred_expire: a requeued job starts after that time (5 s is the least); the intervals: and then at once.
+    # A requeued job starts after cred_expire (5 s is the minimum). The intervals make it start then without delay.
     conf.write_text(f"""
         ClusterName=test
         SlurmctldHost={host}(127.0.0.1)
@@ -196,7 +196,7 @@ def test_a_slurm_job_goes_on_after_the_end_of_its_time_and_after_a_preemption(sl
     ).strip()
     text = lambda: log.read_text() if log.exists() else slurm("scontrol", "show", "job", job)  # noqa: E731
     until(lambda: len(rows(folder)) >= 5, text)
-    slurm("scancel", "--signal=USR1", job)  # what --signal=USR1@600 has Slurm do
+    slurm("scancel", "--signal=USR1", job)  # what Slurm does with --signal=USR1@600
     until(lambda: "start 2 of job" in text(), text)
     first = rows(folder)[-1]["step"]
     assert f"saved and stopped after step {first} of {STEPS}" in text()
@@ -214,11 +214,11 @@ def test_a_slurm_job_goes_on_after_the_end_of_its_time_and_after_a_preemption(sl
     assert_whole(folder, expected)
 
 
-# --- Open MPI and ssh ---------------------------------------------------------------------------------------------------
+# --- Open MPI and ssh -------------------------------------------------------------------------------------------------
 
 
 def stop_and_go_on(script: Path, folder: Path, variables: dict[str, str], arguments: list, code: int) -> str:
-    """Starts a script, stops it by SIGTERM, starts it again; what it printed at first."""
+    """Starts a script, stops it with SIGTERM and starts it again. Returns the first output and all logs."""
     os.symlink(ROOT / "configs", folder / "configs")
     words = [script, *arguments, f"runner.output_dir={folder / 'results'}"]
     with (folder / "output").open("w") as output:
@@ -251,7 +251,7 @@ def test_mpi(need, expected, tmp_path):
 
 @pytest.fixture
 def sshd(need, tmp_path) -> Iterator[str]:
-    """A server that lets this user in by a key of its own; the ssh command that reaches it."""
+    """Starts an ssh server that accepts this user with a temporary key. Gives the ssh command that connects to it."""
     need("ssh", "sshd")
     server, port = shutil.which("sshd", path=PATH), free_port()
     for name in ("host", "user"):
@@ -285,7 +285,7 @@ def test_ssh(sshd, expected, tmp_path):
     assert_whole(tmp_path / "results", expected)
 
 
-# --- the rest -----------------------------------------------------------------------------------------------------------
+# --- the rest ---------------------------------------------------------------------------------------------------------
 
 
 def test_tpu_pod_with_a_stand_in_for_gcloud(tmp_path):
@@ -331,7 +331,7 @@ def test_a_process_that_waits_in_vain_says_so(process, tmp_path):
         0: f"error: process 0 of 3 waited 3 s at {address}, but 2 did not connect: 1, 2. Check ",
         1: f"error: process 1 of 3 waited 3 s for the coordinator, process 0 at {address}: Connection refused. Check ",
     }
-    # XLA's CUDA plugin, where it is installed, says on standard error that it found no driver.
+    # If XLA's CUDA plugin is installed, it reports on standard error that it found no driver.
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert error.startswith(expected[process])
     assert "JAXPAR_START_TIMEOUT" in error
@@ -353,7 +353,7 @@ MPIRUN = {
     ("variables", "place", "local_devices"),
     [
         (VARIABLES, ("node0:1234", 2, 1), []),  # all
-        (VARIABLES | {"JAX_LOCAL_DEVICE_IDS": "1"}, ("node0:1234", 2, 1), None),  # jax's choice
+        (VARIABLES | {"JAX_LOCAL_DEVICE_IDS": "1"}, ("node0:1234", 2, 1), None),  # jax chooses
         (ONE_STEP, ("node03:61444", 2, 1), []),
         (ONE_STEP | {"SLURM_STEP_NUM_NODES": "1"}, ("node03:61444", 2, 1), None),
         (ONE_STEP | {"JAX_COORDINATOR_PORT": "5"}, ("node03:5", 2, 1), []),

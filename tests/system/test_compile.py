@@ -34,7 +34,7 @@ def compile_(tmp_path: Path, name: str, *overrides: str) -> dict:
     report = tmp_path / "report.json"
     result = subprocess.run(
         [JAXPAR, "compile", CONFIGS / name, *overrides, "--json", report],
-        # As a user's: the time to compile and the program are what is looked at.
+        # Compiled as for a user, because the compile time and the program itself are tested.
         env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
@@ -46,7 +46,7 @@ def compile_(tmp_path: Path, name: str, *overrides: str) -> dict:
 
 
 def traffic(report: dict, kind: str, axes: set[str]) -> tuple[int, int]:
-    """Executions and bytes a step of all collectives of a kind over just these axes."""
+    """Executions and bytes per step of all collectives of one kind over exactly these axes."""
     found = [c for c in report["collectives"] if c["kind"] == kind and set(c["axes"]) == axes]
     return sum(c["count"] for c in found), sum(c["bytes"] for c in found)
 
@@ -77,7 +77,7 @@ def test_a_shipped_config_compiles_and_fits(tmp_path, name):
 @needs_plugin
 @pytest.mark.slow
 def test_gradients_are_reduced_once_a_step_whatever_the_microbatches(tmp_path):
-    """Llama-3-8B on one node, TP 4, dp 2: float32 gradients of a quarter of the parameters, and nothing in a loop."""
+    """Llama-3-8B on one node, TP 4, dp 2: float32 gradients of a quarter of the parameters, none of them in a loop."""
     size = 4 * 8_030_261_248 // 4
     for batch in (8, 64):  # 4 and 32 microbatches
         report = compile_(tmp_path, "llama3_8b_1node_8k.yaml", f"actor.global_batch_size={batch}")
@@ -93,8 +93,8 @@ def test_gradients_are_reduced_once_a_step_whatever_the_microbatches(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_tensor_collectives_are_megatrons_minimum(tmp_path, sequence_parallel):
-    """Two a layer forward and two backward, from the program for H100s, without recompute; and as in Megatron-LM two gathers
-    more backward of the sequences that are not kept (Korthikanti et al., 2022, section 4.2.2)."""
+    """The program for H100s, without recompute, has two per layer forward and two backward. The backward pass has two
+    more gathers for the sequences that are not kept, as in Megatron-LM (Korthikanti et al., 2022, section 4.2.2)."""
     report = compile_(
         tmp_path,
         "llama3_8b_1node_8k.yaml",
@@ -104,7 +104,7 @@ def test_tensor_collectives_are_megatrons_minimum(tmp_path, sequence_parallel):
         "runner.seq_length=2048",
     )
     layers, microbatches = 32, 4
-    outside = 4 * microbatches + 8  # embedding and head, and what happens once a step
+    outside = 4 * microbatches + 8  # embedding and head, and collectives that run once per step
     kinds = ("all-gather", "reduce-scatter") if sequence_parallel else ("all-reduce",)
     for kind in kinds:
         calls, _ = traffic(report, kind, {"sp" if sequence_parallel else "tp"})
@@ -116,7 +116,7 @@ def test_tensor_collectives_are_megatrons_minimum(tmp_path, sequence_parallel):
 @pytest.mark.slow
 @pytest.mark.alone
 def test_compile_time_does_not_grow_with_the_cluster(tmp_path):
-    """Llama-3-70B for 1,024 H100s beside 128, in at most 1.3 of the time; once more if the machine was busy with others."""
+    """Llama-3-70B takes at most 1.3 times as long for 1,024 H100s as for 128. A busy machine gets a second try."""
     name, times = "llama3_70b_16nodes_8k.yaml", []
     for _ in range(2):
         small = compile_(tmp_path, name)
@@ -134,8 +134,8 @@ def test_compile_time_does_not_grow_with_the_cluster(tmp_path):
 @needs_plugin
 @pytest.mark.slow
 def test_llama3_8b_takes_at_most_0_7_of_maxtexts_memory(tmp_path):
-    """On 64 H100s, by the README's command. MaxText 0.2.5's peak GB are the design's, of the same layouts and with a flash
-    kernel."""
+    """On 64 H100s, with the README's command. The peak GB of MaxText 0.2.5 are from the design document, for the same
+    layouts and with a flash kernel."""
     maxtext = {
         "sp8,dp8": 31.6, "sp8,pp4,dp2,microbatches=8": 22.2, "sp8,pp4,dp2,microbatches=32": 12.0,
         "cp8,dp8,zero=3": 41.0, "dp64,zero=3": 8.9,
@@ -152,8 +152,9 @@ def test_llama3_8b_takes_at_most_0_7_of_maxtexts_memory(tmp_path):
 @needs_plugin
 @pytest.mark.slow
 def test_zero_stages_take_what_the_paper_says(tmp_path):
-    """Of N numbers on n devices, here with float32 gradients: 2N + 4N + 12N/n bytes, 2N + 16N/n and 18N/n (Rajbhandari et
-    al., 2020, arXiv:1910.02054, section 5; figure 1 with K = 12). Activations of 512 tokens count little."""
+    """For N parameters on n devices, here with float32 gradients: 2N + 4N + 12N/n bytes, 2N + 16N/n and 18N/n
+    (Rajbhandari et al., 2020, arXiv:1910.02054, section 5; figure 1 with K = 12). The activations of 512 tokens are
+    small beside it."""
     short = ["runner.seq_length=512", "actor.global_batch_size=8"]
     reports = compile_(tmp_path, "llama3_8b_1node_8k.yaml", "dp8,zero=1", "dp8,zero=2", "dp8,zero=3", *short)
     numbers, devices = 8.03e9, 8
@@ -167,7 +168,7 @@ def test_zero_stages_take_what_the_paper_says(tmp_path):
         {kind: traffic(report, kind, {"dp"})[1] / numbers for kind in ("reduce-scatter", "all-gather")}
         for report in reports.values()
     ]
-    # Gradients once, in float32; parameters once, in bfloat16, and with stage 3 again for the backward pass.
+    # Gradients are sent once, in float32; parameters once, in bfloat16, and in stage 3 again for the backward pass.
     assert [s["reduce-scatter"] for s in sent] == pytest.approx([4, 4, 4], rel=0.01)
     assert [s["all-gather"] for s in sent] == pytest.approx([2, 2, 4], rel=0.05)
 
@@ -176,7 +177,7 @@ def test_zero_stages_take_what_the_paper_says(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [1, 2])
 def test_offloaded_activations_wait_in_the_hosts_memory(tmp_path, stages):
-    """Llama-3-8B without recompute: what the backward pass needs of its layers, 97 MB a layer at TP 8, is on no GPU."""
+    """Llama-3-8B without recompute: what the layers keep for the backward pass, 97 MB each at TP 8, is on no GPU."""
     whole = ["actor.model.tensor_model_parallel_size=8", "actor.global_batch_size=8", *NO_RECOMPUTE]
     whole += [f"actor.model.pipeline_model_parallel_size={stages}", "--nodes", str(stages)]
     hlo = tmp_path / "step.hlo"
@@ -190,7 +191,7 @@ def test_offloaded_activations_wait_in_the_hosts_memory(tmp_path, stages):
     assert offloaded["memory"]["peak"] < kept["memory"]["peak"] - 2.9e9
     text = hlo.read_text()
     assert "dynamic-update-slice-start" in text and "dynamic-slice-start" in text
-    # The buffers are not filled by the host: "S(5)" is XLA's name of its memory.
+    # The host does not fill the buffers. "S(5)" is XLA's name for host memory.
     assert all("AllocateBuffer" in line for line in text.splitlines() if "S(5)} custom-call(" in line)
     assert "AllocateBuffer" in text and 'execution_thread="host"' not in text
 
@@ -198,7 +199,7 @@ def test_offloaded_activations_wait_in_the_hosts_memory(tmp_path, stages):
 @needs_plugin
 @pytest.mark.slow
 def test_offloaded_moments_are_on_no_gpu(tmp_path):
-    """Adam's two numbers a parameter, float32, split over eight GPUs; the step brings them when activations are gone."""
+    """Adam's two float32 moments per parameter are split over eight GPUs, and fetched once activations are freed."""
     there, offloaded = (
         compile_(tmp_path, "llama3_8b_1node_8k.yaml", f"actor.optim.optimizer_cpu_offload={on}")["memory"]
         for on in ("false", "true")
@@ -211,7 +212,7 @@ def test_offloaded_moments_are_on_no_gpu(tmp_path):
 @needs_plugin
 @pytest.mark.slow
 def test_zero_3_sends_while_it_computes(tmp_path):
-    """In the order that XLA gave the GPU's instructions: between a transfer's start and its end stand matrix products."""
+    """In XLA's order of the GPU instructions, there are matrix products between the start and the end of a transfer."""
     short = [
         "actor.optim.zero_stage=3",
         "actor.model.tensor_model_parallel_size=1",
@@ -223,7 +224,7 @@ def test_zero_3_sends_while_it_computes(tmp_path):
         instructions = list(computation.instructions.values())
         loops = [name for i in instructions if i.opcode == "while" for name in i.computations("body")]
         if not loops or any(transfers(module.computations[name]) for name in loops):
-            continue  # not a layer, which has loops over blocks of attention and they no transfers
+            continue  # not a layer: a layer has loops over attention blocks, and these have no transfers
         for start, end in transfers(computation):
             between = instructions[start:end]
             products = sum("__cublas$" in i.attributes or "gemm" in i.attributes for i in between)
@@ -234,7 +235,7 @@ def test_zero_3_sends_while_it_computes(tmp_path):
 
 
 def transfers(computation: Computation) -> list[tuple[int, int]]:
-    """Where each starts and where it must have ended."""
+    """(index of the start, index of the end) of each transfer."""
     instructions = list(computation.instructions.values())
     return [
         (
@@ -255,7 +256,7 @@ def test_a_tpu_slice(tmp_path):
     assert report["devices"] == 16
     assert report["memory"]["capacity"] == 16 * 2**30 and report["memory"]["fits"]
     assert 0.5 < report["model_flops"] / report["flops"] < 1
-    # Two a layer forward and two backward of two layers and four microbatches, and those of the bubble. XLA for TPU spreads
-    # some over several fusions, each of which counted would make it 127.
+    # Two per layer forward and two backward, for two layers and four microbatches, plus those in the bubble. XLA for
+    # TPU spreads some of them over several fusions; with each of these counted, there would be 127.
     gathers, _ = traffic(report, "all-gather", {"sp"})
     assert 32 <= gathers < 64

@@ -1,4 +1,4 @@
-"""Dynamic batches in whole runs: the losses of plain rows, resume, metrics, and the document that is too long."""
+"""Dynamic batches in whole runs: the same losses as with plain rows, resume, metrics, and documents too long to fit."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from jaxpar.run.evaluation import Evaluation
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 JAXPAR = Path(sys.executable).parent / "jaxpar"
-STEPS, DOCUMENTS, LONGEST = 5, 8, 64  # optimizer steps, documents in each, places in a row
+STEPS, DOCUMENTS, LONGEST = 5, 8, 64  # optimizer steps, documents per step, tokens per row
 SMALL = [
     "runner.resume_dir=auto",
     f"runner.max_steps={STEPS}",
@@ -77,7 +77,7 @@ class Numbers:
 
 
 def plain_rows(texts: list[bytes]) -> dict[str, np.ndarray]:
-    """A row for each document, padded."""
+    """One padded row for each document."""
     batch = {
         key: np.zeros((len(texts), LONGEST), int)
         for key in ("tokens", "targets", "loss_mask", "segment_ids", "positions")
@@ -93,12 +93,12 @@ def plain_rows(texts: list[bytes]) -> dict[str, np.ndarray]:
 class Plain(NamedTuple):
     losses: list[float]
     tokens: list[int]
-    val_loss: float  # of the same documents, after the last step
+    val_loss: float  # on the same documents, after the last step
 
 
 @pytest.fixture(scope="module")
 def plain(data, tmp_path_factory) -> Plain:
-    """The same documents on one device, without dynamic batches."""
+    """Trains on the same documents on one device, without dynamic batches."""
     one = ["pipeline_model_parallel_size=1", "context_parallel_size=1"]
     sizes = [f"runner.seq_length={LONGEST}", f"actor.micro_batch_size={DOCUMENTS}", "cluster.num_gpus_per_node=1"]
     config = jaxpar.load_config(QUICKSTART, [*SMALL, *sizes, *[f"actor.model.{size}" for size in one]])
@@ -116,7 +116,7 @@ def plain(data, tmp_path_factory) -> Plain:
 
 @pytest.fixture(scope="module")
 def dp2_cp2(tmp_path_factory, data) -> tuple[Path, str]:
-    """A whole run by the command, and what it printed."""
+    """A whole run of the command, and its output."""
     output = tmp_path_factory.mktemp("dp2_cp2")
     result = train(output, data[0], *dynamic(pp=1, cp=2, dp=2))
     assert result.returncode == 0, result.stderr
@@ -167,7 +167,7 @@ def test_balance_and_padding_are_printed_and_logged(dp2_cp2):
     output, printed = dp2_cp2
     rows = metrics(output)
     counts = [row["num_microbatches"] for row in rows]
-    assert len(set(counts)) > 1  # the same state went through several programs
+    assert len(set(counts)) > 1  # so several programs worked on the same state
     for row in rows:
         places = row["num_microbatches"] * 2 * LONGEST
         assert row["padding_fraction"] == pytest.approx(1 - row["tokens"] / places)
@@ -189,7 +189,7 @@ def fit(output: Path, data: Path, *overrides: str) -> jaxpar.Trainer:
 def test_resume_in_the_middle_is_bitwise(tmp_path, dp2_cp2, data):
     fit(tmp_path, data[0], "runner.max_steps=2")
     halves = fit(tmp_path, data[0])
-    whole = fit(dp2_cp2[0], data[0])  # has done all its steps: reads its last checkpoint
+    whole = fit(dp2_cp2[0], data[0])  # all its steps are done, so it only reads the last checkpoint
     for key in ("loss", "grad_norm", "num_microbatches", "dp_balance", "padding_fraction"):
         assert [row[key] for row in metrics(tmp_path)] == [row[key] for row in metrics(dp2_cp2[0])]
     for one, other in zip(jax.tree.leaves(halves.state), jax.tree.leaves(whole.state), strict=True):
@@ -217,7 +217,7 @@ def test_a_document_over_the_budget_is_an_error_that_names_it(tmp_path, data):
     result = train(tmp_path, data[0], *dynamic(pp=1, cp=2, dp=2), "runner.max_tokens_per_mbs=30")
     too_long = [number for number, text in enumerate(data[1], start=1) if len(text) > 60]
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]  # a CUDA plugin says more
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]  # a CUDA plugin prints more
     for line, number in zip(errors, too_long, strict=True):
         length = len(data[1][number - 1])
         assert f"{data[0]}, record {number} has {length + 1} tokens, of which {length} are inputs" in line

@@ -1,4 +1,4 @@
-"""What a run survives, and how it ends where it cannot: real processes, real signals, a really full disk."""
+"""What a run survives, and how it ends otherwise: real processes, real signals, a disk that is really full."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ RUN = ["runner.resume_dir=auto", *SMALL, *layout("dp4")]
 
 @pytest.fixture
 def cached(tmp_path) -> dict[str, str]:
-    """Environment in which a restart need not compile again."""
+    """Environment variables with which a restart does not compile again."""
     return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
@@ -38,14 +38,14 @@ def cached(tmp_path) -> dict[str, str]:
 @pytest.mark.alone
 @pytest.mark.timeout(1800)
 def test_kills_at_any_moment_lose_and_double_nothing(tmp_path, cached):
-    """A save is under way nearly always. Steps, losses and tokens in the end are, bit for bit, those of a run that
-    nobody killed: no sample was lost or read twice, and no state was torn."""
+    """A save is in progress nearly all the time. In the end, steps, losses and tokens are bitwise those of a run
+    without kills: no sample was lost or read twice, and no state was torn."""
     run = [*RUN, "runner.save_interval=1", "runner.keep_checkpoints=2", "actor.lr_sched.lr_decay_iters=1000"]
     rng = random.Random(0)
     saved, during_save, resumed_from = 0, 0, []
     for _ in range(KILLS):
         process = start(tmp_path / "killed", "runner.max_steps=100000", *run, **cached)
-        early = rng.random() < 0.1  # before the first step, in the middle of starting
+        early = rng.random() < 0.1  # before the first step, while the process starts
         lines = [] if early else read_until(process, r"step \d+/")
         time.sleep(rng.uniform(0, 5) if early else rng.uniform(0, 1.5))
         process.kill()
@@ -53,7 +53,7 @@ def test_kills_at_any_moment_lose_and_double_nothing(tmp_path, cached):
         names = [path.name for path in (tmp_path / "killed/quickstart").glob("checkpoints/*")]
         during_save += any("tmp" in name for name in names)
         if resumed := [int(m[1]) for line in lines if (m := re.match(r"resumed from .*global_step_(\d+)$", line))]:
-            # What was complete when the process before was killed is there, and nothing older is taken.
+            # The last checkpoint that was complete at the previous kill is there, and no older one is used.
             assert resumed[0] == saved
             resumed_from.append(resumed[0])
         else:
@@ -140,7 +140,7 @@ def test_a_killed_process_ends_the_other(tmp_path, cached, victim):
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_process_that_waits_for_its_data_ends_both(tmp_path, cached):
-    """Its loader's worker is stopped: the process lives, its heartbeat too, and it makes no progress."""
+    """The worker of one loader is stopped. The process and its heartbeat live on, but it makes no progress."""
     run = [*RUN, "runner.max_steps=100000", "runner.log_interval=20", "data.num_workers=1", "runner.stall_timeout=40"]
     processes = start_two(tmp_path, *run, **cached)
     read_until(processes[0], r"step 20/")
@@ -158,7 +158,7 @@ def test_a_process_that_waits_for_its_data_ends_both(tmp_path, cached):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
-    """The learning rate sends the parameters so far that the gradients are NaN from then on."""
+    """The learning rate moves the parameters so far that all later gradients are NaN."""
     wild = ["actor.optim.lr=1e30", "actor.lr_sched.min_lr=0", "runner.max_skipped_steps=3", "runner.save_interval=1"]
     with pytest.raises(NonFiniteError, match=r"the last 3 steps \(\d+ to \d+\)"):
         fit(tmp_path, "runner.max_steps=20", *RUN, *wild)
@@ -166,7 +166,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
     skipped = [row["step"] for row in rows if row["skipped"]]
     assert len(skipped) == 3 and skipped[-1] == rows[-1]["step"] == skipped[0] + 2
     assert len({row["learning_rate"] for row in rows if row["skipped"]}) == 1  # the schedule waits
-    # The batch that was written gives the same again, with the parameters of the last checkpoint.
+    # With the parameters of the last checkpoint, the batch that was written gives the same result again.
     trainer = jaxpar.Trainer(jaxpar.load_config(QUICKSTART, [f"runner.output_dir={tmp_path}", *RUN, *wild]))
     checkpoints = Checkpoints(trainer.config)
     trainer._state, _ = checkpoints.restore(
@@ -194,9 +194,9 @@ def test_dynamic_loss_scale_falls_until_fp16_holds_and_is_resumed(tmp_path):
     rows = metrics(tmp_path / "whole")
     scales, skipped = [row["loss_scale"] for row in rows], [row["skipped"] for row in rows]
     assert scales[0] == 2**32 and skipped[0]
-    assert not list(tmp_path.glob("whole/quickstart/skipped_batches/*"))  # an overflow is no fault of the batch
+    assert not list(tmp_path.glob("whole/quickstart/skipped_batches/*"))  # an overflow is not the fault of the batch
     first = skipped.index(False)
-    # Two overflows are forgiven once, then each halves it.
+    # The first overflow leaves the scale as it is; each later one halves it.
     assert scales[: first + 1] == [2**32] * 2 + [2.0**n for n in range(31, 31 - first + 1, -1)]
     assert any(after == 2 * before for before, after in itertools.pairwise(scales))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5

@@ -1,4 +1,4 @@
-"""Long sequences, compiled for H100s: what grows with the sequence, what never exists, what hides behind what."""
+"""Long sequences, compiled for H100s: what grows with the sequence, what never exists, which transfers are hidden."""
 
 import importlib.util
 import re
@@ -30,15 +30,16 @@ def test_131072_tokens_on_eight(tmp_path, backend):
     )
     text = hlo.read_text()
     assert report["memory"]["fits"]
-    # No scores: a rank has 65,536 tokens in two chunks, more than the widest other dimension, and none meets itself.
+    # No scores: a rank has 65,536 tokens in two chunks, more than the widest other dimension, and no array has two such
+    # dimensions.
     assert not [shape for shape in array_shapes(text) if sum(n >= 131072 // 4 for n in shape) > 1]
     assert ("attention_forward_causal" in text) == (backend == "pallas")
-    # Keys and values go once round the ring of two for the forward pass and once for its recomputation, which the backward
-    # pass reads too; their gradients there and back.
+    # Keys and values go once around the ring of two for the forward pass, and once for its recomputation, which also
+    # serves the backward pass. Their gradients go there and back.
     key_value, hops = 2 * 65536 * 2 * 128, LAYERS * MICROBATCHES
     sent = traffic(report, "collective-permute", {"cp"})[1] - 2 * hops * 4 * 65536  # segment ids
     assert sent == 2 * hops * key_value * 2 + hops * key_value * (4 + 2)
-    # The first transfer is under way while the local blocks are computed (in loops, or in kernels).
+    # The first transfer runs while the local blocks are computed (in loops or in kernels).
     computation = next(
         c for c in re.split(r"\n(?=%)", text) if re.search(r"collective-permute-start[.\d]* = .*bf16\[2,1,", c)
     )

@@ -1,4 +1,4 @@
-"""What the READMEs show, run: every command of every README, and the Python examples."""
+"""Runs what the READMEs show: every command of every README, and the Python examples."""
 
 import re
 import shlex
@@ -24,13 +24,13 @@ COMMANDS = {
 
 
 def kind(command: str) -> str:
-    """The word that says how a command is tested."""
+    """The first word or two of a command, which decide how it is tested."""
     words = [word for word in shlex.split(command.rpartition("&& ")[2]) if not re.match(r"[A-Z_]+=", word)]
     return " ".join(words[:2]) if words[0] == "jaxpar" else words[0]
 
 
 def cases(*kinds: str) -> list:
-    """The commands of some kinds, each once."""
+    """All commands of these kinds, without repetitions."""
     found = dict.fromkeys(line for _, line in COMMANDS if kind(line) in kinds)
     assert found, kinds
     return [pytest.param(line, id=line.replace("jaxpar ", "")[:60]) for line in found]
@@ -70,14 +70,14 @@ def test_commands_that_end_at_once(command):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", cases("jaxpar compile", "jaxpar bench"))
 def test_commands_that_compile(command):
-    """As they stand, but that a comparison takes one round."""
+    """As written, except that `jaxpar bench` measures a single step."""
     result = run_jaxpar(command + (" --steps 1" if "bench" in command else ""))
     assert "not counted" not in result.stdout
 
 
 @pytest.mark.slow
 def test_commands_that_train(tmp_path):
-    """All of them one after the other in one folder, because some look at what others wrote; of long ones two steps."""
+    """One after the other in one folder, because some read what others wrote. Long ones train for two steps."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     commands = dict.fromkeys(line for _, line in COMMANDS if kind(line) in ("jaxpar train", "jaxpar checkpoint"))
     for command in commands:

@@ -110,7 +110,7 @@ def test_loss_and_grads_takes_a_users_batch(tmp_path):
     assert log_probs.shape == (16, 32) and -log_probs.mean() == pytest.approx(float(loss), rel=1e-6)
     assert jax.tree.structure(grads) == jax.tree.structure(trainer.state["params"])
     masked = explicit | {"loss_mask": np.zeros((16, 32))}
-    assert trainer.loss_and_grads(masked)[0] == 0  # and not NaN
+    assert trainer.loss_and_grads(masked)[0] == 0  # not NaN
     for batch, words in [
         ({"tokens": tokens}, "targets missing"),
         ({"tokens": tokens, "targets": tokens[:8]}, "targets is (8, 32)"),
@@ -121,7 +121,7 @@ def test_loss_and_grads_takes_a_users_batch(tmp_path):
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path):
-    # No ring across the processes: on a loaded machine gloo then ran into its 30 s time-out, now and then.
+    # No ring across the processes, because with one, gloo sometimes hit its 30 s timeout on a loaded machine.
     sizes = ["actor.model.context_parallel_size=1", "cluster.num_gpus_per_node=8"]  # dp 2, pp 2, sp 2
     run = [*SMALL, "runner.max_steps=4", *layout("all"), *sizes]
     fit(tmp_path / "one", *run)
@@ -129,9 +129,9 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
     output = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], output
     assert "step 4/4" in output[0]
-    assert "step" not in output[1]  # one process reports
+    assert "step" not in output[1]  # only one process reports
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-6)
-    # What two processes wrote, one reads.
+    # One process reads what two have written.
     trainer = fit(tmp_path / "two", *run, "runner.max_steps=5")
     assert int(trainer.state["step"]) == 5
 

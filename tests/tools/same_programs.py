@@ -1,15 +1,15 @@
-"""Proves that a refactor changes nothing that is computed: the same programs, compiled in two checkouts, are compared.
+"""Proves that a refactor changes nothing that is computed: compares the same programs, compiled in two checkouts.
 
     git worktree add /tmp/before main
     python tests/tools/same_programs.py /tmp/before .
 
-Each program of the list below is compiled in both checkouts by a process of its own. Their optimized HLO must be the
-same, line by line, once metadata is left out and names are numbered anew (XLA's names carry those of functions). A
-difference is reported with the program, the first instruction that differs, and the source line that made it. Exit
-code 0: all are the same; 1: some differ.
+One process per checkout compiles every program of the list below. The optimized HLO of both must be the same, line by
+line, after metadata is removed and names are renumbered (because names in XLA contain those of Python functions). A
+difference is reported with the program, the first instruction that differs, and the source line that it comes from.
+Exit code 0: all are the same; 1: some differ.
 
-Compiled programs are kept (in --cache, by the checkout's contents), so that the checkout before is compiled once.
-`--only WORD` takes the programs whose name has the word in it.
+Compiled programs are kept (in --cache, keyed by the contents of the checkout), so that the "before" checkout is
+compiled only once. `--only WORD` selects the programs whose name contains the word.
 
 A checkout needs these names: `jaxpar.load_config`, `jaxpar.program.Program(config, devices, model)` with `mesh`,
 `state_shapes`, `state_shardings`, `train_step`, `loss_and_grads`, `evaluate`, `init`, and the command `jaxpar compile`.
@@ -30,7 +30,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 NUM_DEVICES = 16
-# LLVM's own optimization comes after what is compared.
+# LLVM optimizes after the stage that is compared, so its optimization is not needed.
 QUICK = {"xla_backend_optimization_level": 0}
 
 
@@ -40,7 +40,7 @@ class Spec:
 
     Attributes:
       function: the member of `Program` to compile.
-      model: the name of a class in tests/user_models.py; None: the built-in decoder.
+      model: the name of a class in tests/user_models.py; None means the built-in decoder.
     """
 
     settings: tuple[str, ...] = ()
@@ -84,14 +84,14 @@ KEYS = {
 
 
 def small(devices: int, *more: str, function: str = "train_step", model: str | None = None, **settings: Any) -> Spec:
-    """A program of the small decoder; `settings` by the short names of KEYS."""
+    """A program of the small decoder. `settings` use the short names in KEYS."""
     chosen = {"tensor": 1, "sp": False, "pp": 1, "cp": 1} | settings
     lines = (*SMALL, *(f"{KEYS[name]}={value}" for name, value in chosen.items()), *more)
     return Spec(lines, devices, function, model)
 
 
 def programs() -> dict[str, Spec]:
-    """Name → program, for simulated devices."""
+    """The programs for simulated devices, by name."""
     found = {
         "quickstart on 16 devices": Spec(devices=16),
         "quickstart on 1 device": Spec(
@@ -163,11 +163,11 @@ CLUSTERS = {
 }  # fmt: skip
 
 
-# --- compile: in a process of the checkout --------------------------------------------------------------------------
+# --- compile: in one process per checkout ---------------------------------------------------------------------------
 
 
 def write_programs(checkout: Path, folder: Path, only: str) -> None:
-    """Compiles the programs with the jaxpar of `checkout`, into `folder`."""
+    """Compiles the programs with the jaxpar of `checkout` and writes them to `folder`."""
     import jax
 
     import jaxpar
@@ -209,7 +209,7 @@ def compile_program(checkout: Path, spec: Spec) -> str:
     state = shapes(program.state_shapes, program.state_shardings)
     rows = config.actor.global_batch_size
     if config.runner.enable_dynamic_batch_size:
-        rows = 3 * program.mesh.shape["dp"]  # microbatches that no default would give
+        rows = 3 * program.mesh.shape["dp"]  # a number of microbatches that no default gives
     placed = NamedSharding(program.mesh, P("dp", "cp"))
     batch = {
         key: jax.ShapeDtypeStruct((rows, config.row_length), dtype, sharding=placed)
@@ -231,23 +231,23 @@ _QUOTED = r'"(?:[^"\\]|\\.)*"'
 _METADATA = re.compile(rf', metadata=\{{(?:[^{{}}"]|{_QUOTED}|\{{[^{{}}]*\}})*\}}')
 _OP_NAME = re.compile(rf"op_name=({_QUOTED})")
 _NAME = re.compile(r"%[\w.\-<>~]+")
-# A Pallas kernel's code is MLIR bytecode, with source lines in it. It is left out: of such a kernel, only the call is
-# compared.
+# The code of a Pallas kernel is MLIR bytecode that contains source lines. It is left out, so that only the call of such
+# a kernel is compared.
 _KERNEL_CODE = re.compile(rf"\bir = {_QUOTED}")
 _COMPUTATION = re.compile(r"^(ENTRY )?%\S+ .*\{$")
-_PARAMETER = re.compile(r"(?<=[( ])([\w.\-<>~]+)(?=: )")  # in a computation's first line, where it has no %
+_PARAMETER = re.compile(r"(?<=[( ])([\w.\-<>~]+)(?=: )")  # in the first line of a computation, where names have no %
 
 
 @dataclass
 class Text:
-    """A program's lines, and the metadata of each beside it."""
+    """The lines of a program, and the metadata of each line."""
 
     lines: list[str] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
 
 
 def normalized(text: str) -> Text:
-    """A program without what may differ between two checkouts that compute the same."""
+    """A program without the parts that may differ between two checkouts that compute the same."""
     result, numbers = Text(), dict[str, str]()
 
     def renamed(found: re.Match[str]) -> str:
@@ -256,7 +256,7 @@ def normalized(text: str) -> Text:
     started = False
     for line in text.splitlines():
         if line.startswith("HloModule"):
-            # XLA's fingerprint is one of the text, names and metadata included.
+            # XLA's fingerprint depends on names and metadata too.
             line = re.sub(r'^HloModule [^,]+|fingerprint_before_lhs="\w*"', "", line)
         elif not started and not _COMPUTATION.match(line):
             continue  # tables of files, functions and stack frames
@@ -292,7 +292,7 @@ def difference(before: str, after: str) -> str | None:
 
 
 def _around(a: list[str], b: list[str], at: int, lines: list[str], width: int = 160) -> str:
-    """The differing line, cut to where it differs."""
+    """The line that differs, cut to the part around the difference."""
     x, y = (one[at] if at < len(one) else "" for one in (a, b))
     column = next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), 0)
     start = max(0, column - width // 2)
@@ -301,20 +301,20 @@ def _around(a: list[str], b: list[str], at: int, lines: list[str], width: int = 
 
 
 def compare(before: Path, after: Path, names: list[str]) -> Iterator[tuple[str, str | None]]:
-    """(name, difference or None) of each program."""
+    """Yields (name, difference or None) for each program."""
     for name in names:
         yield name, difference(*(_file(folder, name).read_text() for folder in (before, after)))
 
 
 def _file(folder: Path, name: str) -> Path:
-    """Where a program is kept: another specification under the same name is another file."""
+    """The file of a program. Its name depends on the specification too, so a changed program gets a new file."""
     specification = repr(programs().get(name) or CLUSTERS[name])
     word = re.sub(r"[^a-z0-9]+", "_", name.lower())
     return folder / f"{word}-{hashlib.sha256(specification.encode()).hexdigest()[:8]}.hlo"
 
 
 def compiled_folder(checkout: Path, cache: Path, only: str, clusters: bool) -> Path:
-    """The folder with the programs of a checkout; compiles those that are missing."""
+    """Returns the folder with the programs of a checkout, after compiling the missing ones."""
     folder = cache / _identity(checkout)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{checkout}: programs in {folder}", flush=True)
@@ -341,7 +341,7 @@ def compiled_folder(checkout: Path, cache: Path, only: str, clusters: bool) -> P
 
 
 def _identity(checkout: Path) -> str:
-    """The contents of a checkout, and the version that compiles them."""
+    """A hash of the contents of a checkout, and the jax version that compiles them."""
     from importlib import metadata
 
     contents = hashlib.sha256()
@@ -353,9 +353,9 @@ def _identity(checkout: Path) -> str:
 def main(arguments: list[str] | None = None, say: Callable[[str], None] = print) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="a checkout")
-    parser.add_argument("after", type=Path, help="another")
+    parser.add_argument("after", type=Path, help="another checkout")
     parser.add_argument("--only", default="", help="only programs with this word in their name")
-    parser.add_argument("--no-clusters", action="store_true", help="leave out those that XLA's GPU compiler compiles")
+    parser.add_argument("--no-clusters", action="store_true", help="leave out the programs for GPUs")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "same_programs")
     parser.add_argument("--write", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

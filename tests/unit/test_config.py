@@ -1,4 +1,4 @@
-"""Config: keys and types, interpolation, the five sizes, the arithmetic of every rule, the architecture."""
+"""Config: keys and types, interpolation, the five axis sizes, the arithmetic of every rule, the architecture."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ MODEL = dict(
 
 
 def train_config(**sections: dict) -> Config:
-    """A config that trains on one device; `model=`, `optim=`, … add keys to a section."""
+    """A config that trains on one device. `model=`, `optim=` and so on add keys to a section."""
     values = {
         "runner": {"seq_length": 64, "max_steps": 10, **sections.get("runner", {})},
         "actor": {
@@ -121,7 +121,7 @@ def test_a_good_config_has_no_problems():
 def test_dynamic_batches_need_neither_sequence_length_nor_micro_batch():
     config = train_config(
         runner=dict(enable_dynamic_batch_size=True, max_tokens_per_mbs=32, seq_length=None),
-        actor=dict(micro_batch_size=None, global_batch_size=13),  # documents: no multiple of anything
+        actor=dict(micro_batch_size=None, global_batch_size=13),  # documents: any number is allowed
         model=dict(context_parallel_size=2),
     )
     sizes = config.mesh_sizes(8)
@@ -357,7 +357,7 @@ def test_rule(rule):
                 pipeline_model_parallel_size=2,
                 recompute_granularity="full",
                 recompute_method="uniform",
-                recompute_num_layers=3,  # of 2 on a stage
+                recompute_num_layers=3,  # more than the 2 on a stage
             ),
         ),
         (1, dict(pipeline_schedule="interleaved_1f1b")),
@@ -495,7 +495,7 @@ def test_all_problems_of_a_file_at_once():
         "actor.micro_batch_size",
         "runner.seq_length",
         "actor.model.tensor_model_parallel_size",
-    ]  # no arithmetic with the micro batch size that is not one
+    ]  # no arithmetic with the invalid micro batch size
 
 
 def test_null_is_the_default():
@@ -778,7 +778,7 @@ def test_model_path_without_a_model(tmp_path):
     config = config_from_dict({"actor": {"model": {"model_path": str(tmp_path)}}})
     with pytest.raises(ConfigError, match="actor.model.model_path: .* has no config.json"):
         config.architecture()
-    assert config.mesh_sizes(2).dp == 2 and config.notes == []  # the mesh of a file whose model is elsewhere
+    assert config.mesh_sizes(2).dp == 2 and config.notes == []  # the mesh does not need the model
 
 
 def test_own_fields_win_over_config_json(tmp_path):

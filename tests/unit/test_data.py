@@ -34,7 +34,7 @@ def write_tokenizer(folder: Path, special=("<|endoftext|>",), eos=None, words=("
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(list(special))
-    tokenizer.enable_truncation(2)  # what a careless file carries; it must not cut documents
+    tokenizer.enable_truncation(2)  # as in a careless tokenizer file; it must not cut documents
     tokenizer.enable_padding(length=9)
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -44,7 +44,7 @@ def write_tokenizer(folder: Path, special=("<|endoftext|>",), eos=None, words=("
 
 
 def random_source(seq_length: int, lengths) -> PackedSource:
-    """Every token is its own index, so that a wrong one shows."""
+    """A source in which every token is its own index, so that a wrong one is noticed."""
     doc_ends = np.cumsum(lengths)
     return PackedSource(np.arange(doc_ends[-1], dtype=np.uint32), doc_ends, seq_length)
 
@@ -194,7 +194,7 @@ def test_packed_sample_by_hand():
     )
     assert second["tokens"].tolist() == [4, 5, 6, 7]
     assert second["loss_mask"].tolist() == [1, 1, 1, 0]
-    assert second["positions"].tolist() == [0, 1, 2, 3]  # its document began before the sample
+    assert second["positions"].tolist() == [0, 1, 2, 3]  # its document starts before the sample
     assert last["tokens"].tolist() == [8, 9, 0, 0]
     assert last["targets"].tolist() == [9, 0, 0, 0]
     assert last["loss_mask"].tolist() == [1, 0, 0, 0]
@@ -215,7 +215,7 @@ def test_every_pair_within_a_document_is_a_target_exactly_once(case):
     source = random_source(seq_length, lengths)
     document = np.repeat(np.arange(len(lengths)), lengths)
     pairs = []
-    for sample in source:  # a sequence: iteration ends with IndexError
+    for sample in source:  # iterates over a sequence until IndexError
         mask = sample["loss_mask"] == 1
         pairs += zip(sample["tokens"][mask].tolist(), sample["targets"][mask].tolist(), strict=True)
         real = sample["segment_ids"] > 0
@@ -258,7 +258,7 @@ def test_large_vocabulary_is_stored_whole(tmp_path):
 
 
 class CountingTokenizer:
-    """The byte tokenizer; counts its calls."""
+    """The byte tokenizer, which also counts its calls."""
 
     def __init__(self, fingerprint="byte"):
         self._tokenizer = load_tokenizer("byte")
@@ -292,7 +292,7 @@ def test_cache_is_reused_until_something_it_depends_on_changes(tmp_path):
     assert opened(text_key="body") == (1, 3)
     assert opened(fingerprint="other") == (1, 4)
     stat = file.stat()
-    file.write_text('{"text": "abx", "body": "de"}\n')  # as long as before
+    file.write_text('{"text": "abx", "body": "de"}\n')  # the same length as before
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert opened() == (1, 4)
     assert opened() == (0, 4)
@@ -379,7 +379,7 @@ def test_order_depends_on_the_seed_alone():
 
     assert order(0) == order(0)
     assert order(0) != order(1)
-    # The second epoch of seed 0 must not be the first of seed 1.
+    # The second epoch of seed 0 must differ from the first epoch of seed 1.
     assert order(0, 10)[40:] != order(1)
 
 
@@ -390,7 +390,7 @@ def test_without_shuffle_the_order_is_that_of_the_source_and_the_last_remainder_
 
 
 class Recording:
-    """A source that notes which samples were read."""
+    """A source that records which samples were read."""
 
     def __init__(self, source):
         self.source, self.read = source, []
@@ -407,7 +407,7 @@ def test_processes_read_their_rows_only_and_together_have_the_whole_batch():
     order = BatchOrder(8, seed=3, num_epochs=2)
     whole = list(build_loader(source_of(20), order))
     sources = [Recording(source_of(20)) for _ in range(3)]
-    rows = [[0, 1, 2, 3], [4, 5], [7, 6]]  # in the order asked for
+    rows = [[0, 1, 2, 3], [4, 5], [7, 6]]  # in the order of the request
     parts = [list(build_loader(source, order, rows=r)) for source, r in zip(sources, rows, strict=True)]
     for t, batch in enumerate(whole):
         joined = concatenated([part[t] for part in parts])
@@ -426,7 +426,7 @@ def test_resume_is_exact_before_and_after_iteration_begins(num_workers):
         assert_same(batch, expected[t])
         assert all(type(value) is np.ndarray for value in batch.values())
     state = json.loads(json.dumps(first.get_state()))
-    assert_same(next(first), expected[3])  # what was read ahead of the state must not count
+    assert_same(next(first), expected[3])  # samples read ahead must not count in the state
 
     resumed = build_loader(source_of(14), **options)
     resumed.set_state(state)
@@ -503,9 +503,9 @@ def test_workers_end_with_a_program_that_never_closes_its_loader(tmp_path, end):
     assert program.stdout.readline() == "started\n"
     if end == "killed":
         program.kill()
-    errors = program.communicate(timeout=30)[1]  # returns when the last process that holds the pipes has ended
+    errors = program.communicate(timeout=30)[1]  # returns when no process holds the pipes any more
     if end == "exits":
-        # XLA's CUDA plugin, where it is installed, says that it found no driver; anything else would be a leak.
+        # If XLA's CUDA plugin is installed, it reports that it found no driver. Anything else would be a leak.
         notices = ("WARNING: All log messages before absl::InitializeLog()", "cudart_stub.cc")
         lines = [line for line in errors.splitlines() if not any(notice in line for notice in notices)]
         assert (program.returncode, lines) == (0, [])

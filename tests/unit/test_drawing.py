@@ -1,4 +1,4 @@
-"""What `jaxpar schedule` shows: lines, words and the picture."""
+"""The output of `jaxpar schedule`: lines, words and the picture."""
 
 import re
 from xml.etree import ElementTree
@@ -42,7 +42,7 @@ def test_lines_name_each_item_once(name, stages, microbatches, chunks):
 
 
 def boxes(root) -> list[tuple[str, float, float, float]]:
-    """(what its title says, x, y, width) of every slot in a picture."""
+    """(title, x, y, width) of every slot in a picture."""
     found = [
         (e, next(e.iter(f"{SVG}rect")))
         for e in root.iter()
@@ -69,7 +69,7 @@ def test_the_picture_is_the_table(name, stages, microbatches, chunks):
             assert (title in width_of) == schedule.runs[slot][tick]
             if title in width_of:
                 assert width_of[title] == pytest.approx(schedule.slot_costs(*costs)[slot] * scale, abs=0.02)
-    # Boxes of a stage stand side by side, and end where the time does.
+    # The boxes of a stage touch each other, and the last one ends at the total time.
     for stage in range(stages):
         mine = sorted((x, width, y) for title, x, y, width in found if f"stage {stage}:" in title)
         assert len({y for *_, y in mine}) == 1

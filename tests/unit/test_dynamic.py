@@ -1,4 +1,4 @@
-"""Dynamic batches: the planner's promises on many distributions of lengths, and the loader around it. No device."""
+"""Dynamic batches: guarantees of the planner for many length distributions, and the loader. Needs no device."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ from jaxpar.data import (
 from jaxpar.data.dynamic import plan_rows, row_counts
 from jaxpar.data.packing import token_cache
 
-COST = DocumentCost(per_token=6 * 8.0e9, per_pair=6.0 * 32 * 4096)  # Llama-3-8B's
+COST = DocumentCost(per_token=6 * 8.0e9, per_pair=6.0 * 32 * 4096)  # that of Llama-3-8B
 BUDGET = 1000
 
 
@@ -35,13 +35,13 @@ DISTRIBUTIONS = {
     "one a row": lambda rng, number: rng.integers(BUDGET // 2 + 1, BUDGET + 1, number),
     "tiny": lambda rng, number: rng.integers(0, 4, number),  # 0: nothing to predict
     "exactly the budget": lambda rng, number: np.full(number, BUDGET),
-    "thirds": lambda rng, number: np.full(number, BUDGET // 3 + 1),  # two fit where three nearly do
+    "thirds": lambda rng, number: np.full(number, BUDGET // 3 + 1),  # two fit in a row; three just do not
     "one long": lambda rng, number: np.append(rng.integers(1, 20, number - 1), BUDGET),
 }
 
 
 def assert_keeps_its_promises(plan, lengths, num_ranks):
-    assert sorted(itertools.chain(*itertools.chain(*plan.rows))) == list(range(len(lengths)))  # none lost, none doubled
+    assert sorted(itertools.chain(*itertools.chain(*plan.rows))) == list(range(len(lengths)))  # none lost or doubled
     assert [len(rows) for rows in plan.rows] == [plan.num_rows] * num_ranks
     assert plan.num_rows in row_counts(-(-len(lengths) // num_ranks))
     tokens = np.array([[lengths[row].sum() for row in rows] for rows in plan.rows])
@@ -100,7 +100,7 @@ def test_cost_is_quadratic_up_to_a_sliding_window():
     [(256, 2, 8192, 0.05), (256, 8, 8192, 0.1), (1024, 8, 16384, 0.1), (1024, 32, 16384, 0.15)],
 )
 def test_balance_and_padding_on_log_normal_lengths(documents, dp, budget, limit):
-    """Prints the README's figures (-s). Lengths of median 600 and sigma 1, cut off at the budget; 20 steps."""
+    """Prints the README's figures (with -s). Lengths have median 600 and sigma 1, clipped to the budget; 20 steps."""
     rng = np.random.default_rng(0)
     steps = [np.clip(rng.lognormal(np.log(600), 1.0, documents).astype(int), 1, budget) for _ in range(20)]
     plans = [plan_rows(lengths, budget, dp, COST) for lengths in steps]
@@ -115,7 +115,7 @@ def test_balance_and_padding_on_log_normal_lengths(documents, dp, budget, limit)
     )
     for lengths, found in zip(steps, balance, strict=True):
         costs = COST(lengths)
-        assert found <= 1.02 * max(1, costs.max() / (costs.sum() / dp))  # one document is on one rank
+        assert found <= 1.02 * max(1, costs.max() / (costs.sum() / dp))  # a document is not split over ranks
     assert np.mean(padding) < limit
 
 
@@ -133,7 +133,7 @@ def test_exchanges_even_out_what_four_documents_a_rank_leave_uneven():
 
 
 def write_documents(folder, lengths, seed=0):
-    """Text of the lengths asked for, in places: bytes, of which the end of document is predicted too."""
+    """Writes texts of the given lengths in tokens: one per byte, because the end of the document is predicted too."""
     rng = np.random.default_rng(seed)
     texts = ["".join(map(chr, rng.integers(97, 123, length))) for length in lengths]
     path = folder / "documents.jsonl"
@@ -148,7 +148,7 @@ def open_documents(folder, lengths, budget):
 
 
 def texts_in(batch) -> list[str]:
-    """Every document of a batch's rows, decoded; checks all that is said about its tokens."""
+    """Decodes every document in a batch's rows, and checks targets, masks, segments and positions of its tokens."""
     texts = []
     for row in range(len(batch["tokens"])):
         tokens, targets, mask, segments, positions = (

@@ -345,7 +345,7 @@ GROUPS = "channel_id=1, replica_groups=[4,2]<=[2,4]T(1,0), use_global_device_ids
             "ROOT %d = f32[4]{0} async-done(%u)",
             Collective("all-to-all", ("a", "b"), 1, 16, "f32", False),
         ),
-        (  # XLA for TPU (libtpu 0.0.42); where each line except the calls is in its own fusion
+        (  # XLA for TPU (libtpu 0.0.42), which puts each line except the calls into a fusion of its own
             f'%a = f32[8]{{0}} all-gather(%x), {GROUPS}, dimensions={{0}}, frontend_attributes={{chain_id="2"}}\n'
             '%s = (f32[4]{0}, f32[8]{0}, u32[]) custom-call(%a), custom_call_target="AsyncCollectiveStart"\n'
             f'%m = f32[8]{{0}} all-gather(%x), {GROUPS}, dimensions={{0}}, frontend_attributes={{chain_id="2"}}\n'
@@ -552,9 +552,9 @@ def test_gradients_travel_once_a_step_whatever_the_microbatches(global_batch):
 def test_tensor_parallel_collectives_are_megatrons():
     microbatches, activations = 8, SEQ * EMBED * 4
     _, result = train_step(4, 16, tensor=2)
-    # Per layer two forward and two backward; one for the embedding; one for the gradient of the head's input; two in the
-    # loss, of a few numbers per token. (Bytes are not compared: on GPUs XLA adds the gradients from query, key and value
-    # before it sends them; on CPUs it sends them separately, in one call.)
+    # Two per layer forward and two backward; one for the embedding; one for the gradient of the head's input; two in
+    # the loss, of a few numbers per token. (Bytes are not compared: on GPUs XLA adds the gradients from query, key and
+    # value before it sends them; on CPUs it sends them separately, in one call.)
     calls = LAYERS * 4 + 2
     assert sum(c.count for c in result.collectives if c.axes == ("tp",) and c.in_loop) == microbatches * (calls + 2)
 

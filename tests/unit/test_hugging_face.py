@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is read lies where it should on every mesh, what is written transformers reads."""
+"""Hugging Face folders: weights are read correctly on every mesh, and transformers can read what is written."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB, LAYERS = 32, 8, 4, 6, 48, 50, 4
 
 
 def architecture(**changes: Any) -> Architecture:
-    """Without changes: llama, 4 layers, a vocabulary of 50 padded to 64."""
+    """By default a llama with 4 layers and a vocabulary of 50, padded to 64."""
     sizes = {
         "model_type": "llama",
         "vocab_size": VOCAB,
@@ -40,7 +40,7 @@ def architecture(**changes: Any) -> Architecture:
 
 
 def stored_tensors(arch: Architecture, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """Random weights under Hugging Face's names, in its shapes."""
+    """Random weights with Hugging Face's names and shapes."""
     random = np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
     if not arch.tie_word_embeddings:
@@ -86,7 +86,7 @@ def load_problems(folder: Path, arch: Architecture) -> list[str]:
 
 
 def assert_same(left: Any, right: Any) -> None:
-    """Bit for bit, and float32."""
+    """Checks that the weights are bitwise equal and float32."""
     assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape, left, right))
     for (path, a), b in zip(jax.tree.leaves_with_path(left), jax.tree.leaves(right), strict=True):
         assert a.dtype == b.dtype == np.float32
@@ -141,7 +141,7 @@ def test_padding_of_the_vocabulary_is_zero(tmp_path: Path) -> None:
 
 MESHES = [
     {"tp": 2, "pp": 2, "dp": 2, "cp": 2},
-    {"sp": 4, "pp": 4},  # the last rank's 4 rows of the vocabulary are padding only
+    {"sp": 4, "pp": 4},  # the last rank's 4 vocabulary rows are all padding
     {"tp": 8},  # more ranks than kv heads
     {"dp": 16},
 ]
@@ -404,7 +404,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, reference: str) -> Non
     config = getattr(transformers, f"{family}Config")(**{**sizes, **changes})
     theirs = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
     torch.manual_seed(0)
-    with torch.no_grad():  # of a size that makes every part matter; biases and scales too
+    with torch.no_grad():  # large enough for every part to matter, biases and scales too
         for name, parameter in theirs.named_parameters():
             parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
     theirs.save_pretrained(tmp_path / "theirs")

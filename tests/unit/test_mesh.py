@@ -63,6 +63,6 @@ def test_a_tensor_group_that_crosses_hosts_names_them():
     warning = cross_host_warning(MeshSizes(dp=1, pp=1, tp=16, sp=1, cp=1), 8)
     assert warning and "tensor group of 16 devices crosses hosts [0, 1]" in warning
     assert "tensor_model_parallel_size" in warning and "8 devices" in warning
-    # 6 of 8: groups 0-5, 6-11, 12-17, 18-23; of these the second and third are torn.
+    # Groups of 6 on hosts of 8: 0-5, 6-11, 12-17, 18-23. The second and the third cross hosts.
     warning = cross_host_warning(MeshSizes(dp=4, pp=1, tp=1, sp=6, cp=1), 8)
     assert warning and "crosses hosts [0, 1] (and 1 more groups do)" in warning

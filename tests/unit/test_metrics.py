@@ -1,4 +1,4 @@
-"""Numbers of a step: useful FLOPs, and the metrics file."""
+"""The metrics of a step: useful FLOPs, and the metrics file."""
 
 import json
 import math

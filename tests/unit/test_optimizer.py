@@ -1,4 +1,4 @@
-"""Learning rate, weight decay, clipping; and that a step of the optimizer is the same on one device and on eight."""
+"""Learning rate, weight decay and clipping; an optimizer step is the same on one device and on eight."""
 
 import functools
 
@@ -59,7 +59,7 @@ def test_warm_up_as_a_fraction_of_the_decay():
     assert found == pytest.approx([0, 5e-4, 1e-3])
 
 
-# --- one step -----------------------------------------------------------------------------------------------------------
+# --- one step ---------------------------------------------------------------------------------------------------------
 
 
 def decoder():
@@ -83,7 +83,7 @@ def test_weight_decay_leaves_out_biases_and_norm_scales():
 
 
 def test_adam_s_first_steps():
-    """Kingma and Ba, 2015, algorithm 1, with the decay of AdamW beside it."""
+    """Kingma and Ba, 2015, algorithm 1, plus the weight decay of AdamW."""
     _, layouts = decoder()
     layout = layouts["head"]["weight"]
     settings = dict(adam_beta1=0.8, adam_beta2=0.95, adam_eps=1e-3, weight_decay=0.1, clip_grad=0)
@@ -102,10 +102,10 @@ def test_adam_s_first_steps():
 
 @functools.cache
 def train(sizes, num_steps=2, **optim):
-    """Metrics of each step, and the parameters after the last, all as numpy."""
+    """Metrics of each step, and the parameters after the last step, all in numpy."""
     case = decoder_case(DECODER)
     step = Step(case.model, sizes)
-    # A large epsilon, else Adam's first step is ±lr whatever the gradient: clipping would not show.
+    # A large epsilon. Otherwise Adam's first step is ±lr for any gradient, and clipping would have no visible effect.
     settings = config(adam_eps=0.1, lr=0.05, sched={"lr_decay_style": "linear"}, **optim)
     optimizer = build_optimizer(settings, step.layouts)
     _, shardings = state_shardings(case.model, optimizer, step.layouts, step.mesh)
@@ -140,7 +140,7 @@ def test_metrics_of_a_step(on_one_device):
 
 
 def test_clipping_scales_by_the_global_norm(on_one_device):
-    """The step's own update, from the reference's gradients."""
+    """The update of the step is computed again from the gradients of the reference."""
     _, params, _ = train((1, 1, 1, 1, 1), num_steps=1, clip_grad=0.5, weight_decay=0.0)
     case = decoder_case(DECODER)
     norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in jax.tree.leaves(case.grads)))

@@ -1,4 +1,4 @@
-"""The loop that is turned does what the plain one does, in any order of its parts."""
+"""The loop with overlapped transfers computes the same as the plain loop, for every choice of its options."""
 
 import itertools
 
@@ -44,7 +44,7 @@ def test_every_way_to_turn_the_loop_gives_the_same(count, prefetch, defer, rever
 
 
 def test_transfers_stand_beside_the_products_in_the_loop():
-    """The body computes with what it was handed, and nothing in it depends on what it fetches or waits to store."""
+    """The loop body computes with carried values only. Nothing in it depends on what it fetches or stores later."""
     loop = jax.make_jaxpr(
         lambda x, table: overlapped_loop(
             (x, jnp.zeros(6)),
@@ -59,6 +59,6 @@ def test_transfers_stand_beside_the_products_in_the_loop():
     assert scan.params["length"] == 4
     body = scan.params["jaxpr"].jaxpr
     made = {name: eqn for eqn in body.eqns if (name := eqn.primitive.name) in ("cos", "mul", "tan", "exp")}
-    assert made["mul"].invars[1] in body.invars  # fetched an iteration ago
-    assert made["exp"].invars[0] in body.invars  # computed an iteration ago
+    assert made["mul"].invars[1] in body.invars  # fetched one iteration earlier
+    assert made["exp"].invars[0] in body.invars  # computed one iteration earlier
     assert made["cos"].outvars[0] in body.outvars

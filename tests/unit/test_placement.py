@@ -1,4 +1,4 @@
-"""Which layers each stage holds: for any number of layers, stages and chunks."""
+"""Which layers each stage holds, for any number of layers, stages and chunks."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_stages_differ_by_one_layer_a_chunk_at_most(layers, stages, chunks):
     assert (placement.counts == (placement.table != NONE).sum(-1)).all()
     assert placement.counts.sum() == layers and np.ptp(placement.counts) <= 1
     assert placement.counts.max() == placement.layers_per_chunk
-    # What pads comes last, so that a chunk's layers are its first slots.
+    # Padding comes last, so the layers of a chunk are its first entries.
     assert (np.diff((placement.table != NONE).astype(int), axis=-1) <= 0).all()
 
 

@@ -1,4 +1,4 @@
-"""tests/tools/same_programs.py, by which a refactor is shown to change no program: what it overlooks and what it finds."""
+"""tests/tools/same_programs.py, which shows that a refactor changes no program: what it ignores and what it finds."""
 
 import re
 from typing import Any, Literal, get_args, get_origin
@@ -16,7 +16,7 @@ from jaxpar.pipeline.schedule import SCHEDULES
 
 @pytest.fixture(autouse=True)
 def _source_lines():
-    """Programs name their source lines, as those do that the tool compiles."""
+    """Puts source lines into the metadata of programs, as in those that the tool compiles."""
     limit = jax.config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 10)
     yield
@@ -35,7 +35,7 @@ def before(x):
 
 
 def after(y):
-    """The same under other names, made by other lines."""
+    """The same computation with other names and source lines."""
 
     def inner(product):
         return jnp.sin(product)
@@ -58,7 +58,7 @@ def test_names_and_metadata_are_overlooked():
     assert difference(one, other) is None
     text = "\n".join(normalized(one).lines)
     assert "metadata" not in text and "attention" not in text and "before" not in text
-    assert "f32[4,4]" in text and "dot" in text and "2.5" in text  # what is computed is left
+    assert "f32[4,4]" in text and "dot" in text and "2.5" in text  # what is computed remains
 
 
 def test_a_changed_constant_is_found_with_its_line_and_origin():
@@ -84,7 +84,7 @@ def test_an_instruction_more_is_found():
 
 
 def test_names_are_numbered_in_the_order_of_the_program():
-    """Two operands that change places are a difference, although the names alone differ."""
+    """Two swapped operands are a difference, although only names differ."""
     start = "ENTRY %f (p: f32[], q: f32[]) -> f32[] {\n%p = f32[] parameter(0)\n%q = f32[] parameter(1)\n"
     one, other = (start + f"ROOT %r = f32[] subtract({operands})\n}}" for operands in ("%p, %q", "%q, %p"))
     assert difference(one, re.sub(r"\bq\b", "right", re.sub(r"\bp\b", "left", one))) is None
@@ -92,13 +92,13 @@ def test_names_are_numbered_in_the_order_of_the_program():
 
 
 def values(setting: str) -> set[str]:
-    """Those that the list of programs gives to a setting."""
+    """The values of a setting in the list of programs."""
     lines = [line for spec in same_programs.programs().values() for line in spec.settings]
     return {line.partition("=")[2] for line in lines if line.startswith(f"{setting}=")}
 
 
 def choices(setting: str) -> set[str]:
-    """The words or numbers that the configuration allows for a setting."""
+    """The values that the config allows for a setting."""
     kind: Any = jaxpar.Config
     for key in setting.split("."):
         kind = kind.model_fields[key].annotation

@@ -1,4 +1,4 @@
-"""Schedule tables: their properties for many sizes, run with labels in place of arrays."""
+"""Schedule tables: their properties for many sizes. They are executed with labels in place of arrays."""
 
 import functools
 
@@ -9,7 +9,7 @@ from support import random_schedule
 from jaxpar.pipeline.schedule import IDLE, Schedule, build_schedule, forward_only
 
 SIZES = [(p, m, v) for p in (1, 2, 3, 4, 7) for m in (1, 2, 3, 5, 8, 12, 13) for v in (1, 2, 3, 4) if v == 1 or p > 1]
-NAMES = ["gpipe", "1f1b", "zb1p"]  # the others are 1f1b, which a test says
+NAMES = ["gpipe", "1f1b", "zb1p"]  # the other names mean 1f1b: see test_names
 
 
 @functools.cache
@@ -24,15 +24,15 @@ for_each_name = pytest.mark.parametrize("name", NAMES)
 
 
 def num_turns(stages: int, microbatches: int, chunks: int) -> int:
-    """Slots from a stage's first item to its last: fewer microbatches than stages leave gaps between chunks."""
+    """Slots from a stage's first item to its last. Fewer microbatches than stages leave gaps between chunks."""
     return microbatches * chunks if microbatches >= stages else microbatches + (chunks - 1) * stages
 
 
-# --- Running the table
+# --- Executing the table
 
 
 class Places:
-    """The engine's buffers on all stages, with labels in place of arrays. Remembers who wrote and read what."""
+    """The engine's buffers on all stages, with labels in place of arrays. Logs every write and read."""
 
     def __init__(self, schedule: Schedule):
         self.buffers, self.labels, self.log = schedule.buffers, {}, []
@@ -50,8 +50,8 @@ class Places:
         self.log.append((kind, stage, label, "read"))
 
     def most_waiting(self, *, scribbles: bool) -> dict[tuple[str, int], int]:
-        """For each kind and stage the most labels that wait to be read at one time, the one just written included. With
-        `scribbles` a label that nobody reads counts too, at the moment in which it is written."""
+        """For each kind and stage, the largest number of labels that wait to be read at one time, including the one
+        just written. With `scribbles`, a label that is never read counts too, at the moment when it is written."""
         last_read = {entry[:3]: i for i, entry in enumerate(self.log) if entry[3] == "read"}
         waiting, most = {}, {}
         for i, (kind, stage, label, what) in enumerate(self.log):
@@ -66,16 +66,16 @@ class Places:
 
 
 def play(schedule: Schedule) -> Places:
-    """The engine's rules, tick by tick: which label it computes, sends, puts where and takes from where.
+    """Follows the engine's rules, tick by tick: which label is computed, sent, written and read, and where.
 
-    ("x", m, v) is the input of microbatch m to virtual stage v, ("dx", m, v) the gradient by it.
+    ("x", m, v) is the input of virtual stage v for microbatch m, and ("dx", m, v) is its gradient.
     """
     stages, chunks = schedule.num_stages, schedule.num_chunks
     last, virtual = stages - 1, stages * chunks
     places, done = Places(schedule), []
 
     def work(slot, tick):
-        """(stage, microbatch, virtual stage, both None where idle) of each stage."""
+        """Yields (stage, microbatch, virtual stage) for each stage, the last two None where it is idle."""
         for stage, item in enumerate(schedule.slots[slot][tick].tolist()):
             chunk, microbatch = divmod(item, schedule.num_microbatches)
             yield (stage, None, None) if item == IDLE else (stage, microbatch, chunk * stages + stage)
@@ -139,7 +139,7 @@ def play(schedule: Schedule) -> Places:
 
 
 def check_played(schedule: Schedule) -> None:
-    """What is read is right, and no buffer has a place more than it must: at some moment all others wait to be read."""
+    """Every read gets the right label, and each buffer is as small as possible: at some moment all of it is in use."""
     places = play(schedule)
     least = dict.fromkeys(schedule.buffers.sizes, 1)
     for (kind, _), most in places.most_waiting(scribbles=True).items():
@@ -158,7 +158,7 @@ def test_running_the_table(name, stages, microbatches, chunks):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_running_any_table(seed):
-    """Tables that no rule made: messages wait long, and in any order."""
+    """Random tables, in which messages wait long and in any order."""
     rng = np.random.default_rng(seed)
     stages, microbatches, chunks = int(rng.integers(2, 5)), int(rng.integers(1, 9)), int(rng.integers(1, 4))
     check_played(random_schedule(stages, microbatches, chunks, split_weight=bool(seed % 2), seed=seed))
@@ -176,7 +176,7 @@ def test_random_tables_are_harder_than_ours():
 @for_each_size
 @for_each_name
 def test_slot_time(name, stages, microbatches, chunks):
-    """Counted in executed slots. (M+P-1)(F+B+W) with one chunk; the part of P-1 is divided by the number of chunks."""
+    """Counted in executed slots: (M+P-1)(F+B+W) with one chunk. More chunks divide the P-1 part by their number."""
     turns, costs = num_turns(stages, microbatches, chunks), (3.0, 5.0, 7.0)
     weight = turns if name == "zb1p" else turns + stages - 1
     expected = ((turns + stages - 1) * (3 + 5) + weight * 7) / chunks
@@ -189,7 +189,7 @@ def test_slot_time(name, stages, microbatches, chunks):
 
 @for_each_size
 def test_bubbles_of_the_papers(stages, microbatches, chunks):
-    """Where F = B = W: zero bubble is at 2/3 of 1F1B's, and with two chunks at ZB-H1's (P-1)(F+B-W)."""
+    """If F = B = W, zero bubble has 2/3 of the bubble of 1F1B, and from two chunks on at most ZB-H1's (P-1)(F+B-W)."""
     if microbatches < stages:
         return
 

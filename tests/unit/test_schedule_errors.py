@@ -1,4 +1,4 @@
-"""What is said of a table that cannot run, and where it points."""
+"""The errors for tables that cannot be executed, and where in the table they point."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from jaxpar.pipeline.schedule import IDLE, SCHEDULES, Schedule, ScheduleError, b
 
 
 def broken(change, name="1f1b", stages=3, microbatches=4, chunks=1) -> str:
-    """The message for a good table after `change(forward, backward, weight)`."""
+    """The error message for a valid table after `change(forward, backward, weight)`."""
     good = build_schedule(name, stages, microbatches, chunks)
     tables = [t.copy() for t in (good.forward, good.backward, good.weight) if t is not None]
     with pytest.raises(ScheduleError) as caught:

@@ -1,4 +1,4 @@
-"""From dimension names to specs, at rest and while computing."""
+"""Partition specs from dimension names, at rest and during a step."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def layout(shape, dims, mesh=SIXTEEN, explicit=True, zero_stage=1, num_chunks=1)
 
 
 def axes(spec) -> list[tuple[str, ...]]:
-    """Each entry as a tuple of axes, however PartitionSpec writes it."""
+    """Each entry as a tuple of axes, in whichever form PartitionSpec stores it."""
     return [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec]
 
 
@@ -54,11 +54,11 @@ def test_the_batch():
 def test_at_rest_the_first_local_dimension_that_divides_is_split_over_dp_and_cp():
     found = layout((64, 8, 16), ("embed", "heads", "head_dim"))
     assert axes(found.rest_spec) == [("dp", "cp"), ("tp", "sp"), ()] and found.gather == (("dp", "cp"), 0)
-    found = layout((64, 256), ("embed", "mlp"))  # mlp is larger on a device too: 128
+    found = layout((64, 256), ("embed", "mlp"))  # although mlp is larger on each device, at 128
     assert axes(found.rest_spec) == [("dp", "cp"), ("tp", "sp")] and found.gather == (("dp", "cp"), 0)
     found = layout((62, 48), ("embed", "mlp"))  # 62 does not divide by 4
     assert axes(found.rest_spec) == [(), ("tp", "sp", "dp", "cp")] and found.gather == (("dp", "cp"), 1)
-    found = layout((6, 6), ("embed", "mlp"))  # nor does 6, nor 3
+    found = layout((6, 6), ("embed", "mlp"))  # neither do 6 and 3
     assert axes(found.rest_spec) == [("dp",), ("tp", "sp")] and found.gather == (("dp",), 0)
 
 
@@ -92,7 +92,7 @@ def test_layers_that_move_where_no_other_dimension_divides():
 def test_at_rest_where_only_one_axis_divides():
     found = layout((9, 2), (None, None), {**ONE, "dp": 4, "cp": 3})
     assert axes(found.rest_spec) == [("cp",), ()] and found.gather == (("cp",), 0)
-    found = layout((8, 3), (None, None), {**ONE, "dp": 4, "cp": 6})  # the larger axis does not divide: the other
+    found = layout((8, 3), (None, None), {**ONE, "dp": 4, "cp": 6})  # the larger axis does not divide
     assert axes(found.rest_spec) == [("dp",), ()]
     found = layout((7, 5), (None, None), {**ONE, "dp": 4, "cp": 6})
     assert found.gather is None and found.rest_spec == found.compute_spec

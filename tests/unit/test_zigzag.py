@@ -15,7 +15,7 @@ def test_each_rank_has_an_early_and_a_late_chunk():
     order = zigzag_order(16, 4)
     assert order.tolist() == [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9]
     assert zigzag_order(5, 1).tolist() == [0, 1, 2, 3, 4]
-    # Pairs of a query and a key that causal order allows, by rank: every rank has the same number.
+    # Every rank has the same number of (query, key) pairs that causal attention allows.
     pairs = (order + 1).reshape(4, -1).sum(-1)
     assert pairs.max() == pairs.min()
     with pytest.raises(ValueError, match="20 tokens cannot be cut into 2 .*20 / 8 = 2.50"):
