@@ -41,9 +41,6 @@ class Blueprint:
       config: from `jaxpar.load_config`.
       model: a `jaxpar.Model`, or for a model that is not a stack of blocks a function of `nnx.Rngs` that builds it.
         Default: the built-in decoder with the config's architecture.
-
-    Attributes:
-      rows_per_microbatch: rows of a microbatch on all dp ranks together.
     """
 
     def __init__(self, config: Config, num_devices: int, model: UserModel | None = None):
@@ -113,27 +110,24 @@ class Blueprint:
             num_chunks=self.num_chunks,
         )
 
-    def schedule_of(self, num_microbatches: int) -> Schedule:
-        """The pipeline's table for a number of microbatches."""
-        name = self.config.actor.model.pipeline_schedule
+    def schedule_of(self, rows: int) -> Schedule:
+        """The pipeline's table for a batch of which each dp rank has so many rows."""
+        name, num_microbatches = self.config.actor.model.pipeline_schedule, rows // self.config.rows_per_microbatch
         return build_schedule(name, self.sizes.pp, num_microbatches, self.num_chunks)
 
     @cached_property
     def schedule(self) -> Schedule:
         """The pipeline's table; with dynamic batches, the largest that may be needed."""
         try:
-            return self.schedule_of(self.config.num_microbatches(self.sizes))
+            return self.schedule_of(self.config.num_microbatches(self.sizes) * self.config.rows_per_microbatch)
         except ScheduleError as error:
             raise ConfigError([str(error)]) from None
 
     @property
-    def rows_per_microbatch(self) -> int:
-        return self.sizes.dp * self.config.rows_per_microbatch
-
-    @property
     def batch_shape(self) -> tuple[int, int]:
         """Rows and tokens of a global batch; with dynamic batches, the most rows that there may be."""
-        return self.rows_per_microbatch * self.schedule.num_microbatches, self.config.row_length
+        rows_per_microbatch = self.sizes.dp * self.config.rows_per_microbatch
+        return rows_per_microbatch * self.schedule.num_microbatches, self.config.row_length
 
     @property
     def optimizer(self) -> optax.GradientTransformation:

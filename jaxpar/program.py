@@ -1,8 +1,6 @@
 """A blueprint on given devices: the jitted functions of a run, a benchmark, or a compile for devices that are not here."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import NamedSharding
@@ -48,10 +46,10 @@ class Program:
         self.state_shapes, self.state_shardings = state_shardings(
             blueprint.model, optimizer, blueprint.param_layouts, self.mesh, loss_scale, offload=offload
         )
-        self._setup = _step_setup(blueprint, self.mesh)
+        setup = _step_setup(blueprint, self.mesh)
 
-        loss_and_grads = self._for_any_rows(build_loss_and_grads)
-        self.evaluate = jax.jit(self._for_any_rows(build_evaluate))
+        loss_and_grads = build_loss_and_grads(setup)
+        self.evaluate = jax.jit(build_evaluate(setup))
         self.loss_and_grads = jax.jit(loss_and_grads)
         self.train_step = jax.jit(
             build_train_step(loss_and_grads, optimizer, blueprint.learning_rate, loss_scale, offload=offload),
@@ -71,17 +69,6 @@ class Program:
         rows = self.batch_layout.shape[0] // self.mesh.shape["dp"]
         return sorted({row // rows for row in self.batch_layout.rows})
 
-    def _for_any_rows(self, build: Callable[[StepSetup], Callable]) -> Callable:
-        """What `build` makes, for as many microbatches as the given batch has. Dynamic batches differ in their number, and
-        jax compiles once for each."""
-
-        def function(params: Any, batch: Mapping[str, jax.Array], *args: Any) -> Any:
-            num_microbatches = batch["tokens"].shape[0] // self.blueprint.rows_per_microbatch
-            schedule = self.blueprint.schedule_of(num_microbatches)
-            return build(replace(self._setup, schedule=schedule))(params, batch, *args)
-
-        return function
-
 
 def _step_setup(blueprint: Blueprint, mesh: jax.sharding.Mesh) -> StepSetup:
     optim = blueprint.config.actor.optim
@@ -89,7 +76,7 @@ def _step_setup(blueprint: Blueprint, mesh: jax.sharding.Mesh) -> StepSetup:
         blueprint.model,
         mesh,
         blueprint.param_layouts,
-        blueprint.schedule,
+        blueprint.schedule_of,
         compute_dtype=blueprint.compute_dtype,
         attention=blueprint.attention,
         recompute=blueprint.recompute,

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -120,7 +119,9 @@ class Trainer:
         Returns:
           The metrics of `jaxpar.step.train_step.build_train_step`.
         """
-        return self._advance(self.program.batch_layout.own_rows(batch))
+        layout = self.program.batch_layout
+        self._state, metrics = self.program.train_step(self.state, layout.put_on_mesh(layout.own_rows(batch)))
+        return metrics
 
     def fit(self, profile: Steps | None = None) -> None:
         """Trains from the start, or from the checkpoint that `runner.resume_dir` names, to `max_steps` or `max_epochs`.
@@ -143,11 +144,6 @@ class Trainer:
         if signal_number:
             raise Interrupted(run.step, run.last_step, signal_number)
         run.report.say(f"done: step {run.step}, checkpoint in {run.checkpoints.folder}")
-
-    def _advance(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Dispatches one step on this process's rows of a global batch; returns its metrics."""
-        self._state, metrics = self.program.train_step(self.state, self.program.batch_layout.put_on_mesh(batch))
-        return metrics
 
     def _open_data(self) -> BatchLoader:
         config, program = self.config, self.program
@@ -262,7 +258,9 @@ class _TrainingRun:
         batch = next(self._loader)
         self._watchdog.enter(number, "training")
         with self._profiler.step(number):
-            self._log.enter(number, self._trainer._advance(batch), batch, self._loader.figures)
+            trainer, program = self._trainer, self._trainer.program
+            trainer._state, metrics = program.train_step(trainer.state, program.batch_layout.put_on_mesh(batch))
+            self._log.enter(number, metrics, batch, self._loader.figures)
         self.step, self._val_loss = number, None
 
     def _evaluate_if_due(self) -> None:

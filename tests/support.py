@@ -219,11 +219,12 @@ class Step:
             model.shapes, model.dims, self.mesh, explicit=model.explicit, zero_stage=zero_stage, num_chunks=num_chunks
         )
         self.shardings = jax.tree.map(lambda layout: NamedSharding(self.mesh, layout.rest_spec), self.layouts)
+        self.schedule = build_schedule(schedule, sizes[1], num_microbatches, num_chunks)
         self.setup = StepSetup(
             model,
             self.mesh,
             self.layouts,
-            build_schedule(schedule, sizes[1], num_microbatches, num_chunks),
+            lambda rows: self.schedule,
             compute_dtype=compute_dtype,
             recompute=recompute,
             zero_stage=zero_stage,

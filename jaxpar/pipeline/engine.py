@@ -120,20 +120,15 @@ class Engine:
 
     def _tick(self, carry: _Carry, row: Row, segment: Segment) -> tuple[_Carry, None]:
         if segment.forward:
-            carry = self._forward_slot(carry, row, segment)
+            y, kept = self._forward(carry.from_below, carry.kept, row, segment)
+            from_below = self._pass_up(carry.from_below, y, row)
+            outputs = _put(carry.outputs, y, row["outputs_write"][self.last])
+            carry = carry._replace(from_below=from_below, kept=kept, outputs=outputs)
         if segment.backward:
             carry = self._backward_slot(carry, row, segment)
         if segment.weight:
             carry = self._weight_slot(carry, row)
         return carry, None
-
-    def _forward_slot(self, carry: _Carry, row: Row, segment: Segment) -> _Carry:
-        y, kept = self._forward(carry.from_below, carry.kept, row, segment)
-        return carry._replace(
-            from_below=self._pass_up(carry.from_below, y, row),
-            kept=kept,
-            outputs=_put(carry.outputs, y, row["outputs_write"][self.last]),
-        )
 
     def _forward(
         self, from_below: jax.Array, kept: SavedValues, row: Row, segment: Segment

@@ -157,7 +157,8 @@ class _RunOfLayers:
         self._functions, self._per_chunk = functions, per_chunk
         self._run_first, self._size, self.count = run.first, run.size, run.count
         self._splits_weights, self._offload = splits_weights, offload
-        group = _group(functions.block, run.size, unrolled=splits_weights)
+        is_padded = functions.num_real is not None
+        group = _group(functions.block, run.size, is_padded=is_padded, unrolled=splits_weights)
         params, info = self._params(example, 0), self._info(example, 0)
         self.pullback: Pullback = take_apart(group, params, x, info, recompute=run.recompute, split=splits_weights)
 
@@ -231,10 +232,10 @@ class _RunOfLayers:
         group = self._functions.gather(stacked)
         return group if self._size > 1 else jax.tree.map(lambda p: p[0], group)
 
-    def _info(self, item: Item, i: Any) -> tuple[Any, jax.Array | None]:
-        """(info, which layers of group i are no padding, or None if none is)."""
+    def _info(self, item: Item, i: Any) -> Any:
+        """info; where there is padding, (info, which layers of group i are real)."""
         if self._functions.num_real is None:
-            return item.info, None
+            return item.info
         index = self._run_first + i * self._size + jnp.arange(self._size)
         return item.info, index < self._functions.num_real[item.chunk]
 
@@ -264,17 +265,23 @@ def _in_order(totals: list[jax.Array], found: dict[int, jax.Array]) -> None:
             found[leaf], totals[leaf] = g, total
 
 
-def _group(block: Callable, size: int, *, unrolled: bool) -> Callable[[Any, jax.Array, Any], jax.Array]:
-    """`size` layers as one function of their parameters, x, and (info, which layers are no padding)."""
+def _group(
+    block: Callable, size: int, *, is_padded: bool, unrolled: bool
+) -> Callable[[Any, jax.Array, Any], jax.Array]:
+    """`size` layers as one function of their parameters, x, and what `_RunOfLayers._info` returns."""
+    if size == 1 and not is_padded:
+        return block
 
     def layer(params: Any, x: jax.Array, info: Any, is_real: Any) -> jax.Array:
         y = block(params, x, info)
         return y if is_real is None else jnp.where(is_real, y, x)
 
     def group(params: Any, x: jax.Array, info: Any) -> jax.Array:
-        info, is_real = info
+        is_real: Any = None
+        if is_padded:
+            info, is_real = info
         if size == 1:
-            return layer(params, x, info, None if is_real is None else is_real[0])
+            return layer(params, x, info, is_real[0])
         if unrolled:  # W is looked for among products outside of loops
             for i in range(size):
                 one, one_is_real = jax.tree.map(lambda p, i=i: p[i], (params, is_real))

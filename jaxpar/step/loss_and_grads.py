@@ -54,6 +54,8 @@ class StepSetup:
 
     Attributes:
       param_layouts: tree of `ParamLayout`, made for the same ZeRO stage and number of chunks.
+      schedule_of: the rows that each dp rank has of a batch → the pipeline's table. Dynamic batches differ in their rows,
+        and jax compiles once for each number.
       attention: how calls of `jaxpar.attention.attention` in the model are computed.
       zero_stage: 0 to 3.
       reduce_dtype: of gradients while they travel over dp and cp. Sums over microbatches are float32.
@@ -64,7 +66,7 @@ class StepSetup:
     model: FunctionalModel
     mesh: Mesh
     param_layouts: Any
-    schedule: Schedule
+    schedule_of: Callable[[int], Schedule]
     compute_dtype: Any = jnp.float32
     attention: AttentionSettings = AttentionSettings()  # noqa: RUF009 (frozen)
     recompute: Recompute = Recompute()  # noqa: RUF009 (frozen)
@@ -118,15 +120,12 @@ class StepSetup:
             grads = {i: reduce_grad(grad.astype(self.reduce_dtype), layouts[i]) for i, grad in grads.items()}
         return {i: grad.astype(jnp.float32) for i, grad in grads.items()}
 
-    def microbatches(self, batch: Batch) -> Batch:
-        return jax.tree.map(lambda x: x.reshape(self.schedule.num_microbatches, -1, *x.shape[1:]), batch)
-
-    def stage_functions(self, params: Params, batch: Batch) -> StageFunctions:
+    def stage_functions(self, schedule: Schedule, params: Params, batch: Batch) -> StageFunctions:
         """The model as the engine wants it.
 
         Args:
           params: from `engine_params`.
-          batch: from `microbatches`.
+          batch: in microbatches.
         """
         model, split_sequence = self.model, not self.model.explicit and self.mesh.shape["sp"] > 1
 
@@ -136,7 +135,7 @@ class StepSetup:
         def block(layer: Params, x: jax.Array, batch: Batch) -> jax.Array:
             return constrain(model.module("layers", layer)(x, token_info(batch)))
 
-        placement = LayerPlacement(model.num_layers, self.schedule.num_stages, self.schedule.num_chunks)
+        placement = LayerPlacement(model.num_layers, schedule.num_stages, schedule.num_chunks)
         is_split = any(layout.gather for layout in jax.tree.leaves(self.param_layouts["layers"]))
         layers = LayerFunctions(
             block,
@@ -171,30 +170,20 @@ class StepSetup:
         size = nbytes(logits.shape) // math.prod(self.mesh.shape[axis] for axis in axes)
         return replace(ends, token_parts=least_parts(size, MAX_LOGITS_BYTES, x.shape[1]))
 
-    def on_mesh(self, local: Callable, out_specs: Any) -> Callable:
-        """Runs `local`, a function of (params, batch, …scalars), on every device with the device's part of each."""
-
-        def with_settings(*args: Any) -> Any:
-            with attention_settings(self.attention):
-                return local(*args)
-
+    def on_mesh(self, local: Callable, out_specs: Any, num_scalars: int = 0) -> Callable:
+        """Runs `local`, a function of (params, batch, …scalars), on every device with the device's part of each. A scalar
+        may be None."""
+        local = attention_settings(self.attention)(local)
         if all(self.mesh.shape[axis] == 1 for axis in self.manual_axes):
             # Nothing is left to do by hand, and XLA's partitioner refuses manual sums over axes of size 1 beside
             # automatic ones.
-            def all_automatic(*args: Any) -> Any:
+            def automatic(*args: Any) -> Any:
                 with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                    return with_settings(*args)
+                    return local(*args)
 
-            return all_automatic
-
-        def sharded(params: Params, batch: Batch, *scalars: jax.Array) -> Any:
-            in_specs = (self.rest_specs, BATCH_SPEC, *[P()] * len(scalars))
-            run = jax.shard_map(
-                with_settings, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=self.manual_axes
-            )
-            return run(params, batch, *scalars)
-
-        return sharded
+            return automatic
+        in_specs = (self.rest_specs, BATCH_SPEC, *[P()] * num_scalars)
+        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=self.manual_axes)
 
     @property
     def rest_specs(self) -> Any:
@@ -211,23 +200,25 @@ def build_loss_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.Array, Par
     loss: float32, nats a token: the sum over all valid tokens of the global batch, divided by their number.
     """
 
-    def local(params: Params, batch: Batch, *loss_scale: jax.Array) -> tuple[jax.Array, Params]:
-        scale = loss_scale[0] if loss_scale else jnp.float32(1)
+    def local(params: Params, batch: Batch, loss_scale: jax.Array | None) -> tuple[jax.Array, Params]:
+        scale = jnp.float32(1) if loss_scale is None else loss_scale
         tokens = sum_over(batch["loss_mask"].sum(), REPLICA_AXES)
-        rows = setup.microbatches({**batch, "weights": batch["loss_mask"] * (scale / jnp.maximum(tokens, 1))})
+        weights = batch["loss_mask"] * (scale / jnp.maximum(tokens, 1))
+        schedule = setup.schedule_of(len(weights))
+        rows = _microbatches({**batch, "weights": weights}, schedule)
         engine_params = setup.engine_params(params)
-        functions = setup.stage_functions(engine_params, rows)
-        engine = Engine(setup.schedule, functions, engine_params, rows, setup.recompute)
-        loss, grads = engine.loss_and_grads()
+        functions = setup.stage_functions(schedule, engine_params, rows)
+        loss, grads = Engine(schedule, functions, engine_params, rows, setup.recompute).loss_and_grads()
         grads = setup.grads_to_rest(params, grads)
-        if loss_scale:
+        if loss_scale is not None:
             grads = jax.tree.map(lambda x: x / scale, grads)
         return sum_over(loss, varying_axes(loss)) / scale, grads
 
-    def loss_and_grads(params: Params, batch: Batch, loss_scale: Any = None) -> tuple[jax.Array, Params]:
-        return on_mesh(params, batch, *([] if loss_scale is None else [loss_scale]))
+    on_mesh = setup.on_mesh(local, (P(), setup.rest_specs), num_scalars=1)
 
-    on_mesh = setup.on_mesh(local, (P(), setup.rest_specs))
+    def loss_and_grads(params: Params, batch: Batch, loss_scale: Any = None) -> tuple[jax.Array, Params]:
+        return on_mesh(params, batch, loss_scale)
+
     return loss_and_grads
 
 
@@ -237,16 +228,16 @@ def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.
     loss: float32, nats, the sum over all valid tokens of the global batch. tokens: float32, their number.
     token_losses: float32 [global_batch, seq], -log p(target) of each token in nats, tokens in natural order.
     """
-    table = setup.schedule
-    evaluating = replace(setup, schedule=forward_only(table.num_stages, table.num_microbatches, table.num_chunks))
 
     def local(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        rows = evaluating.microbatches({**batch, "weights": batch["loss_mask"]})
-        engine_params = evaluating.engine_params(params)
-        functions = evaluating.stage_functions(engine_params, rows)
-        losses, weights = Engine(evaluating.schedule, functions, engine_params, rows).evaluate()
+        table = setup.schedule_of(len(batch["tokens"]))
+        schedule = forward_only(table.num_stages, table.num_microbatches, table.num_chunks)
+        rows = _microbatches({**batch, "weights": batch["loss_mask"]}, schedule)
+        engine_params = setup.engine_params(params)
+        functions = setup.stage_functions(schedule, engine_params, rows)
+        losses, weights = Engine(schedule, functions, engine_params, rows).evaluate()
         loss = (losses * weights).sum()
-        if not evaluating.model.explicit:
+        if not setup.model.explicit:
             losses = _from_all_stages(losses)
         ways = math.prod(lax.axis_size(axis) for axis in manual("sp"))
         return {
@@ -255,7 +246,7 @@ def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.
             "token_losses": join_tokens(losses, ways, batch["tokens"].shape),
         }
 
-    on_mesh = evaluating.on_mesh(local, {"loss": P(), "tokens": P(), "token_losses": BATCH_SPEC})
+    on_mesh = setup.on_mesh(local, {"loss": P(), "tokens": P(), "token_losses": BATCH_SPEC})
 
     def evaluate(params: Params, batch: Batch) -> dict[str, jax.Array]:
         result = on_mesh(params, batch)
@@ -263,6 +254,10 @@ def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.
         return {**result, "token_losses": result["token_losses"][:, np.argsort(order)]}
 
     return evaluate
+
+
+def _microbatches(batch: Batch, schedule: Schedule) -> Batch:
+    return jax.tree.map(lambda x: x.reshape(schedule.num_microbatches, -1, *x.shape[1:]), batch)
 
 
 def _from_all_stages(shares: jax.Array) -> jax.Array:

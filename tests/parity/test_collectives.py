@@ -118,7 +118,7 @@ def test_zero_gathers_a_layer_twice_a_microbatch_and_reduces_it_once(zero_stage,
         if c.axes == replicas and c.loops and c.shape[:1] == (1,):  # of a layer
             times[c.kind, c.dtype] = times.get((c.kind, c.dtype), 0) + math.prod(c.loops)
     leaves = len(jax.tree.leaves(step.shapes[0]["layers"])) * 10 // sizes[1]
-    forward, backward = (int(step.setup.schedule.runs[slot].sum()) for slot in "FB")
+    forward, backward = (int(step.schedule.runs[slot].sum()) for slot in "FB")
     wanted = {("reduce-scatter", "float32"): leaves * backward}
     if zero_stage == 3:
         wanted["all-gather", "bfloat16"] = leaves * (forward + backward)

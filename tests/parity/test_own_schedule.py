@@ -49,7 +49,7 @@ def test_the_program_executes_the_slots_of_the_table(schedule, chunks):
     """Counted in the program: each executed F and each executed B sends one message, and the loops run over the ticks.
     With six microbatches, two stages and V chunks, that is 6 V + 2 - 1 of each."""
     step = Step(FunctionalModel(Decoder(PLAIN)), (1, 2, 1, 1, 1), schedule=schedule, num_chunks=chunks)
-    table, found = step.setup.schedule, collectives(step.jaxpr, step.mesh.shape)
+    table, found = step.schedule, collectives(step.jaxpr, step.mesh.shape)
     sent = [math.prod(c.loops) for c in found if c.kind == "permute" and c.axes == {"pp"}]
     assert sum(sent) == 2 * (6 * chunks + 1) == sum(slot in "FB" for _, slot in table.timeline)
     ticks = {c.body: c.loops for c in found if c.kind == "permute"}

@@ -89,13 +89,13 @@ def test_memory_in_flight_is_what_the_table_says():
     """If two programs differ only in the number of microbatches in flight, these make up the difference in bytes."""
     step = build("gpipe", 1, 16)
     per_microbatch = (temporaries("gpipe", 1, 16) - temporaries("gpipe", 1, 8)) / 8
-    table = {name: build(name, 1, 16).setup.schedule for name in ("gpipe", "1f1b")}
+    table = {name: build(name, 1, 16).schedule for name in ("gpipe", "1f1b")}
     places = {name: schedule.buffers.sizes["kept"] for name, schedule in table.items()}
     outputs = {name: schedule.buffers.sizes["outputs"] for name, schedule in table.items()}
     assert places["1f1b"] == max(table["1f1b"].in_flight) == 2 * STAGES - 1
     saved = temporaries("gpipe", 1, 16) - temporaries("1f1b", 1, 16)
     assert saved == pytest.approx((places["gpipe"] - places["1f1b"]) * per_microbatch, rel=0.15), outputs
-    assert step.setup.schedule.in_flight == [16] * STAGES
+    assert step.schedule.in_flight == [16] * STAGES
 
 
 @with_schedules(soon=FEW)
