@@ -11,9 +11,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_COMPILATION_CACHE_INCLUDE_METADATA_IN_KEY"] = "true"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
-# XLA's own optimization of a CPU's code is most of the time to compile, and what is computed does not depend on it. .ci/run
-# sets XLA_FLAGS to nothing, so that there the runs of tests/system are compiled as a user's are.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import shutil
 

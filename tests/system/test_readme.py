@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from support import readme_example
 
 import jaxpar
@@ -24,6 +25,7 @@ def test_the_example_model_is_short():
     assert len(example().splitlines()) < 40
 
 
+@pytest.mark.slow
 def test_the_example_trains(tmp_path):
     (tmp_path / "mine.py").write_text(example())
     (tmp_path / "configs").symlink_to(ROOT / "configs")
