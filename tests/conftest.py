@@ -12,9 +12,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_COMPILATION_CACHE_INCLUDE_METADATA_IN_KEY"] = "true"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
-# XLA's optimization of CPU code takes most of the compile time and does not change what is computed. .ci/run sets an
-# empty XLA_FLAGS, so that the training runs of tests/system are compiled there as a user's are.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import shutil
 

@@ -68,6 +68,7 @@ def test_commands_that_end_at_once(command):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # several layouts in one command
 @pytest.mark.parametrize("command", cases("jaxpar compile", "jaxpar bench"))
 def test_commands_that_compile(command):
     """As written, except that `jaxpar bench` measures a single step."""
@@ -132,6 +133,7 @@ def test_the_example_model_is_short():
     assert len(example().splitlines()) < 40
 
 
+@pytest.mark.slow
 def test_the_example_trains(tmp_path):
     (tmp_path / "mine.py").write_text(example())
     (tmp_path / "configs").symlink_to(ROOT / "configs")

@@ -18,6 +18,7 @@ from jaxpar.models.hugging_face import save_params
 from jaxpar.run.profile import Steps
 
 
+@pytest.mark.slow
 def test_quickstart_has_the_same_losses_on_1_and_on_16_devices(tmp_path):
     for name in ("one", "all"):
         fit(tmp_path / name, "runner.max_steps=20", "actor.lr_sched.lr_decay_iters=200", *layout(name))
