@@ -114,6 +114,7 @@ def compile_(
     gpus_per_node: Annotated[int | None, typer.Option(help="Default: cluster.num_gpus_per_node, or 8.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     hlo_file: Annotated[Path | None, typer.Option("--hlo", help="Write the optimized program here.")] = None,
+    where: Annotated[int, typer.Option(min=0, help="Show so many of the costliest operations, with source lines.")] = 0,
     verbose: Annotated[bool, typer.Option(help="Show the XLA flags, each with its reason.")] = False,
 ) -> None:
     """Compile the train step for a cluster that you need not have; say what it needs and whether it fits. Several layouts
@@ -125,12 +126,13 @@ def compile_(
     overrides += [f"cluster.num_gpus_per_node={gpus_per_node}"] * bool(gpus_per_node)
     config = load_config(config_path, overrides)
     from jaxpar.hardware import GPUS
+    from jaxpar.run import xla
 
     if tpu is None and gpu not in GPUS:
         raise ConfigError(f"--gpu: {gpu!r} is not known: choose one of {', '.join(GPUS)}")
     if hlo_file and len(layouts) > 1:
         raise ConfigError(f"--hlo: writes one program, but {len(layouts)} layouts are given: give one of them")
-    flags = _flags_to_compile(config) if tpu is None else []
+    flags = xla.apply_without_gpu(config.cluster.xla_flags, config.cluster.deterministic) if tpu is None else []
     os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxpar import display
     from jaxpar.measure.compile import compile_step, gpu_devices, tpu_devices
@@ -149,17 +151,23 @@ def compile_(
     } or {"": config}
     if len(configs) > 1:
         _notes(console, config.notes)
-        reports = {layout: compile_step(one, devices, capacity) for layout, one in configs.items()}
+        reports = {
+            layout: compile_step(one, devices, capacity, None if tpu else GPUS[gpu]) for layout, one in configs.items()
+        }
         console.print(display.report_table(reports, tpu or gpu))
         figures: Any = {layout: report.to_json() for layout, report in reports.items()}
     else:
         (one,) = configs.values()
         console.print(f"mesh: {display.mesh_line(one.mesh_sizes(len(devices)))}, {tpu or gpu}", highlight=False)
         _notes(console, one.notes)
-        report = compile_step(one, devices, capacity)
+        report = compile_step(one, devices, capacity, None if tpu else GPUS[gpu])
         for line in display.report_lines(report):
             console.print(line, highlight=False)
         console.print(display.collective_table(report))
+        if report.roofline:
+            console.print(display.roofline_table(report.roofline))
+            if where:
+                console.print(display.operation_table(report.roofline, where))
         figures = report.to_json()
         if hlo_file:
             hlo_file.write_text(report.hlo)
@@ -313,14 +321,6 @@ def _unraisable(what: Any) -> None:
     # After a failed write, each of TensorStore's futures says so.
     if str(what.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(what)
-
-
-def _flags_to_compile(config: Config) -> list[str]:
-    from jaxpar.run import xla
-
-    # There is no GPU on which kernels could be tried.
-    flags = {"xla_gpu_autotune_level": 0, **config.cluster.xla_flags}
-    return xla.apply(flags, config.cluster.deterministic)
 
 
 def _print_head(trainer: "Trainer", config: Config) -> None:

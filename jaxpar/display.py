@@ -16,6 +16,7 @@ from jaxpar.parallel.mesh import AXES, device_grid
 if TYPE_CHECKING:
     from jaxpar.measure.bench import Comparison, Measurement
     from jaxpar.measure.compile import Report
+    from jaxpar.measure.roofline import Roofline
     from jaxpar.program import Program
 
 
@@ -44,26 +45,71 @@ def report_lines(report: "Report") -> list[str]:
     if report.host_bytes:
         lines.append(f"memory of the host: {report.host_bytes / 2**30:.1f} GiB a device")
     if not memory.fits:
-        lines.append(
-            "try: actor.model.recompute_granularity=full recompute_method=uniform recompute_num_layers=1, a larger "
-            "pipeline_model_parallel_size, tensor_model_parallel_size with sequence_parallel, or context_parallel_size, "
-            "or a smaller actor.micro_batch_size"
-        )
+        lines.append(report.advice)
     lines.append(f"FLOPs: {report.flops:.4g} executed")
     if report.model_flops and report.flops:
         lines[-1] += f", {report.model_flops:.4g} useful ({report.model_flops / report.flops:.1%})"
+    if report.roofline:
+        lines.append(_least_time(report.roofline))
     lines.append(f"bubble: {report.bubble_fraction:.1%}")
     lines.append(f"compiled in {report.compile_seconds:.1f} s")
     return lines + [f"not counted: {text}" for text in report.uncounted]
+
+
+def _least_time(roofline: "Roofline") -> str:
+    links = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in roofline.links.items())
+    mfu = "" if roofline.mfu_at_most is None else f"; MFU at most {roofline.mfu_at_most:.1%}"
+    return (
+        f"least time: {roofline.seconds:.3g} s (on the chip {roofline.chip_seconds:.3g} s, {links}){mfu}; "
+        f"{roofline.launches:,.0f} launches, {roofline.hbm_bytes / 1e9:,.0f} GB through memory"
+    )
+
+
+def roofline_table(roofline: "Roofline") -> Table:
+    """The least time of a step by kind of work."""
+    table = Table("work", title="least time of a step, on each device", title_justify="left")
+    for column in ("seconds", "TFLOP", "GB", "launches"):
+        table.add_column(column, justify="right")
+    for work in roofline.by_kind:
+        table.add_row(
+            work.kind,
+            f"{work.seconds:.3f}",
+            f"{work.flops / 1e12:,.0f}",
+            f"{work.bytes / 1e9:,.0f}",
+            f"{work.count:,.0f}",
+        )
+    return table
+
+
+def operation_table(roofline: "Roofline", number: int) -> Table:
+    """The costliest operations, with the source lines that made them."""
+    table = Table(
+        "seconds", "times", "work", "source", "operation", title=f"the {number} costliest", title_justify="left"
+    )
+    for one in roofline.operations[:number]:
+        name = "/".join(one.name.split("/")[-3:])
+        table.add_row(f"{one.seconds:.3f}", f"{one.count:,.0f}", one.kind, one.source or "?", name)
+    return table
 
 
 def report_table(reports: "Mapping[str, Report]", device: str) -> Table:
     """What several layouts need, side by side."""
     count = next(iter(reports.values())).devices
     table = Table("layout", title=f"one step on {count} of {device}; memory and FLOPs a device", title_justify="left")
-    for column in ("peak GB", "fits", "arguments GB", "temporaries GB", "FLOPs", "useful", "bubble", "compiled in s"):
+    for column in (
+        "peak GB",
+        "fits",
+        "arguments GB",
+        "temporaries GB",
+        "FLOPs",
+        "useful",
+        "bubble",
+        "least s",
+        "compiled in s",
+    ):
         table.add_column(column, justify="right")
-    for layout, report in reports.items():
+    # The fastest first, by the least time of its program.
+    for layout, report in sorted(reports.items(), key=lambda item: item[1].roofline.seconds if item[1].roofline else 0):
         gb = {key: f"{value / 1e9:.1f}" for key, value in vars(report.memory).items()}
         useful = f"{report.model_flops / report.flops:.1%}" if report.model_flops and report.flops else "?"
         table.add_row(
@@ -75,6 +121,7 @@ def report_table(reports: "Mapping[str, Report]", device: str) -> Table:
             f"{report.flops:.3g}" + ("*" if report.uncounted else ""),
             useful,
             f"{report.bubble_fraction:.1%}",
+            f"{report.roofline.seconds:.2f}" if report.roofline else "?",
             f"{report.compile_seconds:.0f}",
         )
     if any(report.uncounted for report in reports.values()):

@@ -16,6 +16,8 @@ class Gpu:
       shared_memory_per_core, memory, l2_cache: bytes.
       memory_bandwidth: bytes/s.
       peak_flops: dense bf16 FLOP/s.
+      nvlink_bandwidth: bytes/s in one direction (NVIDIA's data sheets give the sum of both).
+      network_bandwidth: bytes/s in one direction for each GPU, of the network adapters of NVIDIA's own DGX nodes.
     """
 
     description: str
@@ -28,6 +30,15 @@ class Gpu:
     l2_cache: int
     clock_ghz: float
     peak_flops: float
+    nvlink_bandwidth: float
+    network_bandwidth: float
+
+    def peak(self, dtype: str) -> float:
+        """Dense FLOP/s of products of a dtype in XLA's spelling: TF32, which XLA takes for float32, has half of the bf16
+        peak, and an 8-bit float twice of it (from Hopper on)."""
+        if dtype in ("f32", "f64"):
+            return self.peak_flops / 2
+        return self.peak_flops * (2 if dtype.startswith("f8") and self.compute_capability >= (8, 9) else 1)
 
     def target_config(self) -> str:
         """The GpuTargetConfigProto in text form."""
@@ -56,11 +67,30 @@ TPU_MEMORY = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 
 
 _MIB = 2**20
 GPUS = {
-    "a100-40g": Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 167936, 40536 * _MIB, 1.555e12, 40 * _MIB, 1.41, 312e12),
-    "a100-80g": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167936, 81251 * _MIB, 2.039e12, 40 * _MIB, 1.41, 312e12),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233472, 80995 * _MIB, 3.352e12, 50 * _MIB, 1.98, 989.4e12),
-    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 233472, 143167 * _MIB, 4.8e12, 60 * _MIB, 1.98, 989.4e12),
-    "b200": Gpu("NVIDIA B200", (10, 0), 148, 128, 233472, 182642 * _MIB, 8.0e12, 126 * _MIB, 1.965, 2250e12),
+    "a100-40g": Gpu(
+        "NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 167936, 40536 * _MIB, 1.555e12, 40 * _MIB, 1.41, 312e12, 300e9, 25e9
+    ),
+    "a100-80g": Gpu(
+        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167936, 81251 * _MIB, 2.039e12, 40 * _MIB, 1.41, 312e12, 300e9, 25e9
+    ),
+    "h100": Gpu(
+        "NVIDIA H100 80GB HBM3",
+        (9, 0),
+        132,
+        128,
+        233472,
+        80995 * _MIB,
+        3.352e12,
+        50 * _MIB,
+        1.98,
+        989.4e12,
+        450e9,
+        50e9,
+    ),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 233472, 143167 * _MIB, 4.8e12, 60 * _MIB, 1.98, 989.4e12, 450e9, 50e9),
+    "b200": Gpu(
+        "NVIDIA B200", (10, 0), 148, 128, 233472, 182642 * _MIB, 8.0e12, 126 * _MIB, 1.965, 2250e12, 900e9, 50e9
+    ),
 }
 
 

@@ -16,13 +16,19 @@ import numpy as np
 from jax.experimental import topologies
 
 from jaxpar.config import Config, ConfigError
-from jaxpar.hardware import GPUS, TPU_MEMORY
+from jaxpar.hardware import GPUS, TPU_MEMORY, Gpu
 from jaxpar.measure.baseline import BaselineProgram
 from jaxpar.measure.hlo import Collective, count
-from jaxpar.parallel.mesh import AXES
+from jaxpar.measure.roofline import Roofline, roofline
+from jaxpar.parallel.mesh import AXES, device_grid
 from jaxpar.pipeline.tick_scope import taken_fraction
 from jaxpar.program import Program
 
+FIT_ADVICE = (
+    "try: actor.model.recompute_granularity=full recompute_method=uniform recompute_num_layers=1, a larger "
+    "pipeline_model_parallel_size, tensor_model_parallel_size with sequence_parallel, or context_parallel_size, "
+    "or a smaller actor.micro_batch_size"
+)
 MEMORY_FRACTION = 0.92  # the share of a GPU that XLA may take; the rest is for CUDA, NCCL and cuBLAS
 
 
@@ -49,6 +55,7 @@ class Report:
       hlo: text of the optimized program.
       uncounted: what the counter could not count, and why.
       host_bytes: pinned memory of the host, for each device.
+      roofline: the least time of the step; None if the devices are no GPUs of `jaxpar.hardware`.
     """
 
     devices: int
@@ -62,6 +69,12 @@ class Report:
     hlo: str
     uncounted: list[str]
     host_bytes: int = 0
+    roofline: Roofline | None = None
+
+    @property
+    def advice(self) -> str:
+        """What to change if it does not fit."""
+        return FIT_ADVICE
 
     def to_json(self) -> dict[str, Any]:
         keys = ["devices", "mesh", "compile_seconds", "bubble_fraction", "flops", "model_flops"]
@@ -71,6 +84,7 @@ class Report:
             "collectives": [
                 {"kind": c.kind, "axes": list(c.axes), "count": c.count, "bytes": c.bytes} for c in self.collectives
             ],
+            "roofline": self.roofline.to_json() if self.roofline else None,
         }
 
 
@@ -117,17 +131,18 @@ def tpu_devices(name: str) -> tuple[list[jax.Device], int]:
     return devices, TPU_MEMORY[found[1]] * chips // len(devices)
 
 
-def compile_step(config: Config, devices: list[jax.Device], capacity: int) -> Report:
+def compile_step(config: Config, devices: list[jax.Device], capacity: int, gpu: Gpu | None = None) -> Report:
     """Compiles one train step for `devices`.
 
     Args:
       capacity: bytes of memory of one device.
+      gpu: what the devices are, for the roofline.
 
     Raises:
-      ConfigError: the config does not suit these devices.
+      ConfigError: the config does not suit these devices, or XLA refuses the program because it needs too much memory.
     """
     program = Program(config, devices)
-    return read_report(program, *compile_train_step(program), capacity)
+    return read_report(program, *compile_train_step(program), capacity, gpu)
 
 
 def compile_train_step(program: Program | BaselineProgram) -> tuple[jax.stages.Compiled, float]:
@@ -138,11 +153,28 @@ def compile_train_step(program: Program | BaselineProgram) -> tuple[jax.stages.C
         program.state_shardings,
     )
     start = time.perf_counter()
-    compiled = program.train_step.lower(state, program.batch_layout.shapes).compile()
+    try:
+        compiled = program.train_step.lower(state, program.batch_layout.shapes).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if problem := too_large(str(error)):
+            raise ConfigError(problem) from None
+        raise
     return compiled, time.perf_counter() - start
 
 
-def read_report(program: Program, compiled: jax.stages.Compiled, seconds: float, capacity: int) -> Report:
+def too_large(message: str) -> str | None:
+    """What to tell the user if XLA refuses a program for its memory, as it does for TPUs; None for other errors."""
+    found = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", message)
+    if not found:
+        return None
+    gib = {"K": 2**-20, "M": 2**-10, "G": 1.0}
+    needed, available = float(found[1]) * gib[found[2]], float(found[3]) * gib[found[4]]
+    return f"does not fit: needs {needed:.1f} of {available:.1f} GiB a device; {FIT_ADVICE}"
+
+
+def read_report(
+    program: Program, compiled: jax.stages.Compiled, seconds: float, capacity: int, gpu: Gpu | None = None
+) -> Report:
     """What a compiled train step needs. Arguments as in `compile_step`, and as `compile_train_step` returns them."""
     text, devices = compiled.as_text() or "", program.mesh.size
     # Programs name devices by their index in the mesh, not by their ids.
@@ -163,7 +195,15 @@ def read_report(program: Program, compiled: jax.stages.Compiled, seconds: float,
         hlo=text,
         uncounted=counted.uncounted,
         host_bytes=analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes,
+        roofline=_read_roofline(program, text, gpu, model_flops) if gpu else None,
     )
+
+
+def _read_roofline(program: Program, text: str, gpu: Gpu, model_flops: float | None) -> Roofline:
+    blueprint = program.blueprint
+    places = device_grid(blueprint.sizes).reshape(-1).tolist()
+    per_node = blueprint.num_devices // blueprint.config.cluster.num_nodes
+    return roofline(text, gpu, places, per_node, model_flops=model_flops, taken=taken_fraction)
 
 
 def read_memory(compiled: jax.stages.Compiled, capacity: int) -> Memory:
@@ -172,8 +212,7 @@ def read_memory(compiled: jax.stages.Compiled, capacity: int) -> Memory:
     aliased, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
     together = arguments + outputs - aliased + temporaries
     peak = getattr(analysis, "peak_memory_in_bytes", 0)
-    peak = (
-        peak if peak >= temporaries else together
-    )  # XLA for CPU does not know the peak, and gives one that is too small
+    if peak < temporaries:  # XLA for CPU does not know the peak, and gives one that is too small
+        peak = together
     peak -= analysis.host_argument_size_in_bytes  # XLA includes them
     return Memory(arguments, outputs, aliased, temporaries, peak, capacity, peak <= MEMORY_FRACTION * capacity)

@@ -107,6 +107,11 @@ def apply(overrides: Mapping[str, str | bool | int], deterministic: bool = False
     return lines + [f"{name}={os.environ[name]}  {reason}" for name, (_, reason) in environment.items()]
 
 
+def apply_without_gpu(overrides: Mapping[str, str | bool | int], deterministic: bool = False) -> list[str]:
+    """`apply` for compiling only: there is no GPU on which kernels could be tried, so XLA must not tune them."""
+    return apply({"xla_gpu_autotune_level": 0, **overrides}, deterministic)
+
+
 def _has_cuda_plugin() -> bool:
     plugins = importlib.util.find_spec("jax_plugins")
     folders = plugins.submodule_search_locations if plugins else None

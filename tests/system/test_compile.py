@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxpar.config import load_config
+from jaxpar.measure.hlo.count import KINDS
 from jaxpar.measure.hlo.parse import Computation, Module
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -65,11 +66,20 @@ def test_a_shipped_config_is_sound(name):
 )
 def test_a_shipped_config_compiles_and_fits(tmp_path, name):
     report = compile_(tmp_path, name)
-    keys = ["devices", "mesh", "compile_seconds", "bubble_fraction", "flops", "model_flops", "memory", "collectives"]
+    keys = ["devices", "mesh", "compile_seconds", "bubble_fraction", "flops", "model_flops", "memory", "collectives", "roofline"]
     assert list(report) == keys
     assert list(report["memory"]) == ["arguments", "outputs", "aliased", "temporaries", "peak", "capacity", "fits"]
     assert math.prod(report["mesh"].values()) == report["devices"]
     assert report["memory"]["fits"]
+    roofline = report["roofline"]
+    assert roofline["chip_seconds"] == pytest.approx(
+        sum(w["seconds"] for w in roofline["by_kind"] if w["kind"] not in KINDS)
+    )
+    assert roofline["seconds"] == max(roofline["chip_seconds"], *roofline["links"].values())
+    # The counter walks the same program by itself.
+    assert sum(roofline["product_flops"].values()) == pytest.approx(report["flops"], rel=1e-6)
+    assert report["model_flops"] / roofline["mfu_at_most"] == pytest.approx(roofline["seconds"] * 989.4e12)
+    assert (roofline["links"]["network"] > 0) == (report["devices"] > 8)
     assert 0.3 < report["model_flops"] / report["flops"] < 1
 
 

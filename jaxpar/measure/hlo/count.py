@@ -13,12 +13,13 @@ from jaxpar.measure.hlo.flops import (
     KERNELS,
     KernelFlops,
     convolution_flops,
+    cublas_flops,
     cudnn_attention_flops,
     custom_call_target,
     dot_flops,
     kernel_name,
 )
-from jaxpar.measure.hlo.groups import REPLICA_GROUPS, SOURCE_TARGET_PAIRS, MeshAxes, device_groups, parse_groups
+from jaxpar.measure.hlo.groups import MeshAxes, collective_groups, groups_text
 from jaxpar.measure.hlo.loops import Loops
 from jaxpar.measure.hlo.parse import Computation, Instruction, Module
 
@@ -230,10 +231,8 @@ class _ProgramWalker:
         target, operands = custom_call_target(instruction) or "", here.operands(instruction)
         kernel, flops, note = kernel_name(instruction), None, f"custom call {target}"
         if target.startswith("__cublas$"):
-            contracting = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
-            if contracting:  # the first result is the product, the next one workspace
-                dims = [int(n) for n in re.findall(r"\d+", contracting[1])]
-                total.flops += dot_flops(instruction.result[0], operands[0], dims)
+            if (product := cublas_flops(instruction, operands)) is not None:
+                total.flops += product
                 return
         elif target.startswith("__cudnn$fmha"):
             flops = cudnn_attention_flops(instruction, operands)
@@ -267,26 +266,13 @@ class _ProgramWalker:
 
     def _members(self, instruction: Instruction, kind: str) -> tuple[int, tuple[str, ...]]:
         """Devices per group (1: nothing is sent; 0: unknown notation), and the mesh axes."""
-        permute = kind == "collective-permute"
-        text = instruction.attribute(SOURCE_TARGET_PAIRS if permute else REPLICA_GROUPS)
-        channel = "channel_id=" in instruction.attributes
-        global_ids = "use_global_device_ids=true" in instruction.attributes
-        key = (kind, f"{text} {channel} {global_ids}")
+        key = (kind, groups_text(instruction, kind))
         if key not in self._members_of_text:
-            if text is None:
+            groups = collective_groups(self.module, instruction, kind)
+            if groups is None:
                 return 0, ()
-            groups = device_groups(
-                parse_groups(text),
-                self.module.num_replicas,
-                self.module.num_partitions,
-                channel=channel,
-                global_ids=global_ids,
-                pairs=permute or kind == "all-to-all",
-            )
-            if permute:
-                groups = [pair for pair in groups if pair[0] != pair[1]]
-                axes = self.mesh.of_pairs(groups) if self.mesh else ()
-            else:
-                axes = self.mesh.of_groups(groups) if self.mesh else ()
+            axes: tuple[str, ...] = ()
+            if self.mesh:
+                axes = self.mesh.of_pairs(groups) if kind == "collective-permute" else self.mesh.of_groups(groups)
             self._members_of_text[key] = max((len(group) for group in groups), default=1), axes
         return self._members_of_text[key]

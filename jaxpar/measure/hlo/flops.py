@@ -52,6 +52,14 @@ def _window(text: str, rank: int) -> list[tuple[int, int, int, int]]:
     return list(zip(field("stride", 1), field("pad", 0), field("lhs_dilate", 1), field("rhs_dilate", 1), strict=True))
 
 
+def cublas_flops(instruction: Instruction, operands: Sequence[Array]) -> int | None:
+    """FLOPs of a `__cublas$…` call, whose first result is the product and whose next one is workspace."""
+    contracting = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+    if not contracting:
+        return None
+    return dot_flops(instruction.result[0], operands[0], [int(n) for n in re.findall(r"\d+", contracting[1])])
+
+
 def attention_flops(pairs: float, qk_dim: int, v_dim: int, *, backward: bool = False, causal: bool = False) -> float:
     """FLOPs of a flash-attention kernel.
 

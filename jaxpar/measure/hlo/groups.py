@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxpar.measure.hlo.parse import Instruction, Module
+
 Groups = list[tuple[int, ...]]
 
 _LISTED = r"\{(?:\{[\d,]*\},?)*\}"
@@ -22,6 +24,31 @@ _IOTA = r"\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
 _NAMED = r"mesh\[[^\]]*\](?:, device_ids=\((?:[^()]|\([^()]*\))*\))? ?\{[^}]*\}"
 REPLICA_GROUPS = rf"replica_groups=({_LISTED}|{_IOTA}|{_NAMED})"
 SOURCE_TARGET_PAIRS = rf"source_target_pairs=({_LISTED})"
+
+
+def groups_text(instruction: Instruction, kind: str) -> str:
+    """The attributes that determine a collective's groups. There are thousands of ids, but few distinct texts."""
+    text = instruction.attribute(SOURCE_TARGET_PAIRS if kind == "collective-permute" else REPLICA_GROUPS)
+    channel = "channel_id=" in instruction.attributes
+    return f"{text} {channel} {'use_global_device_ids=true' in instruction.attributes}"
+
+
+def collective_groups(module: Module, instruction: Instruction, kind: str) -> Groups | None:
+    """The groups of places in the device assignment that a collective joins; of a permute, the pairs that differ. None:
+    they are in an unknown notation."""
+    permute = kind == "collective-permute"
+    text = instruction.attribute(SOURCE_TARGET_PAIRS if permute else REPLICA_GROUPS)
+    if text is None:
+        return None
+    groups = device_groups(
+        parse_groups(text),
+        module.num_replicas,
+        module.num_partitions,
+        channel="channel_id=" in instruction.attributes,
+        global_ids="use_global_device_ids=true" in instruction.attributes,
+        pairs=permute or kind == "all-to-all",
+    )
+    return [pair for pair in groups if pair[0] != pair[1]] if permute else groups
 
 
 def parse_groups(text: str) -> Groups:

@@ -45,6 +45,7 @@ class Instruction:
     arguments: str  # the text in parentheses, such as a constant's value or a parameter's number
     attributes: str  # without the metadata, whose op_name may contain any text
     op_name: str
+    frame_id: int = 0  # of the source line, see `jaxpar.measure.hlo.source`; 0: not known
 
     def attribute(self, pattern: str) -> str | None:
         """First group of `pattern` where it follows ", "; None if it does not occur."""
@@ -116,6 +117,7 @@ def _instruction(name: str, text: str) -> Instruction:
     attributes = rest[closing:]
     metadata = _METADATA.search(attributes)
     op_name = re.search(rf"op_name=({_QUOTED})", metadata[0]) if metadata else None
+    frame = re.search(r"\bstack_frame_id=(\d+)", metadata[0]) if metadata else None
     arguments = rest[opening + 1 : closing - 1]
     opcode = rest[:opening]
     return Instruction(
@@ -126,6 +128,7 @@ def _instruction(name: str, text: str) -> Instruction:
         arguments=arguments,
         attributes=_METADATA.sub("", attributes),
         op_name=op_name[1].strip('"') if op_name else "",
+        frame_id=int(frame[1]) if frame else 0,
     )
 
 
