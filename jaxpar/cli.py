@@ -130,44 +130,37 @@ def compile_(
 
     if tpu is None and gpu not in GPUS:
         raise ConfigError(f"--gpu: {gpu!r} is not known: choose one of {', '.join(GPUS)}")
-    if hlo_file and len(layouts) > 1:
-        raise ConfigError(f"--hlo: writes one program, but {len(layouts)} layouts are given: give one of them")
+    if (hlo_file or where) and len(layouts) > 1:
+        raise ConfigError(f"--hlo and --where: for one program, but {len(layouts)} layouts are given: give one of them")
+    if where and tpu:
+        raise ConfigError("--where: times are known for GPUs, not for a TPU slice: leave out --where or --tpu")
     flags = xla.apply_without_gpu(config.cluster.xla_flags, config.cluster.deterministic) if tpu is None else []
     os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxpar import display
-    from jaxpar.measure.compile import compile_step, gpu_devices, tpu_devices
+    from jaxpar.measure.compile import compile_step, devices_to_compile_for
 
     console = _console()
     if verbose:
         console.print("\n".join(flags), highlight=False)
-    if tpu:
-        devices, capacity = tpu_devices(tpu)
-    else:
-        devices = gpu_devices(gpu, config.cluster.num_nodes, config.cluster.num_gpus_per_node or 8)
-        capacity = GPUS[gpu].memory
+    devices, capacity, kind = devices_to_compile_for(config, gpu, tpu)
     configs = {
         layout: load_config(config_path, [*overrides, *layout_overrides(layout, config, len(devices))])
         for layout in layouts
     } or {"": config}
     if len(configs) > 1:
         _notes(console, config.notes)
-        reports = {
-            layout: compile_step(one, devices, capacity, None if tpu else GPUS[gpu]) for layout, one in configs.items()
-        }
+        reports = {layout: compile_step(one, devices, capacity, kind) for layout, one in configs.items()}
         console.print(display.report_table(reports, tpu or gpu))
         figures: Any = {layout: report.to_json() for layout, report in reports.items()}
     else:
         (one,) = configs.values()
         console.print(f"mesh: {display.mesh_line(one.mesh_sizes(len(devices)))}, {tpu or gpu}", highlight=False)
         _notes(console, one.notes)
-        report = compile_step(one, devices, capacity, None if tpu else GPUS[gpu])
+        report = compile_step(one, devices, capacity, kind)
         for line in display.report_lines(report):
             console.print(line, highlight=False)
-        console.print(display.collective_table(report))
-        if report.roofline:
-            console.print(display.roofline_table(report.roofline))
-            if where:
-                console.print(display.operation_table(report.roofline, where))
+        for table in display.report_tables(report, where):
+            console.print(table)
         figures = report.to_json()
         if hlo_file:
             hlo_file.write_text(report.hlo)

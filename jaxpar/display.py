@@ -56,6 +56,15 @@ def report_lines(report: "Report") -> list[str]:
     return lines + [f"not counted: {text}" for text in report.uncounted]
 
 
+def report_tables(report: "Report", num_operations: int) -> list[Table]:
+    """Collectives, the least time by kind of work, and the costliest operations if any are asked for."""
+    tables = [collective_table(report)]
+    if report.roofline:
+        tables.append(roofline_table(report.roofline))
+        tables += [operation_table(report.roofline, num_operations)] * bool(num_operations)
+    return tables
+
+
 def _least_time(roofline: "Roofline") -> str:
     links = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in roofline.links.items())
     mfu = "" if roofline.mfu_at_most is None else f"; MFU at most {roofline.mfu_at_most:.1%}"

@@ -131,6 +131,14 @@ def tpu_devices(name: str) -> tuple[list[jax.Device], int]:
     return devices, TPU_MEMORY[found[1]] * chips // len(devices)
 
 
+def devices_to_compile_for(config: Config, gpu: str, tpu: str | None) -> tuple[list[jax.Device], int, Gpu | None]:
+    """(devices, bytes of memory of each, what GPU they are) of the config's cluster of GPUs, or of a TPU slice."""
+    if tpu:
+        return *tpu_devices(tpu), None
+    cluster = config.cluster
+    return gpu_devices(gpu, cluster.num_nodes, cluster.num_gpus_per_node or 8), GPUS[gpu].memory, GPUS[gpu]
+
+
 def compile_step(config: Config, devices: list[jax.Device], capacity: int, gpu: Gpu | None = None) -> Report:
     """Compiles one train step for `devices`.
 

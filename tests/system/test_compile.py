@@ -66,7 +66,17 @@ def test_a_shipped_config_is_sound(name):
 )
 def test_a_shipped_config_compiles_and_fits(tmp_path, name):
     report = compile_(tmp_path, name)
-    keys = ["devices", "mesh", "compile_seconds", "bubble_fraction", "flops", "model_flops", "memory", "collectives", "roofline"]
+    keys = [
+        "devices",
+        "mesh",
+        "compile_seconds",
+        "bubble_fraction",
+        "flops",
+        "model_flops",
+        "memory",
+        "collectives",
+        "roofline",
+    ]
     assert list(report) == keys
     assert list(report["memory"]) == ["arguments", "outputs", "aliased", "temporaries", "peak", "capacity", "fits"]
     assert math.prod(report["mesh"].values()) == report["devices"]
