@@ -147,7 +147,7 @@ def test_state_that_is_no_parameter(state, kind):
             self.extra = state(rngs)
 
     (problem,) = problems(WithState)
-    assert "layers holds state that is no nnx.Param" in problem and "extra" in problem and kind in problem
+    assert "layers holds state that is not an nnx.Param" in problem and "extra" in problem and kind in problem
 
 
 def test_dropout_without_randomness_is_no_state():

@@ -29,7 +29,10 @@ def jaxpar(*arguments: str | Path) -> subprocess.CompletedProcess:
         (["train", CONFIGS / "quickstart.yaml", "--profile", "10"], "'10' is not STEP:COUNT"),
         *slow(
             (["train", CONFIGS / "quickstart.yaml", "actor.model.tensor_model_parallel_size=3"], "4 / 3 = 1.33"),
-            (["train", CONFIGS / "quickstart.yaml", "actor.model.pipeline_schedule=zigzag"], "choose one of gpipe, 1f1b"),
+            (
+                ["train", CONFIGS / "quickstart.yaml", "actor.model.pipeline_schedule=zigzag"],
+                "choose one of gpipe, 1f1b",
+            ),
             (["train", CONFIGS / "quickstart.yaml", "--profile", "0:3"], "'0:3' is not STEP:COUNT"),
         ),
         (["mesh", CONFIGS / "quickstart.yaml", "actor.model.context_parallel_size=3"], "does not divide 16 devices"),

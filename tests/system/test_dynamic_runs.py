@@ -205,12 +205,12 @@ def test_what_is_balanced_are_the_flops_of_the_model():
     config = jaxpar.load_config(QUICKSTART, [*SMALL, *dynamic(pp=1, cp=2, dp=2)])
     program = Program(config, jax.devices()[:4])
     per_token = model_flops_per_token(program.blueprint.architecture, program.blueprint.num_params, 17)
-    assert DocumentCost(*program.document_flops)(np.array([17])) == [17 * per_token]
+    assert DocumentCost(*program.blueprint.document_flops)(np.array([17])) == [17 * per_token]
     assert program.batch_layout.shape == (DOCUMENTS, LONGEST) and program.dp_ranks == [0, 1]
     assert program.batch_layout.resized(6).rows == [*range(6)]
     model = GPT()
     program = Program(config, jax.devices()[:4], model)
-    assert program.document_flops == (6 * program.blueprint.num_params, 6 * model.num_layers * EMBED, None)
+    assert program.blueprint.document_flops == (6 * program.blueprint.num_params, 6 * model.num_layers * EMBED, None)
 
 
 def test_a_document_over_the_budget_is_an_error_that_names_it(tmp_path, data):

@@ -25,7 +25,7 @@ def test_each_rank_has_an_early_and_a_late_chunk():
 def test_a_batch_is_placed_once_and_whole():
     batch = BatchLayout(4, 16, make_mesh((2, 1, 1, 1, 4)))
     rows = np.arange(64).reshape(4, 16)
-    placed = batch.place({"tokens": rows})["tokens"]
+    placed = batch.put_on_mesh({"tokens": rows})["tokens"]
     assert np.array_equal(placed, rows[:, batch.order])
     for shard in placed.addressable_shards:
         row, column = (index.start or 0 for index in shard.index)
@@ -43,5 +43,5 @@ def test_the_config_reaches_attention():
     hierarchical = dict(context_parallel_size=8, cp_comm_type="a2a+p2p", hierarchical_context_parallel_sizes=[2, 4])
     assert program().blueprint.attention == AttentionSettings("p2p", 1, "xla")
     assert program(**hierarchical).blueprint.attention == AttentionSettings("a2a+p2p", 2, "xla")
-    with pytest.raises(ConfigError, match="attention_backend: pallas is a kernel for GPUs, and the devices are of cpu"):
+    with pytest.raises(ConfigError, match="attention_backend: pallas is a kernel for GPUs, but the devices are of cpu"):
         program(attention_backend="pallas")
