@@ -282,7 +282,7 @@ def _products(instructions: Sequence[Instruction] | Any, here: Computation) -> I
 
 def _only_moves(instruction: Instruction, inside: Computation | None) -> bool:
     if inside is None:
-        return instruction.opcode in _MOVES - {"convert"} - _INDEX_ARITHMETIC
+        return instruction.opcode.removesuffix("-start") in _MOVES - {"convert"} - _INDEX_ARITHMETIC
     for one in inside.instructions.values():
         whole = bool(re.match(r"[su]\d|pred", one.result[0].dtype)) if one.result else True
         if one.opcode not in _MOVES | FREE or (one.opcode in _INDEX_ARITHMETIC and not whole):

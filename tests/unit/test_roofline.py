@@ -70,15 +70,27 @@ FUSED = """%fused (p: f32[100,8], i: s32[]) -> f32[8] {
 }"""
 
 
-def test_of_a_large_array_the_slice_counts():
-    found = read(
-        program(
-            "  %x = f32[100,8]{1,0} parameter(0)\n  %i = s32[] parameter(1)\n"
-            "  ROOT %y = f32[8]{0} fusion(%x, %i), kind=kLoop, calls=%fused",
-            FUSED,
-        )
-    )
+@pytest.mark.parametrize(
+    "call",
+    [
+        "  ROOT %y = f32[8]{0} fusion(%x, %i), kind=kLoop, calls=%fused",
+        "  %s = ((f32[100,8]{1,0}, s32[]), f32[8]{0}, u32[]) fusion-start(%x, %i), kind=kLoop, calls=%fused\n"
+        "  ROOT %y = f32[8]{0} fusion-done(%s)",
+    ],
+    ids=["sync", "async"],
+)
+def test_of_a_large_array_the_slice_counts(call):
+    found = read(program("  %x = f32[100,8]{1,0} parameter(0)\n  %i = s32[] parameter(1)\n" + call, FUSED))
     assert kinds(found) == {"other kernels": (pytest.approx((32 + 4 + 32) / MEMORY), 0, 32 + 4 + 32, 1)}
+
+
+def test_a_copy_reads_and_writes_once():
+    for copy in (
+        "  ROOT %y = f32[8]{0} copy(%x)",
+        "  %s = (f32[8]{0}, f32[8]{0}, u32[]) copy-start(%x)\n  ROOT %y = f32[8]{0} copy-done(%s)",
+    ):
+        found = read(program("  %x = f32[8]{0} parameter(0)\n" + copy))
+        assert kinds(found) == {"copies": (64 / MEMORY, 0, 64, 1)}
 
 
 def test_an_update_in_place_writes_the_slice():

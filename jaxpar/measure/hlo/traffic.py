@@ -15,14 +15,16 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 def bytes_moved(module: Module, here: Computation, instruction: Instruction) -> int:
     """Bytes of operands and results. Of a large array that is only sliced or updated in place, the slice counts."""
-    operands = here.operands(instruction)
-    if instruction.opcode == "fusion":
+    operands, opcode = here.operands(instruction), instruction.opcode.removesuffix("-start")
+    if opcode == "fusion":
         return _fusion_bytes(module.computations[instruction.computations("calls")[0]])
-    if instruction.opcode in _SLICES:
+    if opcode == "copy":  # the result of copy-start is a tuple with the operand in it
+        return 2 * operands[0].nbytes
+    if opcode in _SLICES:
         return 2 * _size(instruction.result)
-    if instruction.opcode == "dynamic-update-slice":
+    if opcode == "dynamic-update-slice":
         return 2 * operands[1].nbytes
-    if instruction.opcode == "custom-call" and len(instruction.result) > 1 and "cublas" in instruction.attributes:
+    if opcode == "custom-call" and len(instruction.result) > 1 and "cublas" in instruction.attributes:
         return _size(operands) + instruction.result[0].nbytes  # the second result is workspace
     return _size(operands) + _size(instruction.result)
 
