@@ -294,7 +294,8 @@ def main() -> None:
     # jaxlib's own notices (topology, unused flags) would break the progress bar.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Orbax logs what it then raises, with a traceback. We report it once, in words.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):  # the latter speaks of tasks that Orbax gave up after the first failure
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
     try:
         app()

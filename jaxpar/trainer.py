@@ -1,5 +1,6 @@
 """The trainer and its training loop: what happens when. No maths."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -298,5 +299,6 @@ class _TrainingRun:
         self._profiler.stop()
         self.report.stop()
         self._loader.close()
-        for writer in self._writers:
-            writer.close()
+        with contextlib.ExitStack() as stack:  # all of them, even if one fails
+            for writer in self._writers:
+                stack.callback(writer.close)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,6 +65,8 @@ class TensorBoardFile:
     def __init__(self, folder: Path, first_step: int):
         purge_step = first_step + 1 if first_step else None
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
+        events = self._writer.file_writer.event_writer
+        events._ev_writer = events._worker._record_writer = _Tolerant(events._ev_writer)
 
     def write(self, row: dict[str, Any]) -> None:
         for name, value in row.items():
@@ -79,3 +82,28 @@ def _step(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf  # a line cut off by a crash: drop it
+
+
+class _Tolerant:
+    """tensorboardX's writer of events, which stops quietly when the disk is full or gone. It writes in a thread and again at
+    exit, where an error would be a traceback and not end the run; the run itself reports the disk."""
+
+    def __init__(self, writer: Any):
+        self._writer: Any = writer
+
+    def write_event(self, event: Any) -> None:
+        self._attempt("write_event", event)
+
+    def flush(self) -> None:
+        self._attempt("flush")
+
+    def close(self) -> None:
+        self._attempt("close")
+
+    def _attempt(self, name: str, *args: Any) -> None:
+        try:
+            if self._writer is not None:
+                getattr(self._writer, name)(*args)
+        except OSError as error:
+            self._writer = None
+            print(f"note: TensorBoard's file is not complete: {error}", file=sys.stderr)
