@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from jaxpar.attention import AttentionSettings
+from jaxpar.attention import AttentionSettings, Backend
 from jaxpar.backward.recompute import Recompute
 from jaxpar.config import Architecture, Config, ConfigError, MeshSizes, checks
 from jaxpar.models import Decoder, FunctionalModel, Model
@@ -159,12 +159,10 @@ class Blueprint:
 
     @property
     def attention(self) -> AttentionSettings:
-        """`auto` is plain JAX, because the Pallas kernel has been compiled for H100s and run in Pallas' interpreter, but
-        never on a GPU."""
+        """Without the device, which decides what `auto` means."""
         model = self.config.actor.model
         a2a_size, _ = model.hierarchical_context_parallel_sizes or (1, 1)
-        backend: Any = "pallas" if model.attention_backend == "pallas" else "xla"
-        return AttentionSettings(model.cp_comm_type, a2a_size, backend)
+        return AttentionSettings(model.cp_comm_type, a2a_size, Backend(model.attention_backend))
 
     @property
     def compute_dtype(self) -> Any:

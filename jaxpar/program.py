@@ -1,6 +1,7 @@
 """A blueprint on given devices: the jitted functions of a run, a benchmark, or a compile for devices that are not here."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 from jax.sharding import NamedSharding
@@ -30,6 +31,7 @@ class Program:
       loss_and_grads: jitted (params, batch, loss_scale=None) → (loss, grads).
       evaluate: jitted (params, batch) → losses without gradients, see `jaxpar.step.loss_and_grads.build_evaluate`.
       init: jitted (params or None) → the state before the first step.
+      attention_choices: once a program is traced, what computes the blocks of attention → why.
 
     Raises:
       ConfigError: with every problem of the config, for these devices and this model.
@@ -47,6 +49,7 @@ class Program:
             blueprint.model, optimizer, blueprint.param_layouts, self.mesh, loss_scale, offload=offload
         )
         setup = _step_setup(blueprint, self.mesh)
+        self.attention_choices = setup.attention.backend.choices
 
         loss_and_grads = build_loss_and_grads(setup)
         self.evaluate = jax.jit(build_evaluate(setup))
@@ -71,24 +74,26 @@ class Program:
 
 
 def _step_setup(blueprint: Blueprint, mesh: jax.sharding.Mesh) -> StepSetup:
-    optim = blueprint.config.actor.optim
+    optim, attention = blueprint.config.actor.optim, blueprint.attention
     return StepSetup(
         blueprint.model,
         mesh,
         blueprint.param_layouts,
         blueprint.schedule_of,
         compute_dtype=blueprint.compute_dtype,
-        attention=blueprint.attention,
+        attention=replace(attention, backend=replace(attention.backend, device=mesh.devices.flat[0], choices={})),
         recompute=blueprint.recompute,
         zero_stage=blueprint.config.zero_stage,
         reduce_dtype=DTYPES[optim.grad_reduce_dtype],
         overlap_param_gather=optim.overlap_param_gather,
         overlap_grad_reduce=optim.overlap_grad_reduce,
+        within_documents=blueprint.config.data.reset_attention_mask,
     )
 
 
 def _check_backend(config: Config, platform: str) -> None:
-    if config.actor.model.attention_backend == "pallas" and platform not in ("gpu", "cuda"):
+    name = config.actor.model.attention_backend
+    if name in ("cudnn", "tokamax") and platform not in ("gpu", "cuda"):
         raise ConfigError(
-            f"actor.model.attention_backend: pallas is a kernel for GPUs, but the devices are of {platform}: set auto or xla"
+            f"actor.model.attention_backend: {name} is for GPUs, but the devices are of {platform}: set auto or xla"
         )

@@ -157,7 +157,7 @@ class Trainer:
             return build_dynamic_loader(
                 documents, order, dp=program.mesh.shape["dp"], ranks=program.dp_ranks, cost=cost, num_workers=workers
             )
-        samples = PackedSource.read(folder, config.runner.seq_length)
+        samples = PackedSource.read(folder, config.runner.seq_length, across_documents=not config.data.reset_attention_mask)
         return build_loader(samples, order, rows=program.batch_layout.rows, num_workers=workers)
 
     def _token_cache(self, key: str) -> Path:
@@ -181,7 +181,10 @@ class Trainer:
         runner, paths = self.config.runner, self.config.data.val_data_paths
         if not paths or runner.val_check_interval <= 0:
             return None
-        samples = PackedSource.read(self._token_cache("val_data_paths"), self.config.row_length)
+        across = not self.config.data.reset_attention_mask
+        samples = PackedSource.read(
+            self._token_cache("val_data_paths"), self.config.row_length, across_documents=across
+        )
         return Evaluation(self.program, samples, runner.limit_val_batches)
 
 

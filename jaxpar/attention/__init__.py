@@ -2,7 +2,7 @@
 
 from jaxpar.attention.dispatch import attention
 from jaxpar.attention.reference import reference_attention
-from jaxpar.attention.settings import AttentionSettings, attention_settings
+from jaxpar.attention.settings import AttentionSettings, Backend, attention_settings
 from jaxpar.parallel.zigzag import zigzag_order
 
-__all__ = ["AttentionSettings", "attention", "attention_settings", "reference_attention", "zigzag_order"]
+__all__ = ["AttentionSettings", "Backend", "attention", "attention_settings", "reference_attention", "zigzag_order"]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpar.attention.blocks import Blocks, attend, attend_backward, output_grads_of
-from jaxpar.attention.types import AttentionSpec, Keys, Queries, empty_partial, tie_to_data, zero_grads
+from jaxpar.attention.types import AttentionSpec, Grads, Keys, Partial, Queries, tie_to_data
 
 
 def all_gather_attention(spec: AttentionSpec, size: int, query: jax.Array, keys: Keys) -> jax.Array:
@@ -22,10 +22,11 @@ def _output(spec: AttentionSpec, size: int, query: jax.Array, keys: Keys) -> jax
 
 def _forward(spec: AttentionSpec, size: int, query: jax.Array, keys: Keys):
     rank, segments = tie_to_data((lax.axis_index("cp"), keys.segments), query)
-    queries, partial = Queries(query, segments), empty_partial(query)
-    gathered = _gather(keys._replace(segments=segments))
+    queries, gathered = Queries(query, segments), _gather(keys._replace(segments=segments))
+    partial: Partial | None = None
     for blocks in _local_blocks(spec, size, rank, query.shape[1]):
         partial = attend(spec, queries, gathered, blocks, partial)
+    assert partial is not None
     output = partial.output.astype(query.dtype)
     return output, (query, keys, output, partial.lse)
 
@@ -34,10 +35,14 @@ def _backward(spec: AttentionSpec, size: int, residuals, grad: jax.Array):
     query, keys, output, lse = residuals
     rank, segments = tie_to_data((lax.axis_index("cp"), keys.segments), query)
     queries, gathered = Queries(query, segments), _gather(keys._replace(segments=segments))
-    grads, output_grads = zero_grads(queries, gathered), output_grads_of(grad, output, lse)
+    output_grads = output_grads_of(grad, output, lse)
+    grads: Grads | None = None
     for blocks in _local_blocks(spec, size, rank, query.shape[1]):
         grads = attend_backward(spec, queries, gathered, blocks, output_grads, grads)
-    key_grad, value_grad = (lax.psum_scatter(x, "cp", scatter_dimension=1, tiled=True) for x in grads[1:])
+    assert grads is not None
+    key_grad, value_grad = (
+        lax.psum_scatter(x.astype(jnp.float32), "cp", scatter_dimension=1, tiled=True) for x in grads[1:]
+    )
     keys_grad = Keys(key_grad.astype(keys.key.dtype), value_grad.astype(keys.value.dtype), None)
     return grads.query.astype(query.dtype), keys_grad
 

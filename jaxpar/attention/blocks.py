@@ -1,6 +1,6 @@
 """A rank's share of the score matrix as a list of blocks. Every kind of context parallelism is built from these.
 
-The backend named in the settings computes a block, unless its queries and keys have no document in common.
+The kernel that `choose` names computes a block, unless its queries and keys have no document in common.
 """
 
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpar.attention import blockwise, flash
+from jaxpar.attention.choose import kernel_for
 from jaxpar.attention.types import (
     AttentionSpec,
     Grads,
@@ -21,12 +21,11 @@ from jaxpar.attention.types import (
     add_to_tokens,
     empty_partial,
     merge_partials,
+    slice_rows,
     slice_tokens,
-    write_tokens,
+    write_rows,
     zero_grads,
 )
-
-BACKENDS = {"xla": blockwise, "pallas": flash}
 
 
 class Blocks(NamedTuple):
@@ -43,41 +42,44 @@ class Blocks(NamedTuple):
     offset: Offset
 
 
-def attend(spec: AttentionSpec, queries: Queries, keys: Keys, blocks: Blocks, partial: Partial) -> Partial:
-    """Extends `partial` by the attention of these blocks."""
+def attend(spec: AttentionSpec, queries: Queries, keys: Keys, blocks: Blocks, partial: Partial | None) -> Partial:
+    """Extends `partial` by the attention of these blocks. None: there is nothing yet, and one block of everything stays as
+    its kernel made it."""
 
-    def add_block(partial: Partial, block):
+    def add_block(partial: Partial, block: Any) -> Partial:
         (query_start, key_start), offset = block
-        rows, columns = slice_tokens(queries, query_start, blocks.size), slice_tokens(keys, key_start, blocks.size)
+        rows, columns = slice_rows(queries, query_start, blocks.size), slice_tokens(keys, key_start, blocks.size)
         more = _block_forward(spec, rows, columns, offset)
-        merged = merge_partials(slice_tokens(partial, query_start, blocks.size), more)
-        return write_tokens(partial, merged, query_start)
+        merged = merge_partials(slice_rows(partial, query_start, blocks.size), more)
+        return write_rows(partial, merged, query_start)
 
     if blocks.starts is None:
-        return merge_partials(partial, _block_forward(spec, queries, keys, blocks.offset))
-    return _scan_blocks(add_block, partial, blocks)
+        more = _block_forward(spec, queries, keys, blocks.offset)
+        return more if partial is None else merge_partials(partial, more)
+    return _scan_blocks(add_block, empty_partial(queries.query) if partial is None else partial, blocks)
 
 
 def attend_backward(
-    spec: AttentionSpec, queries: Queries, keys: Keys, blocks: Blocks, output_grads: OutputGrads, grads: Grads
+    spec: AttentionSpec, queries: Queries, keys: Keys, blocks: Blocks, output_grads: OutputGrads, grads: Grads | None
 ) -> Grads:
-    """Adds the gradients of these blocks to `grads`."""
+    """Adds the gradients of these blocks to `grads`. None: as in `attend`."""
 
-    def add_block(grads: Grads, block):
+    def add_block(grads: Grads, block: Any) -> Grads:
         (query_start, key_start), offset = block
-        rows = slice_tokens((queries, output_grads), query_start, blocks.size)
-        columns = slice_tokens(keys, key_start, blocks.size)
-        more = _block_backward(spec, rows[0], columns, offset, rows[1])
+        rows, columns = slice_rows(queries, query_start, blocks.size), slice_tokens(keys, key_start, blocks.size)
+        more = _block_backward(spec, rows, columns, offset, slice_rows(output_grads, query_start, blocks.size))
         return jax.tree.map(add_to_tokens, grads, more, Grads(query_start, key_start, key_start))
 
     if blocks.starts is None:
-        return jax.tree.map(jnp.add, grads, _block_backward(spec, queries, keys, blocks.offset, output_grads))
-    return _scan_blocks(add_block, grads, blocks)
+        more = _block_backward(spec, queries, keys, blocks.offset, output_grads)
+        return more if grads is None else jax.tree.map(jnp.add, grads, more)
+    return _scan_blocks(add_block, zero_grads(queries, keys) if grads is None else grads, blocks)
 
 
 def output_grads_of(grad: jax.Array, output: jax.Array, lse: jax.Array) -> OutputGrads:
     # The gradient of the softmax needs the row sums of grad · output (FlashAttention, arXiv:2205.14135, eq. 4).
-    return OutputGrads(grad, lse, jnp.einsum("bqkgd,bqkgd->bqkg", grad, output, preferred_element_type=jnp.float32))
+    delta = jnp.einsum("bqkgd,bqkgd->bkgq", grad, output, preferred_element_type=jnp.float32)
+    return OutputGrads(grad, output, lse, delta)
 
 
 def _scan_blocks(add_block: Any, total: Any, blocks: Blocks) -> Any:
@@ -90,25 +92,17 @@ def _scan_blocks(add_block: Any, total: Any, blocks: Blocks) -> Any:
 
 
 def _block_forward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -> Partial:
-    return _if_documents_overlap(
-        queries,
-        keys,
-        offset,
-        lambda: BACKENDS[spec.backend].forward(spec, queries, keys, offset),
-        lambda: empty_partial(queries.query),
-    )
+    kernel = kernel_for(spec, queries, keys, offset)
+    compute = lambda: kernel.forward(spec, queries, keys, offset)  # noqa: E731
+    return _if_documents_overlap(queries, keys, offset, compute, lambda: empty_partial(queries.query))
 
 
 def _block_backward(
     spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset, output_grads: OutputGrads
 ) -> Grads:
-    return _if_documents_overlap(
-        queries,
-        keys,
-        offset,
-        lambda: BACKENDS[spec.backend].backward(spec, queries, keys, offset, output_grads),
-        lambda: zero_grads(queries, keys),
-    )
+    kernel = kernel_for(spec, queries, keys, offset)
+    compute = lambda: kernel.backward(spec, queries, keys, offset, output_grads)  # noqa: E731
+    return _if_documents_overlap(queries, keys, offset, compute, lambda: zero_grads(queries, keys))
 
 
 def _if_documents_overlap(queries: Queries, keys: Keys, offset: Offset, compute: Any, empty: Any) -> Any:
@@ -119,4 +113,5 @@ def _if_documents_overlap(queries: Queries, keys: Keys, offset: Offset, compute:
     if queries.segments is None or keys.segments is None or isinstance(offset, int):
         return compute()
     overlap = (queries.segments.min() <= keys.segments.max()) & (keys.segments.min() <= queries.segments.max())
-    return lax.cond(overlap, compute, empty)
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
+    return lax.cond(overlap, lambda: wide(compute()), empty)

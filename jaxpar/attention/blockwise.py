@@ -14,8 +14,10 @@ import numpy as np
 from jax import lax
 
 from jaxpar.attention.mask import attention_mask
+from jaxpar.attention.settings import Backend
 from jaxpar.attention.types import (
     AttentionSpec,
+    BlockNeeds,
     Grads,
     Keys,
     Offset,
@@ -38,14 +40,19 @@ TOKEN_AXIS = 3  # the tokens' dimension in this file, see _heads_first
 TRIANGLE_TILES = 16
 
 
+def problem(backend: Backend, needs: BlockNeeds) -> None:
+    """Plain JAX computes any block."""
+
+
 def forward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -> Partial:
     def add(partial: Partial, more: Partial, query_start: jax.Array, _: jax.Array) -> Partial:
         before = slice_tokens(partial, query_start, more.lse.shape[TOKEN_AXIS], TOKEN_AXIS)
-        return write_tokens(partial, merge_partials(before, more), query_start, TOKEN_AXIS)
+        merged = merge_partials(before, more, TOKEN_AXIS)
+        return jax.tree.map(lambda x, part: write_tokens(x, part, query_start, TOKEN_AXIS), partial, merged)
 
-    steps = _TileSteps(_tile_forward, lambda queries, _: empty_partial(queries.query), add)
+    steps = _TileSteps(_tile_forward, lambda queries, _: empty_partial(queries.query, TOKEN_AXIS), add)
     partial = _accumulate_tiles(spec, _heads_first(queries), _heads_first(keys), offset, steps)
-    return Partial(*(jnp.moveaxis(x, TOKEN_AXIS, 1) for x in partial))
+    return Partial(jnp.moveaxis(partial.output, TOKEN_AXIS, 1), partial.lse)
 
 
 def backward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset, output_grads: OutputGrads) -> Grads:
@@ -68,11 +75,12 @@ def backward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset, 
 def _heads_first(tree: Any) -> Any:
     """Moves heads before tokens, as matrix products want them. Done once, not for each tile.
 
-    Queries become [b, k, g, q, d], keys and values [b, k, 1, s, d], segments [b, 1, 1, tokens].
+    Queries become [b, k, g, q, d], keys and values [b, k, 1, s, d], segments [b, 1, 1, tokens]. Statistics, which have four
+    dimensions, are so already.
     """
 
     def move(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 1, TOKEN_AXIS)
+        return x if x.ndim == 4 else jnp.moveaxis(x, 1, TOKEN_AXIS)
 
     if isinstance(tree, Keys):
         segments = None if tree.segments is None else tree.segments[:, None, None]

@@ -6,12 +6,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxpar.attention.all_gather import all_gather_attention
 from jaxpar.attention.all_to_all import all_to_all_attention
+from jaxpar.attention.names import CORE_ATTENTION
 from jaxpar.attention.ring import Ring, ring_attention
 from jaxpar.attention.settings import current_settings
 from jaxpar.attention.types import AttentionSpec, Keys
 from jaxpar.parallel.collectives import manual, vary, varying_axes
-
-CORE_ATTENTION = "core_attention"  # name scope of what `recompute_granularity: selective` recomputes
 
 
 def attention(

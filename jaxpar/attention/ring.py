@@ -23,7 +23,7 @@ from jax import lax
 
 from jaxpar.attention.blocks import Blocks, attend, attend_backward, output_grads_of
 from jaxpar.attention.blockwise import mask_coverage
-from jaxpar.attention.types import AttentionSpec, Keys, Queries, empty_partial, tie_to_data, zero_grads
+from jaxpar.attention.types import AttentionSpec, Keys, Queries, tie_to_data, zero_grads
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def _forward(spec: AttentionSpec, ring: Ring, query: jax.Array, keys: Keys):
         travelling, partial = carry
         coming = ring.pass_on(travelling, hop)
         blocks = _blocks_at_stop(spec, ring, rank, stop, seq)
-        return coming, attend(spec, queries, _unpack(travelling), blocks, partial)
+        partial = attend(spec, queries, _unpack(travelling), blocks, partial)
+        return coming, partial if ring.size == 1 else _wide(partial)
 
-    carry = (_pack(keys._replace(segments=segments)), empty_partial(query))
-    _, partial = _visit_stops(_stops(spec, ring, seq), step, carry)
+    _, partial = _visit_stops(_stops(spec, ring, seq), step, (_pack(ring, keys._replace(segments=segments)), None))
     output = partial.output.astype(query.dtype)
     return output, (query, keys, output, partial.lse)
 
@@ -76,20 +76,25 @@ def _backward(spec: AttentionSpec, ring: Ring, residuals, grad: jax.Array):
     query, keys, output, lse = residuals
     rank, segments = tie_to_data((ring.rank, keys.segments), query)
     queries, seq, stops = Queries(query, segments), query.shape[1], _stops(spec, ring, query.shape[1])
-    output_grads, zeros = output_grads_of(grad, output, lse), zero_grads(queries, keys)
+    output_grads = output_grads_of(grad, output, lse)
 
     def step(carry, stop, last_hop: int, hop: int):
         travelling, query_grad, keys_grads = carry
-        coming, arrived = ring.pass_on(travelling, hop), ring.pass_on(keys_grads, last_hop)
-        grads, blocks = zeros._replace(query=query_grad), _blocks_at_stop(spec, ring, rank, stop, seq)
-        grads = attend_backward(spec, queries, _unpack(travelling), blocks, output_grads, grads)
+        coming, blocks = ring.pass_on(travelling, hop), _blocks_at_stop(spec, ring, rank, stop, seq)
+        before = None if query_grad is None else zero_grads(queries, keys)._replace(query=query_grad)
+        grads = attend_backward(spec, queries, _unpack(travelling), blocks, output_grads, before)
+        if ring.size == 1:
+            return coming, grads.query, grads[1:]
+        arrived = 0 if keys_grads is None else ring.pass_on(keys_grads, last_hop)
+        grads = _wide(grads)
         return coming, grads.query, arrived + jnp.stack(grads[1:])
 
-    carry = (_pack(keys._replace(segments=segments)), zeros.query, jnp.stack(zeros[1:]))
+    carry = _pack(ring, keys._replace(segments=segments)), None, None
     _, query_grad, keys_grads = _visit_stops(stops, step, carry)
-    sent = jnp.result_type(keys.key, keys.value)
-    key_grad, value_grad = ring.pass_on(keys_grads.astype(sent), ring.size - stops[-1])  # the rest of the way home
-    keys_grad = Keys(key_grad.astype(keys.key.dtype), value_grad.astype(keys.value.dtype), None)
+    if ring.size > 1:
+        sent = keys_grads.astype(jnp.result_type(keys.key, keys.value))
+        keys_grads = ring.pass_on(sent, ring.size - stops[-1])  # the rest of the way home
+    keys_grad = Keys(keys_grads[0].astype(keys.key.dtype), keys_grads[1].astype(keys.value.dtype), None)
     return query_grad.astype(query.dtype), keys_grad
 
 
@@ -122,14 +127,19 @@ def _stops(spec: AttentionSpec, ring: Ring, seq: int) -> list[int]:
     return [stop for stop in range(ring.size) if stop == 0 or _chunk_pairs(spec, ring, stop, seq)]
 
 
-def _pack(keys: Keys) -> tuple[jax.Array, jax.Array | None]:
+def _pack(ring: Ring, keys: Keys) -> tuple[Any, jax.Array | None]:
     """One array to send: XLA has one permute in flight at a time, so the work would not hide a second one."""
-    return jnp.stack([keys.key, keys.value]), keys.segments
+    return (keys.key, keys.value) if ring.size == 1 else jnp.stack([keys.key, keys.value]), keys.segments
 
 
-def _unpack(travelling: tuple[jax.Array, jax.Array | None]) -> Keys:
+def _unpack(travelling: tuple[Any, jax.Array | None]) -> Keys:
     key_value, segments = travelling
     return Keys(key_value[0], key_value[1], segments)
+
+
+def _wide(tree: Any) -> Any:
+    """Sums over several stops are float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def _blocks_at_stop(spec: AttentionSpec, ring: Ring, rank: Any, stop: Any, seq: int) -> Blocks:

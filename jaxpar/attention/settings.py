@@ -3,8 +3,24 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What computes a block.
+
+    Attributes:
+      name: "xla": plain JAX. "cudnn", "tokamax": kernels of these libraries. "auto": of the three, the first that can, see
+        `jaxpar.attention.choose`.
+      device: one of the devices that the program is for, which may be there for compiling only. None: not a GPU.
+      choices: for the user to read, once a program has been traced: what computes blocks, and why.
+    """
+
+    name: Literal["auto", "xla", "cudnn", "tokamax"] = "auto"
+    device: Any = None
+    choices: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -16,12 +32,12 @@ class AttentionSettings:
         "all_gather": every rank receives all of them. "a2a": each rank receives some heads of the whole sequence.
         "a2a+p2p": "a2a" inside groups of neighbouring ranks, a ring across the groups.
       a2a_size: ranks per group of "a2a+p2p".
-      backend: what computes a block. "xla": plain JAX. "pallas": jaxpar's own flash kernel for GPUs.
+      backend: what computes a block.
     """
 
     cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
     a2a_size: int = 1
-    backend: Literal["xla", "pallas"] = "xla"
+    backend: Backend = Backend()  # noqa: RUF009 (frozen)
 
 
 DEFAULT = AttentionSettings()

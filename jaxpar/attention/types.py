@@ -1,16 +1,17 @@
 """Types and small helpers that the implementations of attention share.
 
-Dimensions: b batch, q query tokens, s key tokens, k kv heads, g query heads per kv head, d head_dim. Tokens are always
-dimension 1.
+Dimensions: b batch, q query tokens, s key tokens, k kv heads, g query heads per kv head, d head_dim. Tokens are
+dimension 1, but the last one of the statistics of a query (`lse` and `delta`), as kernels have them.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpar.attention.settings import Backend
 from jaxpar.parallel.collectives import MASKED, vary, varying_axes
 
 Offset = jax.Array | int | None
@@ -25,7 +26,29 @@ class AttentionSpec:
     causal: bool
     window: int | None
     scale: float
-    backend: Literal["xla", "pallas"]
+    backend: Backend
+
+
+@dataclass(frozen=True)
+class BlockNeeds:
+    """What a block asks of a kernel.
+
+    Attributes:
+      dtype: of query, key and value.
+      documents: whether tokens attend only to their own document.
+      mask: None; "causal" and "window" (causal too): of a block whose first query is its first key; "shifted": any other
+        causal order or window, or one that differs between ranks.
+    """
+
+    dtype: str
+    head_dim: int
+    documents: bool
+    mask: Literal["causal", "window", "shifted"] | None
+
+    def __str__(self) -> str:
+        masked = {None: "unmasked", "window": "causal", "shifted": "shifted"}.get(self.mask, self.mask)
+        extras = [text for text, there in (("documents", self.documents), ("a window", self.mask == "window")) if there]
+        return f"{masked} blocks{' with ' * bool(extras)}{' and '.join(extras)} in {self.dtype}"
 
 
 class Queries(NamedTuple):
@@ -44,28 +67,32 @@ class Keys(NamedTuple):
 class Partial(NamedTuple):
     """Attention over some of the keys: the normalized output and the log-sum-exp of the scores."""
 
-    output: jax.Array  # float32 [b, q, k, g, d]
-    lse: jax.Array  # float32 [b, q, k, g]
+    output: jax.Array  # [b, q, k, g, d], float32 but for a single block, which has the query's dtype if a kernel made it
+    lse: jax.Array  # float32 [b, k, g, q]
 
 
 class OutputGrads(NamedTuple):
-    """What the backward pass of every block of these queries needs."""
+    """What the backward pass of every block of these queries needs. Kernels make `delta` themselves, from `output`."""
 
     grad: jax.Array  # of the output [b, q, k, g, d]
-    lse: jax.Array  # over all keys, float32 [b, q, k, g]
-    delta: jax.Array  # row sums of grad · output, float32 [b, q, k, g]
+    output: jax.Array  # over all keys [b, q, k, g, d]
+    lse: jax.Array  # over all keys, float32 [b, k, g, q]
+    delta: jax.Array  # row sums of grad · output, float32 [b, k, g, q]
 
 
 class Grads(NamedTuple):
-    query: jax.Array  # float32 [b, q, k, g, d]
-    key: jax.Array  # float32 [b, s, k, d]
-    value: jax.Array  # float32 [b, s, k, d]
+    """Float32, but for a single block, whose gradients have the dtype of the arrays if a kernel made them."""
+
+    query: jax.Array  # [b, q, k, g, d]
+    key: jax.Array  # [b, s, k, d]
+    value: jax.Array  # [b, s, k, d]
 
 
-def empty_partial(query: jax.Array) -> Partial:
-    """Attention over no keys at all: the neutral element of `merge_partials`."""
-    axes = varying_axes(query)
-    lse = jnp.full(query.shape[:-1], MASKED, jnp.float32)
+def empty_partial(query: jax.Array, token_axis: int = 1) -> Partial:
+    """Attention over no keys at all: the neutral element of `merge_partials`. `token_axis`: of the query."""
+    axes, shape = varying_axes(query), list(query.shape[:-1])
+    shape.append(shape.pop(token_axis))
+    lse = jnp.full(shape, MASKED, jnp.float32)
     return Partial(vary(jnp.zeros(query.shape, jnp.float32), axes), vary(lse, axes))
 
 
@@ -73,11 +100,14 @@ def zero_grads(queries: Queries, keys: Keys) -> Grads:
     return Grads(*(vary(jnp.zeros(x.shape, jnp.float32), varying_axes(x)) for x in (queries.query, *keys[:2])))
 
 
-def merge_partials(a: Partial, b: Partial) -> Partial:
-    """Attention over the keys of both."""
+def merge_partials(a: Partial, b: Partial, token_axis: int = 1) -> Partial:
+    """Attention over the keys of both, float32. `token_axis`: of the outputs."""
     lse = jnp.logaddexp(a.lse, b.lse)
-    output = a.output * jnp.exp(a.lse - lse)[..., None] + b.output * jnp.exp(b.lse - lse)[..., None]
-    return Partial(output, lse)
+
+    def weighted(x: Partial) -> jax.Array:
+        return x.output * jnp.moveaxis(jnp.exp(x.lse - lse), -1, token_axis)[..., None]
+
+    return Partial(weighted(a) + weighted(b), lse)
 
 
 def tie_to_data(tree: Any, data: jax.Array) -> Any:
@@ -94,11 +124,32 @@ def slice_tokens(tree: Any, start: jax.Array, size: int, axis: int = 1) -> Any:
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis), tree)
 
 
-def write_tokens(tree: Any, part: Any, start: jax.Array, axis: int = 1) -> Any:
-    """Each array of `tree` with its tokens from `start` on replaced by those of `part`."""
-    return jax.tree.map(lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, axis), tree, part)
+def write_tokens(x: jax.Array, part: jax.Array, start: jax.Array, axis: int = 1) -> jax.Array:
+    """`x` with its tokens from `start` on replaced by those of `part`."""
+    return lax.dynamic_update_slice_in_dim(x, part, start, axis)
 
 
 def add_to_tokens(total: jax.Array, more: jax.Array, start: jax.Array, axis: int = 1) -> jax.Array:
     """`total` with `more` added to its tokens from `start` on."""
     return write_tokens(total, slice_tokens(total, start, more.shape[axis], axis) + more, start, axis)
+
+
+Rows = TypeVar("Rows", Queries, Partial, OutputGrads)
+
+
+def slice_rows(rows: Rows, start: jax.Array, size: int) -> Rows:
+    """Query tokens [start, start + size) of each array."""
+    parts = {name: slice_tokens(x, start, size, _token_axis(name)) for name, x in rows._asdict().items()}
+    return rows._replace(**parts)
+
+
+def write_rows(rows: Rows, part: Rows, start: jax.Array) -> Rows:
+    """`rows` with its query tokens from `start` on replaced by those of `part`."""
+    parts = {
+        name: write_tokens(x, getattr(part, name), start, _token_axis(name)) for name, x in rows._asdict().items()
+    }
+    return rows._replace(**parts)
+
+
+def _token_axis(field: str) -> int:
+    return -1 if field in ("lse", "delta") else 1

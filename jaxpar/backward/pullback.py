@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxpar.attention.dispatch import CORE_ATTENTION
+from jaxpar.attention.names import CORE_ATTENTION, KERNEL_CALL
 from jaxpar.backward.min_cut import min_cut
 from jaxpar.backward.recompute import Granularity
 from jaxpar.parallel.collectives import zeros
@@ -212,7 +212,7 @@ def _inline(traced: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
     values = dict(zip([*traced.jaxpr.constvars, *traced.jaxpr.invars], [*traced.consts, *args], strict=True))
     for eqn in traced.jaxpr.eqns:
         invars = list(dict.fromkeys(_inputs(eqn)))
-        if eqn.primitive.name in INLINED:
+        if eqn.primitive.name in INLINED and eqn.params.get("name") != KERNEL_CALL:
             inner = eqn.params["jaxpr"]
             inner = inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
             found = _inline(inner, [v.val if isinstance(v, core.Literal) else values[v] for v in eqn.invars])

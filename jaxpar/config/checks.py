@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxpar.config.architecture import Architecture
 from jaxpar.config.errors import divisors, must_be_multiple, must_divide, one_of
-from jaxpar.config.keys import Actor, Model, Runner
+from jaxpar.config.keys import Actor, Data, Model, Runner
 
 _MOE = "mixture of experts is not supported"
 # Key → (supported values, the reason for them). Checked before training and not at load, so that `jaxpar mesh` can show
@@ -151,6 +151,14 @@ def batch_problems(runner: Runner, actor: Actor, dp: int | None) -> Iterator[str
     if micro and total:
         yield from must_be_multiple(
             "actor.global_batch_size", total, [("micro_batch_size", micro)] + ([] if dp is None else [("dp", dp)])
+        )
+
+
+def data_problems(runner: Runner, data: Data) -> Iterator[str]:
+    if runner.enable_dynamic_batch_size and not data.reset_attention_mask:
+        yield (
+            "data.reset_attention_mask: False, but runner.enable_dynamic_batch_size puts documents into a row by their "
+            "lengths, so that those before a document tell nothing about it: remove one of the two"
         )
 
 

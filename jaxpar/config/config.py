@@ -175,6 +175,7 @@ class Config(Section):
           ConfigError: with every problem found.
         """
         problems = list(checks.train_problems(self.runner, self.actor, sizes.dp, architecture))
+        problems += checks.data_problems(self.runner, self.data)
         if problems:
             raise ConfigError(problems)
 
@@ -191,6 +192,7 @@ class Config(Section):
             problems += error.problems
         dp = None if problems else self.mesh_sizes(num_devices).dp
         problems += checks.train_problems(self.runner, self.actor, dp, architecture)
+        problems += checks.data_problems(self.runner, self.data)
         if problems:
             raise ConfigError(problems)
         return self.mesh_sizes(num_devices), architecture

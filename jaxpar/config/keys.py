@@ -119,6 +119,8 @@ class Data(Section):
     seed: NonNegative = 1234
     num_workers: NonNegative = 0
     text_key: Text = "text"  # ours: the field of a JSONL or Parquet record to train on
+    # Megatron's name, but True by default: tokens attend only to their own document. False: to all before them in the row.
+    reset_attention_mask: bool = True
 
 
 class ArchitectureFields(Section):
@@ -149,7 +151,7 @@ class Model(ArchitectureFields):
     context_parallel_size: Count = 1
     cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"  # how cp ranks communicate in attention
     hierarchical_context_parallel_sizes: list[Count] | None = None  # for a2a+p2p: ranks in an all-to-all, in a ring
-    attention_backend: Literal["auto", "xla", "pallas"] = "auto"  # Megatron's name; xla: plain JAX; pallas: our kernel
+    attention_backend: Literal["auto", "xla", "cudnn", "tokamax"] = "auto"  # Megatron's name; xla: plain JAX
     sequence_parallel: bool = False
     virtual_pipeline_model_parallel_size: Count | None = None
     pipeline_schedule: Text = "1f1b"  # ours

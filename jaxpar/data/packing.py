@@ -5,6 +5,7 @@ end-of-document token, and sample i is the `seq_length + 1` tokens from `i * seq
 lost or repeated as a target. Segment ids and positions that restart separate the documents of a sample.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -59,6 +60,7 @@ class PackedSource:
       doc_ends: int64 [num_documents], ascending: one past the last token of each document.
       seq_length: tokens in a sample, S.
       folder: the token cache that holds the arrays, if any; a pickle then has its path instead of the corpus.
+      across_documents: tokens attend across documents, so positions do not start anew with each.
 
     `source[i]` is a dict of arrays [S]; sample i starts at token i * S:
       tokens: int32, the inputs; 0 in padding.
@@ -74,10 +76,19 @@ class PackedSource:
       IndexError: an index outside 0 ... len - 1.
     """
 
-    def __init__(self, tokens: np.ndarray, doc_ends: np.ndarray, seq_length: int, *, folder: Path | None = None):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        doc_ends: np.ndarray,
+        seq_length: int,
+        *,
+        folder: Path | None = None,
+        across_documents: bool = False,
+    ):
         if seq_length < 1:
             raise DataError(f"runner.seq_length: must be at least 1, got {seq_length}")
         self.tokens, self.doc_ends, self.seq_length, self.folder = tokens, doc_ends, seq_length, folder
+        self.across_documents = across_documents
         self.num_tokens, self.num_documents = len(tokens), len(doc_ends)
         last = self.num_documents - 1
         while last >= 0 and doc_ends[last] - (doc_ends[last - 1] if last else 0) < 2:
@@ -88,10 +99,10 @@ class PackedSource:
         self._num_samples = last_input // seq_length + 1
 
     @classmethod
-    def read(cls, folder: Path, seq_length: int) -> "PackedSource":
+    def read(cls, folder: Path, seq_length: int, *, across_documents: bool = False) -> "PackedSource":
         """Maps a token cache into memory. Raises `DataError` if a file is missing or too short."""
         cache = TokenCache(folder)
-        return cls(cache.tokens, cache.doc_ends, seq_length, folder=folder)
+        return cls(cache.tokens, cache.doc_ends, seq_length, folder=folder, across_documents=across_documents)
 
     def __len__(self) -> int:
         return self._num_samples
@@ -107,6 +118,7 @@ class PackedSource:
         document = np.searchsorted(ends, offset, side="right")
         document_start = np.append(0, ends[:-1])
         window = self.tokens[start:stop]
+        positions = offset if self.across_documents else offset - document_start[document]
 
         def padded(values: np.ndarray, dtype: type) -> np.ndarray:
             row: np.ndarray = np.zeros(self.seq_length, dtype)
@@ -119,7 +131,7 @@ class PackedSource:
             "targets": padded(window[1:], np.int32),
             "loss_mask": padded(document[1:] == document[:-1], np.float32),
             "segment_ids": padded(document + 1, np.int32),
-            "positions": padded(offset - document_start[document], np.int32),
+            "positions": padded(positions, np.int32),
         }
 
     def __repr__(self) -> str:
@@ -129,8 +141,10 @@ class PackedSource:
     def __reduce__(self):
         # numpy pickles a memmap by value, which would send the whole corpus to each worker process.
         if self.folder is not None:
-            return PackedSource.read, (self.folder, self.seq_length)
-        return PackedSource, (self.tokens, self.doc_ends, self.seq_length)
+            read = functools.partial(PackedSource.read, across_documents=self.across_documents)
+            return read, (self.folder, self.seq_length)
+        make = functools.partial(PackedSource, across_documents=self.across_documents)
+        return make, (self.tokens, self.doc_ends, self.seq_length)
 
 
 def open_dataset(

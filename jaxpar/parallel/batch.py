@@ -58,7 +58,7 @@ class BatchLayout:
 
             return jax.make_array_from_callback(self.shape, self.sharding, shard)
 
-        return {key: put(array) for key, array in rows.items()}
+        return {key: put(array) for key, array in {**rows, "segment_ids": number_documents(rows["segment_ids"])}.items()}
 
     def resized(self, num_rows: int) -> "BatchLayout":
         """The same with `num_rows` rows on this process, and as many on each dp rank."""
@@ -85,4 +85,26 @@ class BatchLayout:
             "positions": np.broadcast_to(np.arange(self.shape[1]), self.shape),
         }
         whole = {**defaults, **batch}
+        _check_documents(np.asarray(whole["segment_ids"]))
         return {key: np.asarray(whole[key], dtype)[self.rows] for key, dtype in DTYPES.items()}
+
+
+def number_documents(segment_ids: np.ndarray) -> np.ndarray:
+    """Numbers each row's documents from 0 in their order, int32 [rows, seq]. A document is consecutive tokens of one id.
+
+    Ids then never decrease along a row, which is what attention kernels ask for (`jaxpar.attention.tokamax`).
+    """
+    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return np.pad(np.cumsum(starts, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
+
+
+def _check_documents(segment_ids: np.ndarray) -> None:
+    """Raises ValueError if a document is in two parts. 0 may be: padding is not trained on."""
+    for row, ids in enumerate(segment_ids):
+        starts = ids[np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))]
+        found, counts = np.unique(starts[starts != 0], return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(
+                f"batch: segment_ids: row {row} has document {found[counts > 1][0]} in {counts.max()} separate parts, but the "
+                f"tokens of a document must be consecutive: give each part an id of its own, or bring them together"
+            )

@@ -226,7 +226,8 @@ class EmbeddingAndLoss:
 
 
 def token_info(batch: Batch) -> TokenInfo:
-    return TokenInfo(batch["positions"], batch["segment_ids"])
+    """Without "segment_ids", tokens attend across documents."""
+    return TokenInfo(batch["positions"], batch.get("segment_ids"))
 
 
 def split_tokens(x: jax.Array, parts: int, ways: int) -> jax.Array:

@@ -61,6 +61,7 @@ class StepSetup:
       reduce_dtype: of gradients while they travel over dp and cp. Sums over microbatches are float32.
       overlap_param_gather, overlap_grad_reduce: move a layer's parameters or gradients while its neighbour computes, if
         they are moved layer by layer.
+      within_documents: a token attends only to tokens of its own document.
     """
 
     model: FunctionalModel
@@ -74,6 +75,7 @@ class StepSetup:
     reduce_dtype: Any = jnp.float32
     overlap_param_gather: bool = True
     overlap_grad_reduce: bool = True
+    within_documents: bool = True
 
     @property
     def manual_axes(self) -> set[str]:
@@ -170,6 +172,11 @@ class StepSetup:
         size = nbytes(logits.shape) // math.prod(self.mesh.shape[axis] for axis in axes)
         return replace(ends, token_parts=least_parts(size, MAX_LOGITS_BYTES, x.shape[1]))
 
+    def microbatches(self, batch: Batch, schedule: Schedule) -> Batch:
+        """[rows, ...] → [microbatches, rows of one, ...], of the arrays that the model needs."""
+        needed = {key: x for key, x in batch.items() if key != "segment_ids" or self.within_documents}
+        return jax.tree.map(lambda x: x.reshape(schedule.num_microbatches, -1, *x.shape[1:]), needed)
+
     def on_mesh(self, local: Callable, out_specs: Any, num_scalars: int = 0) -> Callable:
         """Runs `local`, a function of (params, batch, …scalars), on every device with the device's part of each. A scalar
         may be None."""
@@ -205,7 +212,7 @@ def build_loss_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.Array, Par
         tokens = sum_over(batch["loss_mask"].sum(), REPLICA_AXES)
         weights = batch["loss_mask"] * (scale / jnp.maximum(tokens, 1))
         schedule = setup.schedule_of(len(weights))
-        rows = _microbatches({**batch, "weights": weights}, schedule)
+        rows = setup.microbatches({**batch, "weights": weights}, schedule)
         engine_params = setup.engine_params(params)
         functions = setup.stage_functions(schedule, engine_params, rows)
         loss, grads = Engine(schedule, functions, engine_params, rows, setup.recompute).loss_and_grads()
@@ -232,7 +239,7 @@ def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.
     def local(params: Params, batch: Batch) -> dict[str, jax.Array]:
         table = setup.schedule_of(len(batch["tokens"]))
         schedule = forward_only(table.num_stages, table.num_microbatches, table.num_chunks)
-        rows = _microbatches({**batch, "weights": batch["loss_mask"]}, schedule)
+        rows = setup.microbatches({**batch, "weights": batch["loss_mask"]}, schedule)
         engine_params = setup.engine_params(params)
         functions = setup.stage_functions(schedule, engine_params, rows)
         losses, weights = Engine(schedule, functions, engine_params, rows).evaluate()
@@ -254,10 +261,6 @@ def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.
         return {**result, "token_losses": result["token_losses"][:, np.argsort(order)]}
 
     return evaluate
-
-
-def _microbatches(batch: Batch, schedule: Schedule) -> Batch:
-    return jax.tree.map(lambda x: x.reshape(schedule.num_microbatches, -1, *x.shape[1:]), batch)
 
 
 def _from_all_stages(shares: jax.Array) -> jax.Array:

@@ -1,0 +1,166 @@
+"""The kernel `tokamax`: attention of one block by tokamax's kernels for Hopper and Blackwell (github.com/openxla/tokamax).
+
+They know what cuDNN does not: that each query has a range of keys of its own. Documents, windows and shifted orders are such
+ranges, which take no mask in memory. The classes are private to tokamax. Its public function takes no statistics.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.extend.backend
+import jax.numpy as jnp
+from absl import flags
+
+from jaxpar.attention.gpu import (
+    LOW_PRECISION,
+    compute_capability,
+    is_absent,
+    join_statistics,
+    merge_heads,
+    split_heads,
+)
+from jaxpar.attention.names import KERNEL_CALL
+from jaxpar.attention.settings import Backend
+from jaxpar.attention.types import AttentionSpec, BlockNeeds, Grads, Keys, Offset, OutputGrads, Partial, Queries
+from jaxpar.parallel.collectives import MASKED, vary, varying_axes
+
+ARCHITECTURES = (9, 10)  # Hopper and Blackwell, by the first number of the compute capability
+
+
+def problem(backend: Backend, needs: BlockNeeds) -> str | None:
+    """Why tokamax cannot compute such a block; None: it can."""
+    capability = compute_capability(backend)
+    if capability is None or capability[0] not in ARCHITECTURES:
+        return "the devices are not GPUs of NVIDIA's Hopper or Blackwell generation"
+    if needs.dtype not in LOW_PRECISION:
+        return f"{needs.dtype} is not bfloat16 or float16"
+    if needs.head_dim > 256:
+        return f"head_dim {needs.head_dim} is more than 256"
+    if find_spec("tokamax") is None:
+        return "it is not installed: pip install 'jaxpar[cuda12]'"
+    return None
+
+
+def forward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -> Partial:
+    query, library = queries.query, _library()
+    mask, is_empty = _ranges(spec, queries, keys, offset)
+    with _told(spec.backend):
+        forward = functools.partial(library.forward, logits_scale=spec.scale, return_residuals=True)
+        output, (highest, total) = _one_call(forward, mask, merge_heads(query), keys.key, keys.value)
+    lse = highest + jnp.log(total)
+    if is_empty is not None:
+        # What the kernel leaves there is not defined.
+        output = jnp.where(jnp.moveaxis(is_empty, 1, 2)[..., None], 0, output)
+        lse = jnp.where(is_empty, MASKED, lse)
+    return Partial(output.reshape(query.shape), split_heads(lse, query))
+
+
+def backward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset, output_grads: OutputGrads) -> Grads:
+    query, library = queries.query, _library()
+    lse = join_statistics(output_grads.lse)
+    output, grad = (merge_heads(x.astype(query.dtype)) for x in (output_grads.output, output_grads.grad))
+    with _told(spec.backend):
+        backward, mask = functools.partial(library.backward, logits_scale=spec.scale), _ranges(spec, queries, keys, offset)[0]
+        statistics = lse, jnp.ones_like(lse)  # the kernel's weights are exp(score - highest) / total
+        found = _one_call(backward, mask, statistics, output, grad, merge_heads(query), keys.key, keys.value)
+    query_grad, key_grad, value_grad = found
+    return Grads(query_grad.reshape(query.shape), key_grad, value_grad)
+
+
+def _one_call(function: Any, mask: Any, *args: Any) -> Any:
+    """function(*args, mask=mask) as one call in the traced program.
+
+    tokamax's kernels do not say along which axes their results differ between devices: those of the keys.
+    """
+    axes = varying_axes(args[-1])
+
+    def kernel_call(mask: Any, *args: Any) -> Any:
+        return jax.tree.map(lambda x: vary(x, axes), function(*args, mask=mask))
+
+    assert kernel_call.__name__ == KERNEL_CALL
+    return jax.jit(kernel_call)(mask, *args)
+
+
+def _ranges(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -> tuple[Any, jax.Array | None]:
+    """(tokamax's mask; bool [b, 1, q], which queries have no key in this block, or None if all have some).
+
+    The ids of documents must not decrease along the keys. Then the keys of a document are a range.
+    """
+    num_keys = keys.key.shape[1]
+    starts: list[Any] = []
+    ends: list[Any] = []
+    if queries.segments is not None and keys.segments is not None:
+        starts.append(_count_before(keys.segments, queries.segments, "left"))
+        ends.append(_count_before(keys.segments, queries.segments, "right"))
+    index = jnp.arange(queries.query.shape[1], dtype=jnp.int32)[None]
+    # Of a block on the diagonal, each query has itself, and a document ends no earlier than that. Then tokamax's own causal
+    # order does, of which it knows the tiles.
+    on_diagonal = spec.causal and isinstance(offset, int) and offset == 0
+    if on_diagonal:
+        ends = []
+    elif offset is not None and spec.causal:
+        ends.append(index + offset + 1)
+    if offset is not None and spec.window is not None:
+        starts.append(index + offset + 1 - spec.window)
+    axes, batch = varying_axes(queries.query), queries.query.shape[0]
+
+    def bound(bounds: list[Any], most: Any) -> jax.Array | None:
+        if not bounds:
+            return None
+        wide = jnp.broadcast_to(jnp.clip(functools.reduce(most, bounds), 0, num_keys), (batch, index.shape[1]))
+        return vary(wide.astype(jnp.int32)[:, None], axes)
+
+    start, end = bound(starts, jnp.maximum), bound(ends, jnp.minimum)
+    mask = _library().Mask(k_start=start, k_end=end, is_causal=on_diagonal)
+    if on_diagonal or (start is None and end is None):
+        return mask, None
+    return mask, (0 if start is None else start) >= (num_keys if end is None else end)
+
+
+def _count_before(sorted_keys: jax.Array, queries: jax.Array, side: str) -> jax.Array:
+    """For each query, how many keys have a smaller id ("right": or the same). int32 [b, q]."""
+    count = functools.partial(jnp.searchsorted, side=side, method="compare_all")
+    return jax.vmap(count)(sorted_keys, queries).astype(jnp.int32)
+
+
+@functools.cache
+def _library() -> Any:
+    """What is used of tokamax. It takes a second to import."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # otherwise tokamax reads its flags from our command line
+    from tokamax._src.ops.attention import base
+    from tokamax._src.ops.attention.pallas_mosaic_gpu import PallasMosaicGpuFlashAttention
+    from tokamax._src.ops.attention.pallas_mosaic_gpu_vjp import PallasMosaicGpuFlashAttentionVjp
+
+    def backward(*args: Any, **options: Any) -> Any:
+        defaults = {
+            "bias": None, "precision": (jax.lax.DotAlgorithmPreset.DEFAULT,) * 2, "logits_dtype": jnp.dtype(jnp.float32),
+            "logits_soft_cap": None, "dropout_mask": None, "dropout_rate": 0.0, "paging_info": None, "q_indices": None,
+            "k_indices": None, "normalize_output": True,
+        }  # fmt: skip
+        found = PallasMosaicGpuFlashAttentionVjp()(*args, **defaults, **options)
+        return found["q"], found["k"], found["v"]
+
+    return SimpleNamespace(Mask=base.Mask, forward=PallasMosaicGpuFlashAttention(), backward=backward)
+
+
+@contextmanager
+def _told(backend: Backend) -> Iterator[None]:
+    """tokamax asks jax for the GPU of this machine. If the program is for GPUs that are not here, it is told instead."""
+    if not is_absent(backend):
+        yield
+        return
+    import tokamax
+
+    module, before = jax.extend.backend, jax.extend.backend.get_default_device
+    try:
+        module.get_default_device = lambda: backend.device
+        with tokamax.config.cross_compile(True):
+            yield
+    finally:
+        module.get_default_device = before
