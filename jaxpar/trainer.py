@@ -157,7 +157,9 @@ class Trainer:
             return build_dynamic_loader(
                 documents, order, dp=program.mesh.shape["dp"], ranks=program.dp_ranks, cost=cost, num_workers=workers
             )
-        samples = PackedSource.read(folder, config.runner.seq_length, across_documents=not config.data.reset_attention_mask)
+        samples = PackedSource.read(
+            folder, config.runner.seq_length, across_documents=not config.data.reset_attention_mask
+        )
         return build_loader(samples, order, rows=program.batch_layout.rows, num_workers=workers)
 
     def _token_cache(self, key: str) -> Path:

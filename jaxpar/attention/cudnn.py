@@ -82,7 +82,9 @@ def _with_statistics(block: Callable, args: tuple[Any, ...], given: tuple[jax.Ar
     for old, new in zip(own, given, strict=True):
         places = [i for i, leaf in enumerate(leaves) if leaf is old]
         if len(places) != 1:
-            raise RuntimeError(f"jax {jax.__version__} keeps cuDNN's statistics in another way: set attention_backend: xla")
+            raise RuntimeError(
+                f"jax {jax.__version__} keeps cuDNN's statistics in another way: set attention_backend: xla"
+            )
         leaves[places[0]] = new
     return jax.tree.unflatten(tree, leaves)
 

@@ -34,5 +34,3 @@ def join_statistics(statistics: jax.Array) -> jax.Array:
     """The inverse of `split_heads`."""
     batch, _, _, tokens = statistics.shape
     return statistics.reshape(batch, -1, tokens)
-
-

@@ -37,7 +37,7 @@ class AttentionSettings:
 
     cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
     a2a_size: int = 1
-    backend: Backend = Backend()  # noqa: RUF009 (frozen)
+    backend: Backend = Backend()
 
 
 DEFAULT = AttentionSettings()

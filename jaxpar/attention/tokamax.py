@@ -65,7 +65,10 @@ def backward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset, 
     lse = join_statistics(output_grads.lse)
     output, grad = (merge_heads(x.astype(query.dtype)) for x in (output_grads.output, output_grads.grad))
     with _told(spec.backend):
-        backward, mask = functools.partial(library.backward, logits_scale=spec.scale), _ranges(spec, queries, keys, offset)[0]
+        backward, mask = (
+            functools.partial(library.backward, logits_scale=spec.scale),
+            _ranges(spec, queries, keys, offset)[0],
+        )
         statistics = lse, jnp.ones_like(lse)  # the kernel's weights are exp(score - highest) / total
         found = _one_call(backward, mask, statistics, output, grad, merge_heads(query), keys.key, keys.value)
     query_grad, key_grad, value_grad = found
@@ -130,9 +133,8 @@ def _count_before(sorted_keys: jax.Array, queries: jax.Array, side: str) -> jax.
 
 @functools.cache
 def _library() -> Any:
-    """What is used of tokamax. It takes a second to import."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # otherwise tokamax reads its flags from our command line
+    """What is used of tokamax."""
+    _package()
     from tokamax._src.ops.attention import base
     from tokamax._src.ops.attention.pallas_mosaic_gpu import PallasMosaicGpuFlashAttention
     from tokamax._src.ops.attention.pallas_mosaic_gpu_vjp import PallasMosaicGpuFlashAttentionVjp
@@ -149,18 +151,25 @@ def _library() -> Any:
     return SimpleNamespace(Mask=base.Mask, forward=PallasMosaicGpuFlashAttention(), backward=backward)
 
 
+def _package() -> Any:
+    """tokamax itself. It takes a second to import."""
+    import tokamax
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # otherwise tokamax reads its flags from our command line
+    return tokamax
+
+
 @contextmanager
 def _told(backend: Backend) -> Iterator[None]:
     """tokamax asks jax for the GPU of this machine. If the program is for GPUs that are not here, it is told instead."""
     if not is_absent(backend):
         yield
         return
-    import tokamax
-
     module, before = jax.extend.backend, jax.extend.backend.get_default_device
     try:
         module.get_default_device = lambda: backend.device
-        with tokamax.config.cross_compile(True):
+        with _package().config.cross_compile(True):
             yield
     finally:
         module.get_default_device = before

@@ -67,7 +67,9 @@ class Keys(NamedTuple):
 class Partial(NamedTuple):
     """Attention over some of the keys: the normalized output and the log-sum-exp of the scores."""
 
-    output: jax.Array  # [b, q, k, g, d], float32 but for a single block, which has the query's dtype if a kernel made it
+    output: (
+        jax.Array
+    )  # [b, q, k, g, d], float32 but for a single block, which has the query's dtype if a kernel made it
     lse: jax.Array  # float32 [b, k, g, q]
 
 
@@ -145,9 +147,7 @@ def slice_rows(rows: Rows, start: jax.Array, size: int) -> Rows:
 
 def write_rows(rows: Rows, part: Rows, start: jax.Array) -> Rows:
     """`rows` with its query tokens from `start` on replaced by those of `part`."""
-    parts = {
-        name: write_tokens(x, getattr(part, name), start, _token_axis(name)) for name, x in rows._asdict().items()
-    }
+    parts = {name: write_tokens(x, getattr(part, name), start, _token_axis(name)) for name, x in rows._asdict().items()}
     return rows._replace(**parts)
 
 

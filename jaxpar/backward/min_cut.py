@@ -19,7 +19,8 @@ def min_cut(eqns: Sequence[Any], source: Any, wanted: Iterable[Any], recomputabl
 
     Variables that do not depend on `source` cost nothing and are never kept. In the flow network, each variable is an edge
     with its size as capacity, and each equation an edge without limit. By the max-flow min-cut theorem, the edges that
-    the maximum flow fills are the cut (Ford and Fulkerson, 1956).
+    the maximum flow fills are the cut (Ford and Fulkerson, 1956). Of several cuts of the same size, this is the one nearest
+    to `wanted`, from which the least is computed again.
     """
     depends = _depending_on(eqns, source)
     ends = [var for var in wanted if isinstance(var, core.Var) and var in depends]
@@ -32,8 +33,8 @@ def min_cut(eqns: Sequence[Any], source: Any, wanted: Iterable[Any], recomputabl
     left = graph - maximum_flow(graph, first, last).flow
     left.data[left.data < 0] = 0
     left.eliminate_zeros()
-    reached = set(breadth_first_order(left, first, return_predecessors=False).tolist())
-    return [var for var, n in numbers.items() if 2 * n in reached and 2 * n + 1 not in reached]
+    leads_on = set(breadth_first_order(left.T.tocsr(), last, return_predecessors=False).tolist())
+    return [var for var, n in numbers.items() if 2 * n not in leads_on and 2 * n + 1 in leads_on]
 
 
 def _depending_on(eqns: Sequence[Any], source: Any) -> set[Any]:

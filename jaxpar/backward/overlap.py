@@ -66,7 +66,11 @@ def overlapped_loop(
     for i in first:
         state = iteration(state, i, is_last=count == 1)
     if middle := order[len(first) : count - len(last)]:
-        state, _ = lax.scan(lambda state, i: (iteration(state, i, is_last=False), None), state, jnp.asarray(middle))
+        # What is fetched arrives while the previous is still in use, so one of the two would be copied at the end of each
+        # iteration. Two iterations have a place for each.
+        unroll = 2 if overlap.prefetch or overlap.defer else 1
+        step = lambda state, i: (iteration(state, i, is_last=False), None)  # noqa: E731
+        state, _ = lax.scan(step, state, jnp.asarray(middle), unroll=unroll)
     for i in last:
         state = iteration(state, i, is_last=True)
     carry, _, result = state

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from jaxpar.attention.names import CORE_ATTENTION, KERNEL_CALL
@@ -30,6 +31,7 @@ ELEMENTWISE = {
     "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pad", "pow", "pvary", "reshape", "rev", "round",
     "rsqrt", "select_n", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze", "sub", "tanh", "transpose", "xor",
 }  # fmt: skip
+MOVES = {"expand_dims", "reshape", "squeeze", "transpose"}
 # Gathered sequences are not kept but gathered again (Korthikanti et al., 2022, arXiv:2205.05198, section 4.2.2).
 CHEAP = ELEMENTWISE | {"all_gather"}
 
@@ -62,16 +64,33 @@ class Pullback:
     weight_grad: Callable[..., dict[int, jax.Array]] = _not_split
 
 
-def take_apart(block: Block, params: Any, x: jax.Array, info: Any, *, recompute: Granularity, split: bool) -> Pullback:
+def take_apart(
+    block: Block,
+    params: Any,
+    x: jax.Array,
+    info: Any,
+    *,
+    recompute: Granularity,
+    split: bool = False,
+    float32_grads: bool = False,
+) -> Pullback:
     """Traces a block and takes its backward pass apart.
 
     Args:
       params, x, info: examples to trace with.
       recompute: what is computed again instead of kept, see `jaxpar.backward.recompute.Recompute`.
       split: make `input_grad` and `weight_grad`.
+      float32_grads: a product whose result is the gradient of a parameter gives it in float32, in which it is summed
+        anyway. Otherwise it is rounded to the compute dtype first.
     """
     pullback = _keep_input(block, x) if recompute == "full" else _keep_min_cut(block, params, x, info, recompute)
-    return _split_halves(pullback, params, x, info) if split else pullback
+    if not (split or float32_grads):
+        return pullback
+    traced = _inlined(pullback.grads, [zeros(aval) for aval in pullback.kept], params, info, x)
+    if float32_grads:
+        traced = _with_float32_grads(traced)
+        pullback = replace(pullback, grads=_grads_as_traced(traced, params))
+    return _split_halves(pullback, traced) if split else pullback
 
 
 def _differentiate(block: Block, params: Any, x: jax.Array, info: Any) -> tuple[jax.Array, list[jax.Array], Any]:
@@ -122,9 +141,68 @@ def _keep_min_cut(block: Block, params: Any, x: jax.Array, info: Any, recompute:
     return Pullback([var.aval for var in kept_vars], forward, grads)
 
 
-def _split_halves(pullback: Pullback, params: Any, x: jax.Array, info: Any) -> Pullback:
-    """Adds `input_grad` and `weight_grad`."""
-    traced = _inlined(pullback.grads, [zeros(aval) for aval in pullback.kept], params, info, x)
+def _with_float32_grads(traced: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """The traced `Pullback.grads`, with products that give gradients of parameters in float32. What only moves or adds up
+    their results follows."""
+    makers = {var: eqn for eqn in traced.jaxpr.eqns for var in eqn.outvars}
+    found: dict[Any, Any] = {}
+    eqns: list[Any] = []
+
+    def wide(var: Any) -> Any:
+        """The same value in float32; None if no product made it."""
+        eqn = makers.get(var) if isinstance(var, core.Var) else None
+        if var in found or eqn is None or var.aval.dtype == jnp.float32:
+            return found.get(var) if eqn is not None else None
+        if (swapped := _product_in_order(eqn, makers)) is not None:
+            eqn = swapped
+        invars, params = eqn.invars, eqn.params
+        if eqn.primitive.name == "dot_general":
+            params = {**params, "preferred_element_type": jnp.dtype(jnp.float32)}
+        elif eqn.primitive.name in MOVES | {"add_any"}:
+            invars = [wide(invar) for invar in invars]
+        else:
+            return None
+        if None in invars:
+            return None
+        found[var] = core.Var(var.aval.update(dtype=jnp.dtype(jnp.float32)))
+        eqns.append(eqn.replace(invars=invars, params=params, outvars=[found[var]]))
+        return found[var]
+
+    *param_grads, x_grad = traced.jaxpr.outvars
+    outvars = [*(wide(var) or var for var in param_grads), x_grad]
+    jaxpr = traced.jaxpr.replace(eqns=_needed([*traced.jaxpr.eqns, *eqns], outvars), outvars=outvars)
+    return core.ClosedJaxpr(jaxpr, traced.consts)
+
+
+def _product_in_order(eqn: Any, makers: dict[Any, Any]) -> Any:
+    """If `eqn` transposes a product a·b so that the dimensions of b come first: the product b·a, which needs no
+    transpose. Otherwise None."""
+    product = makers.get(eqn.invars[0]) if eqn.primitive.name == "transpose" else None
+    if product is None or product.primitive.name != "dot_general":
+        return None
+    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = product.params["dimension_numbers"]
+    lhs, rhs = product.invars
+    from_lhs, from_rhs = lhs.aval.ndim - len(lhs_sum), rhs.aval.ndim - len(rhs_sum)
+    if lhs_batch or eqn.params["permutation"] != (*range(from_lhs, from_lhs + from_rhs), *range(from_lhs)):
+        return None
+    numbers = (rhs_sum, lhs_sum), (rhs_batch, lhs_batch)
+    return product.replace(
+        invars=[rhs, lhs], outvars=eqn.outvars, params={**product.params, "dimension_numbers": numbers}
+    )
+
+
+def _grads_as_traced(traced: core.ClosedJaxpr, params: Any) -> Callable[..., tuple[Any, jax.Array]]:
+    run, tree = core.jaxpr_as_fun(traced), jax.tree.structure(params)
+
+    def grads(kept: Sequence[jax.Array], params: Any, info: Any, y_grad: jax.Array) -> tuple[Any, jax.Array]:
+        *param_grads, x_grad = run(*jax.tree.leaves((kept, params, info)), y_grad)
+        return jax.tree.unflatten(tree, param_grads), x_grad
+
+    return grads
+
+
+def _split_halves(pullback: Pullback, traced: core.ClosedJaxpr) -> Pullback:
+    """Adds `input_grad` and `weight_grad`, from the traced `grads`."""
     *given, y_grad_var = traced.jaxpr.invars
     *param_grads, x_grad = traced.jaxpr.outvars
     eqns = _needed(traced.jaxpr.eqns, traced.jaxpr.outvars)

@@ -16,7 +16,6 @@ from typing import Any
 from jaxpar.hardware import Gpu
 from jaxpar.measure.hlo.count import KINDS
 from jaxpar.measure.hlo.flops import (
-    FLASH_KERNELS,
     KERNELS,
     convolution_flops,
     cublas_flops,
@@ -24,6 +23,7 @@ from jaxpar.measure.hlo.flops import (
     custom_call_target,
     dot_flops,
     kernel_name,
+    tokamax_attention_flops,
 )
 from jaxpar.measure.hlo.groups import Groups, collective_groups, groups_text
 from jaxpar.measure.hlo.loops import Loops
@@ -224,7 +224,9 @@ class _Walker:
                 return f"products {dtype}", product, dtype
             if target.startswith("__cudnn$fmha"):
                 return "attention kernels", cudnn_attention_flops(instruction, operands) or 0, dtype
-            if kernel is not None and (find := FLASH_KERNELS.get(kernel) or KERNELS.get(kernel)):
+            if (flops := tokamax_attention_flops(instruction, operands)) is not None:
+                return "attention kernels", flops, dtype
+            if kernel is not None and (find := KERNELS.get(kernel)):
                 return "attention kernels", find(operands, instruction.result) or 0, dtype
             return "other kernels", 0, dtype
         inside = self.module.computations[instruction.computations("calls")[0]] if opcode == "fusion" else None

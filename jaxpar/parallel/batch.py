@@ -58,7 +58,8 @@ class BatchLayout:
 
             return jax.make_array_from_callback(self.shape, self.sharding, shard)
 
-        return {key: put(array) for key, array in {**rows, "segment_ids": number_documents(rows["segment_ids"])}.items()}
+        numbered = {key: number_documents(ids) for key, ids in rows.items() if key == "segment_ids"}
+        return {key: put(array) for key, array in {**rows, **numbered}.items()}
 
     def resized(self, num_rows: int) -> "BatchLayout":
         """The same with `num_rows` rows on this process, and as many on each dp rank."""

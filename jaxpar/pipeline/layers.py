@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxpar.backward import LayerRun, Overlap, Pullback, Recompute, overlapped_loop, take_apart
-from jaxpar.parallel.collectives import DEVICE, HOST, put_in, varying_axes, zeros
+from jaxpar.parallel.collectives import DEVICE, HOST, put_in, vary, varying_axes, zeros
 from jaxpar.pipeline.schedule import Schedule
 
 SavedValues = list[list[jax.Array]]  # for each LayerRun, for each value: [places, groups of the run, ...]
@@ -30,6 +30,7 @@ class LayerFunctions:
       gather: (stacked layers as the engine holds them) → as `block` takes them, stacked. Linear.
       reduce: ({index of a leaf: gradient of stacked layers}) → the same, float32, as it is summed over microbatches.
         Linear.
+      float32_grads: products give gradients of parameters in float32, as `reduce` takes them.
       overlap_param_gather: gather a layer while the one before it computes.
       overlap_grad_reduce: reduce a layer's gradients while the next one computes.
       num_real: int [chunks], how many layers each chunk of this stage has; the others are padding and do nothing. None:
@@ -39,6 +40,7 @@ class LayerFunctions:
     block: Callable[[Any, jax.Array, Any], jax.Array]
     gather: Callable[[Any], Any]
     reduce: Callable[[dict[int, jax.Array]], dict[int, jax.Array]]
+    float32_grads: bool = False
     overlap_param_gather: bool = False
     overlap_grad_reduce: bool = False
     num_real: jax.Array | None = None
@@ -160,7 +162,15 @@ class _RunOfLayers:
         is_padded = functions.num_real is not None
         group = _group(functions.block, run.size, is_padded=is_padded, unrolled=splits_weights)
         params, info = self._params(example, 0), self._info(example, 0)
-        self.pullback: Pullback = take_apart(group, params, x, info, recompute=run.recompute, split=splits_weights)
+        self.pullback: Pullback = take_apart(
+            group,
+            params,
+            x,
+            info,
+            recompute=run.recompute,
+            split=splits_weights,
+            float32_grads=functions.float32_grads,
+        )
 
     def forward(self, item: Item, x: jax.Array, kept: list[jax.Array], index: Any) -> tuple[jax.Array, list[jax.Array]]:
         def fetch(i: Any) -> Any:
@@ -182,11 +192,12 @@ class _RunOfLayers:
         self, item: Item, y_grad: jax.Array, grads: Any, kept: _RunPlace, pending: _RunPlace
     ) -> tuple[jax.Array, Any, list[jax.Array]]:
         def fetch(i: Any) -> Any:
-            return self._params(item, i), _take(*kept, i)
+            return self._params(item, i), _take(*kept, i) if self._offload else None
 
         def compute(carry: Any, i: Any, fetched: Any) -> tuple[Any, Any]:
             y_grad, grads, buffers = carry
             params, values = fetched
+            values = _take(*kept, i) if values is None else values
             info = self._info(item, i)
             if self._splits_weights:
                 found, x_grad, handed_over = self.pullback.input_grad(values, params, info, y_grad)
@@ -194,6 +205,8 @@ class _RunOfLayers:
             else:
                 param_grads, x_grad = self.pullback.grads(values, params, info, y_grad)
                 found = dict(enumerate(jax.tree.leaves(param_grads)))
+            if self._functions.overlap_grad_reduce:
+                x_grad = _after(x_grad, jax.tree.leaves(grads))
             return (x_grad, grads, buffers), found
 
         def store(carry: Any, i: Any, found: Any) -> Any:
@@ -249,8 +262,16 @@ class _RunOfLayers:
             g = jnp.where(item.is_active, g, 0).astype(totals[leaf].dtype)
             first = self._first(item, i)
             g += lax.dynamic_slice_in_dim(totals[leaf], first, self._size)
-            totals[leaf] = lax.dynamic_update_slice_in_dim(totals[leaf], g, first, 0)
+            totals[leaf] = keep_memory_order(lax.dynamic_update_slice_in_dim(totals[leaf], g, first, 0))
         return jax.tree.unflatten(tree, totals)
+
+
+def _after(x: jax.Array, totals: Sequence[jax.Array]) -> jax.Array:
+    """`x`, not before `totals`. What the next layer makes of it can then lie where the gradients in transfer were, and need
+    not be copied there."""
+    axes = varying_axes(x)
+    along = [vary(total, axes) for total in totals if set(varying_axes(total)) <= set(axes)]
+    return lax.optimization_barrier((x, along))[0]
 
 
 def _in_order(totals: list[jax.Array], found: dict[int, jax.Array]) -> None:

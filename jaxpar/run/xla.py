@@ -40,6 +40,8 @@ XLA_FLAGS: dict[str, tuple[str, str]] = {
     "xla_gpu_enable_pipelined_all_reduce": ("false", "the same"),
     # It can zero the result of a permute with several cycles, which a cp ring is when there are other mesh axes.
     "xla_gpu_enable_pipelined_p2p": ("false", "gives wrong numbers with several rings (openxla/xla issue 45222)"),
+    # The config says what is computed again. XLA's estimate takes an update of a buffer in place for a second buffer.
+    "xla_disable_hlo_passes": ("rematerialization", "would compute products again although the program fits"),
     "xla_gpu_enable_command_buffer": (
         "-collectives",
         "CUDA graphs for compute as by XLA's default, not for collectives: 30% slower (openxla/xla issue 35360)",

@@ -45,7 +45,7 @@ from jaxpar.pipeline.schedule import Schedule, forward_only
 
 Batch = Mapping[str, jax.Array]
 MAX_LOGITS_BYTES = 2**29  # float32 logits that a device holds at a time
-MAX_VOCABULARY_BYTES = 2**28  # with ZeRO stage 3: of these, and of an embedding or head
+MAX_VOCABULARY_BYTES = 2**30  # with ZeRO stage 3: of these, and of an embedding or head
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,13 @@ class StepSetup:
         return jax.tree.map(one, params, self.param_layouts)
 
     def engine_params(self, params: Params) -> Params:
-        """Parameters at rest → in the compute dtype, as the engine holds them."""
-        compute = jax.tree.map(lambda x: x.astype(self.compute_dtype), params)
-        return jax.tree.map(keep_memory_order, self.to_engine(compute, gathered=self.zero_stage < 3))
+        """Parameters at rest → as the engine holds them: in the compute dtype, but with ZeRO stage 3, where a layer is
+        converted each time that it is gathered. A second copy of all layers would take more memory."""
+        params = params if self.zero_stage == 3 else jax.tree.map(self._to_compute_dtype, params)
+        return jax.tree.map(keep_memory_order, self.to_engine(params, gathered=self.zero_stage < 3))
+
+    def _to_compute_dtype(self, x: jax.Array) -> jax.Array:
+        return x.astype(self.compute_dtype)
 
     def grads_to_rest(self, params: Params, grads: Params) -> Params:
         """The engine's sums of gradients → float32, laid out like `params` at rest, summed over all devices.
@@ -113,7 +117,9 @@ class StepSetup:
 
     def gather(self, part: str, params: Any) -> Any:
         """Parameters of a part of the model, as the engine holds them → as the model computes with them. Linear."""
-        return jax.tree.map(gather_param, params, self.param_layouts[part]) if self.zero_stage == 3 else params
+        if self.zero_stage < 3:
+            return params
+        return jax.tree.map(gather_param, jax.tree.map(self._to_compute_dtype, params), self.param_layouts[part])
 
     def reduce(self, part: str, grads: dict[int, jax.Array]) -> dict[int, jax.Array]:
         """Gradients of a part of the model, by index of the leaf → float32, as they are summed over microbatches."""
@@ -143,6 +149,9 @@ class StepSetup:
             block,
             partial(self.gather, "layers"),
             partial(self.reduce, "layers"),
+            # With stages 0 and 1, the sum over microbatches reads them right away, and in the compute dtype they are fewer
+            # bytes.
+            float32_grads=self.zero_stage > 1 and self.reduce_dtype == jnp.float32,
             overlap_param_gather=self.zero_stage == 3 and is_split and self.overlap_param_gather,
             overlap_grad_reduce=self.zero_stage > 1 and is_split and self.overlap_grad_reduce,
             num_real=jnp.asarray(placement.counts)[rank_and_size("pp")[0]] if placement.is_padded else None,

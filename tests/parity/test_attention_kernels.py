@@ -1,105 +1,155 @@
-"""Pallas flash kernels, interpreted, alone and in a ring, against plain JAX. tests/system compiles them for H100."""
+"""Attention by cuDNN and tokamax, through stand-ins with their contracts, against the definition of attention.
+
+tests/system/test_compile_attention.py compiles the kernels themselves for H100s; tests/gpu runs them, where there is a GPU.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import QUICK, TOLERANCE, make_mesh, relative_error
+import stand_ins
+from support import QUICK, TOLERANCE
+from test_attention import ALL_GATHER, GROUPED, KINDS, P2P, a2a_p2p, check
 
-from jaxpar.attention import (
-    AttentionSettings,
-    attention,
-    attention_settings,
-    blockwise,
-    flash,
-    reference_attention,
-    zigzag_order,
-)
+from jaxpar.attention import AttentionSettings, Backend, blockwise, choose, cudnn, tokamax
 from jaxpar.attention.blocks import output_grads_of
-from jaxpar.attention.types import AttentionSpec, Keys, Queries
+from jaxpar.attention.types import AttentionSpec, BlockNeeds, Keys, Queries
 from jaxpar.config import ConfigError
 
 BATCH, TOKENS, KV_HEADS, GROUP, HEAD_DIM = 2, 64, 2, 2, 16
 
 
 @pytest.fixture(autouse=True)
-def _interpreted_in_small_tiles(monkeypatch):
-    monkeypatch.setattr(flash, "INTERPRET", True)
-    monkeypatch.setattr(flash, "FORWARD_TILES", (32, 16))
-    monkeypatch.setattr(flash, "BACKWARD_TILES", (16, 32))
+def _stand_ins(monkeypatch):
+    stand_ins.install(monkeypatch)
+
+
+def on_kernels(settings, name="auto"):
+    backend = stand_ins.backend(name)
+    return AttentionSettings(settings.cp_comm_type, settings.a2a_size, backend), backend
+
+
+A2A = AttentionSettings("a2a")
+EXCHANGES = {
+    "one rank": (P2P, None),
+    "p2p": (P2P, 4),
+    "all_gather": (ALL_GATHER, 4),
+    "a2a": (A2A, 2),
+    "both": (a2a_p2p(2), 4),
+}
+
+
+@pytest.mark.parametrize(("exchange", "kind"), [(e, k) for e in EXCHANGES for k in KINDS])
+def test_output_and_gradients(exchange, kind):
+    """Of every exchange and mask, with what `auto` takes on an H100."""
+    settings, backend = on_kernels(EXCHANGES[exchange][0])
+    check(EXCHANGES[exchange][1], GROUPED, kind, settings)
+    used = {name.partition(":")[0] for name in backend.choices}
+    assert used <= {"cuDNN", "tokamax"}, backend.choices  # never plain JAX
+    if "packed" in kind:
+        assert used == {"tokamax"}
+
+
+@pytest.mark.parametrize("kind", ["causal", "full"])
+def test_a_named_kernel_takes_all_blocks(kind):
+    for name, used in (("cudnn", "cuDNN"), ("tokamax", "tokamax"), ("xla", "plain JAX")):
+        settings, backend = on_kernels(P2P, name)
+        check(4, GROUPED, kind, settings)
+        assert {choice.partition(":")[0] for choice in backend.choices} == {used}
 
 
 def random(rng, *shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-CASES = {
-    "whole": (True, None, [None], False),
-    "whole, packed": (True, None, [None], True),
-    "causal": (True, None, [0], False),
-    "causal, offset by rank, packed": (True, None, [16, -24, TOKENS], True),
-    "window, offset by rank": (True, 9, [0, 8, 64, 200], False),
-    "window without order, offset by rank": (False, 9, [0, -TOKENS, 64], False),
+BLOCKS = {
+    "whole": (True, None, None, False),
+    "whole, packed": (True, None, None, True),
+    "causal": (True, None, 0, False),
+    "causal window": (True, 9, 0, False),
+    "causal, packed": (True, None, 0, True),
+    "shifted, packed": (True, None, 16, True),
+    "shifted the other way": (True, None, -24, False),
+    "all masked": (True, None, -TOKENS, False),
+    "window, shifted": (True, 9, 8, False),
+    "window, far": (True, 9, 200, False),
+    "window without order": (False, 9, -TOKENS, False),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_block(case):
-    causal, window, offsets, packed = CASES[case]
-    spec, rng = AttentionSpec(causal, window, HEAD_DIM**-0.5, "pallas"), np.random.default_rng(3)
+@pytest.mark.parametrize("case", BLOCKS)
+@pytest.mark.parametrize("kernel", [cudnn, tokamax], ids=["cudnn", "tokamax"])
+def test_a_block(kernel, case):
+    """Against plain JAX, with the statistics of a query that has seen other keys too."""
+    causal, window, offset, packed = BLOCKS[case]
+    backend = stand_ins.backend()
+    spec, rng = AttentionSpec(causal, window, HEAD_DIM**-0.5, backend), np.random.default_rng(3)
     heads = (KV_HEADS, GROUP, HEAD_DIM)
     query, grad = random(rng, BATCH, TOKENS, *heads), random(rng, BATCH, TOKENS, *heads)
     key, value = (random(rng, BATCH, TOKENS, KV_HEADS, HEAD_DIM) for _ in range(2))
-    # The log-sum-exp includes other keys as well, so the weights of the block do not add up to 1.
-    more = jnp.abs(random(rng, BATCH, TOKENS, KV_HEADS, GROUP))
     segments = jnp.asarray((rng.random((BATCH, TOKENS)) < 0.06).cumsum(-1), jnp.int32) if packed else None
+    later = None if segments is None else segments + (offset == 16)  # some queries then have no key here
+    queries, keys = Queries(query, later), Keys(key, value, segments)
+    needs = BlockNeeds("float32", HEAD_DIM, packed, choose._mask(spec, offset))
+    if problem := kernel.problem(backend, needs):
+        assert kernel is cudnn and problem in ("documents", "the order of queries and keys is shifted")
+        return
+    # The log-sum-exp includes other keys as well, so the weights of the block do not add up to 1.
+    more = jnp.abs(random(rng, BATCH, KV_HEADS, GROUP, TOKENS))
+    lse = jnp.maximum(blockwise.forward(spec, queries, keys, offset).lse, -10) + more
 
-    def both(offset, module):
-        queries, keys = Queries(query, segments), Keys(key, value, segments)
-        partial = module.forward(spec, queries, keys, offset)
-        lse = jnp.maximum(blockwise.forward(spec, queries, keys, offset).lse, -10) + more
-        grads = module.backward(spec, queries, keys, offset, output_grads_of(grad, query, lse))
-        return partial.output, jnp.maximum(partial.lse, -1e20), *grads
+    def both(module):
+        def run():
+            partial = module.forward(spec, queries, keys, offset)
+            grads = module.backward(spec, queries, keys, offset, output_grads_of(grad, query, lse))
+            return partial.output, jnp.maximum(partial.lse, -1e20), *grads
 
-    for offset in offsets:
-        static = (0, 1) if "rank" not in case else (1,)
-        results = (
-            jax.jit(both, static_argnums=static, compiler_options=QUICK)(offset, module)
-            for module in (flash, blockwise)
-        )
-        for actual, wanted in zip(*results, strict=True):
-            assert np.abs(actual - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+        return jax.jit(run, compiler_options=QUICK)()
 
-
-def test_unsupported_shapes_are_refused():
-    shape = lambda tokens, head_dim: jax.ShapeDtypeStruct((1, tokens, 1, 1, head_dim), jnp.float32)  # noqa: E731
-    flash.check_shapes(shape(64, 128), shape(32, 128))
-    for tokens, head_dim in ((48, 64), (64, 96), (8, 64), (64, 8)):
-        with pytest.raises(ConfigError, match=f"attention_backend: pallas .* {tokens} keys of head_dim {head_dim}"):
-            flash.check_shapes(shape(tokens, head_dim), shape(tokens, head_dim))
+    for actual, wanted in zip(both(kernel), both(blockwise), strict=True):
+        assert np.abs(actual - wanted).max() <= TOLERANCE * max(np.abs(wanted).max(), 1e-3)
 
 
-@pytest.mark.parametrize(("window", "packed"), [(None, False), (None, True), (37, False)])
-def test_a_ring_of_kernels(window, packed):
-    rng, seq, cp = np.random.default_rng(5), 128, 4
-    values = [random(rng, BATCH, seq, n, HEAD_DIM) for n in (4, 2, 2, 4)]
-    segments = jnp.asarray((rng.random((BATCH, seq)) < 0.06).cumsum(-1), jnp.int32)
+def test_what_auto_takes():
+    """And why. The stand-ins take float32; cuDNN and tokamax themselves do not, see the next test."""
+    plain = dict(head_dim=128, documents=False, mask="causal")
+    for device, changes, name in (
+        (stand_ins.H100, {}, "cudnn"),
+        (stand_ins.H100, {"mask": None}, "cudnn"),
+        (stand_ins.H100, {"mask": "window"}, "cudnn"),
+        (stand_ins.H100, {"head_dim": 256}, "cudnn"),
+        (stand_ins.H100, {"mask": "shifted"}, "tokamax"),
+        (stand_ins.H100, {"documents": True}, "tokamax"),
+        (stand_ins.H100, {"head_dim": 512}, "xla"),
+        (stand_ins.H100, {"head_dim": 20}, "tokamax"),
+        (stand_ins.A100, {}, "cudnn"),
+        (stand_ins.A100, {"head_dim": 256}, "xla"),
+        (stand_ins.A100, {"documents": True}, "xla"),
+        (stand_ins.FakeGpu("10.0"), {"documents": True}, "tokamax"),
+        (jax.devices()[0], {}, "xla"),
+        (None, {}, "xla"),
+    ):
+        needs = BlockNeeds("bfloat16", **{**plain, **changes})
+        found, why = choose.choose(Backend("auto", device), needs)
+        assert found == name, (device, needs)
+        assert why.count("cannot") == list(choose.KERNELS).index(name)
 
-    def run(attend):
-        def function(query, key, value, grad, segments):
-            apply = lambda *x: attend(*x, segment_ids=segments if packed else None, window=window)  # noqa: E731
-            output, backward = jax.vjp(apply, query, key, value)
-            return output, *backward(grad)
 
-        return function
-
-    # check_vma=False because the interpreter's own loops fail the check. The kernels pass it: see tests/system.
-    spec, order = jax.P(None, "cp"), zigzag_order(seq, cp)
-    ring = jax.shard_map(
-        run(attention), mesh=make_mesh((1, 1, 1, 1, cp)), in_specs=(spec,) * 5, out_specs=(spec,) * 4, check_vma=False
+def test_float32_is_plain_jax_and_a_named_kernel_says_why_not(monkeypatch):
+    monkeypatch.undo()
+    needs = BlockNeeds("float32", 128, False, "causal")
+    assert choose.choose(stand_ins.backend(), needs) == (
+        "xla",
+        "cuDNN cannot: float32 is not bfloat16 or float16; tokamax cannot: float32 is not bfloat16 or float16",
     )
-    with attention_settings(AttentionSettings(backend="pallas")):
-        actual = jax.jit(ring, compiler_options=QUICK)(*(x[:, order] for x in (*values, segments)))
-    definition = jax.jit(run(reference_attention), compiler_options=QUICK)
-    for one, wanted in zip(actual, definition(*values, segments), strict=True):
-        assert relative_error(one[:, np.argsort(order)], wanted) < TOLERANCE
+    message = "attention_backend: cudnn cannot compute causal blocks in float32, which this run needs: float32 is not"
+    with pytest.raises(ConfigError, match=message):
+        choose.choose(stand_ins.backend("cudnn"), needs)
+    with pytest.raises(ConfigError, match=r"causal blocks with documents in bfloat16.*: documents; set auto"):
+        choose.choose(stand_ins.backend("cudnn"), BlockNeeds("bfloat16", 128, True, "causal"))
+
+
+def test_a_missing_tokamax_is_named(monkeypatch):
+    monkeypatch.setattr(tokamax, "find_spec", lambda name: None)
+    name, why = choose.choose(stand_ins.backend(), BlockNeeds("bfloat16", 128, True, "causal"))
+    assert name == "xla" and "tokamax cannot: it is not installed: pip install" in why

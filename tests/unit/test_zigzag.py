@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from support import make_mesh
 
-from jaxpar.attention import AttentionSettings, zigzag_order
+from jaxpar.attention import AttentionSettings, Backend, zigzag_order
 from jaxpar.config import ConfigError, config_from_dict
-from jaxpar.parallel.batch import BatchLayout
+from jaxpar.parallel.batch import BatchLayout, number_documents
 from jaxpar.program import Program
 
 
@@ -41,7 +41,20 @@ def program(**model) -> Program:
 
 def test_the_config_reaches_attention():
     hierarchical = dict(context_parallel_size=8, cp_comm_type="a2a+p2p", hierarchical_context_parallel_sizes=[2, 4])
-    assert program().blueprint.attention == AttentionSettings("p2p", 1, "xla")
-    assert program(**hierarchical).blueprint.attention == AttentionSettings("a2a+p2p", 2, "xla")
-    with pytest.raises(ConfigError, match="attention_backend: pallas is a kernel for GPUs, but the devices are of cpu"):
-        program(attention_backend="pallas")
+    assert program().blueprint.attention == AttentionSettings("p2p", 1, Backend("auto"))
+    assert program(**hierarchical).blueprint.attention == AttentionSettings("a2a+p2p", 2, Backend("auto"))
+    with pytest.raises(ConfigError, match="attention_backend: cudnn is for GPUs, but the devices are of cpu"):
+        program(attention_backend="cudnn")
+
+
+def test_documents_are_numbered_in_their_order():
+    ids = np.array([[1, 1, 2, 2, 0, 0], [5, 5, 5, 5, 5, 5], [0, 7, 7, 0, 3, 0]])
+    assert number_documents(ids).tolist() == [[0, 0, 1, 1, 2, 2], [0] * 6, [0, 1, 1, 2, 3, 4]]
+
+
+def test_a_document_in_two_parts_is_refused():
+    layout = BatchLayout(2, 4, make_mesh((1, 1, 1, 1, 1)))
+    batch = {"tokens": np.zeros((2, 4)), "targets": np.zeros((2, 4))}
+    layout.own_rows({**batch, "segment_ids": [[0, 1, 2, 0], [1, 1, 1, 1]]})  # 0 is padding
+    with pytest.raises(ValueError, match="row 1 has document 4 in 2 separate parts"):
+        layout.own_rows({**batch, "segment_ids": [[0, 1, 2, 0], [4, 5, 4, 4]]})

@@ -9,7 +9,6 @@ from fractions import Fraction
 import numpy as np
 
 from jaxpar.measure.hlo.flops import (
-    FLASH_KERNELS,
     KERNELS,
     KernelFlops,
     convolution_flops,
@@ -18,6 +17,7 @@ from jaxpar.measure.hlo.flops import (
     custom_call_target,
     dot_flops,
     kernel_name,
+    tokamax_attention_flops,
 )
 from jaxpar.measure.hlo.groups import MeshAxes, collective_groups, groups_text
 from jaxpar.measure.hlo.loops import Loops
@@ -81,7 +81,7 @@ def count(
     grid: np.ndarray | None = None,
     axes: Sequence[str] = ("dp", "pp", "tp", "sp", "cp"),
     *,
-    kernels: Mapping[str, KernelFlops] = {**KERNELS, **FLASH_KERNELS},
+    kernels: Mapping[str, KernelFlops] = KERNELS,
     taken: Callable[[str], Fraction | None] = lambda op_name: None,
 ) -> Count:
     """Counts an optimized program, `jax.jit(f).lower(…).compile().as_text()`, for CPU, GPU or TPU.
@@ -236,6 +236,8 @@ class _ProgramWalker:
                 return
         elif target.startswith("__cudnn$fmha"):
             flops = cudnn_attention_flops(instruction, operands)
+        elif (flops := tokamax_attention_flops(instruction, operands)) is not None:
+            pass
         elif kernel is not None:
             note = f"kernel {kernel} ({target})"
             if kernel in self.kernels:

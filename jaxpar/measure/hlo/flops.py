@@ -90,6 +90,22 @@ def cudnn_attention_flops(instruction: Instruction, operands: Sequence[Array]) -
     )
 
 
+def tokamax_attention_flops(instruction: Instruction, operands: Sequence[Array]) -> float | None:
+    """FLOPs of one of tokamax's attention kernels, which are known by the arguments that it writes into their names.
+
+    The forward pass has two products. The backward pass is two kernels, and both compute the scores and their gradients:
+    three products for the query's gradient, four for those of key and value. A causal kernel counts half, as in
+    `attention_flops`; one with other ranges of keys counts the whole square.
+    """
+    kind = re.search(r"tokamax:.*FlashAttention(Vjp)?\\?\"", instruction.op_name)
+    if not kind or len(operands) < 3 or any(len(array.dims) < 3 for array in operands[:3]):
+        return None
+    (*batch, queries, heads, dim), keys = operands[0].dims, operands[1].dims[-3]
+    products = (4 if len(instruction.result) > 1 else 3) if kind[1] else 2
+    causal = re.search(r"is_causal\\?\":true", instruction.op_name) is not None
+    return 2 * products * math.prod(batch) * heads * queries * keys * dim * (0.5 if causal else 1)
+
+
 def _mha(backward: bool) -> KernelFlops:
     def flops(operands: Sequence[Array], results: Sequence[Array]) -> float | None:
         if len(operands) < 3 or any(len(array.dims) != 4 for array in operands[:3]):
@@ -100,31 +116,12 @@ def _mha(backward: bool) -> KernelFlops:
     return flops
 
 
-def _flash(products: int, causal: bool = False) -> KernelFlops:
-    def flops(operands: Sequence[Array], results: Sequence[Array]) -> float | None:
-        if len(operands) < 3 or len(operands[0].dims) != 5 or len(operands[1].dims) != 4:
-            return None
-        (batch, queries, kv_heads, group, dim), keys = operands[0].dims, operands[1].dims[1]
-        return 2 * products * batch * kv_heads * group * queries * keys * dim * (0.5 if causal else 1)
-
-    return flops
-
-
 # The Pallas kernels of jax.experimental.pallas.ops.gpu.attention, by name (`pallas_call(…, name=…)`). A call shows its
 # operands but not its mask, so the whole square is counted.
 KERNELS: Mapping[str, KernelFlops] = {
     "mha_forward": _mha(backward=False),
     "mha_preprocess_backward": lambda operands, results: 0.0,
     "mha_backward": _mha(backward=True),
-}
-
-# The kernels of jaxpar.attention.flash, whose names say how they are masked: "_causal" walks over half of the square;
-# "_masked" has a window or an offset that varies by rank, and the whole square is counted. The backward pass is two
-# kernels, and both compute the scores and their gradients.
-FLASH_KERNELS: Mapping[str, KernelFlops] = {
-    f"attention_{name}{mask}": _flash(products, causal=mask == "_causal")
-    for name, products in (("forward", 2), ("query_grad", 3), ("key_grad", 4))
-    for mask in ("", "_masked", "_causal")
 }
 
 
