@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from jaxpar.attention.names import CORE_ATTENTION, KERNEL_CALL
@@ -80,8 +81,8 @@ def take_apart(
       params, x, info: examples to trace with.
       recompute: what is computed again instead of kept, see `jaxpar.backward.recompute.Recompute`.
       split: make `input_grad` and `weight_grad`.
-      float32_grads: a product whose result is the gradient of a parameter gives it in float32, in which it is summed
-        anyway. Otherwise it is rounded to the compute dtype first.
+      float32_grads: a product or sum whose result is the gradient of a parameter gives it in float32, in which it is
+        added up anyway. Otherwise it is rounded to the compute dtype first.
     """
     pullback = _keep_input(block, x) if recompute == "full" else _keep_min_cut(block, params, x, info, recompute)
     if not (split or float32_grads):
@@ -142,8 +143,8 @@ def _keep_min_cut(block: Block, params: Any, x: jax.Array, info: Any, recompute:
 
 
 def _with_float32_grads(traced: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """The traced `Pullback.grads`, with products that give gradients of parameters in float32. What only moves or adds up
-    their results follows."""
+    """The traced `Pullback.grads`, with products and sums that give gradients of parameters in float32. What only moves or
+    adds up their results follows."""
     makers = {var: eqn for eqn in traced.jaxpr.eqns for var in eqn.outvars}
     found: dict[Any, Any] = {}
     eqns: list[Any] = []
@@ -160,6 +161,8 @@ def _with_float32_grads(traced: core.ClosedJaxpr) -> core.ClosedJaxpr:
             params = {**params, "preferred_element_type": jnp.dtype(jnp.float32)}
         elif eqn.primitive.name in MOVES | {"add_any"}:
             invars = [wide(invar) for invar in invars]
+        elif eqn.primitive.name == "reduce_sum":
+            invars = [as_float32(eqn.invars[0], eqn)]
         else:
             return None
         if None in invars:
@@ -167,6 +170,12 @@ def _with_float32_grads(traced: core.ClosedJaxpr) -> core.ClosedJaxpr:
         found[var] = core.Var(var.aval.update(dtype=jnp.dtype(jnp.float32)))
         eqns.append(eqn.replace(invars=invars, params=params, outvars=[found[var]]))
         return found[var]
+
+    def as_float32(var: Any, eqn: Any) -> Any:
+        params = {"new_dtype": jnp.dtype(jnp.float32), "weak_type": False, "sharding": None}
+        result = core.Var(var.aval.update(dtype=jnp.dtype(jnp.float32)))
+        eqns.append(eqn.replace(primitive=lax.convert_element_type_p, invars=[var], params=params, outvars=[result]))
+        return result
 
     *param_grads, x_grad = traced.jaxpr.outvars
     outvars = [*(wide(var) or var for var in param_grads), x_grad]
@@ -189,6 +198,14 @@ def _product_in_order(eqn: Any, makers: dict[Any, Any]) -> Any:
     return product.replace(
         invars=[rhs, lhs], outvars=eqn.outvars, params={**product.params, "dimension_numbers": numbers}
     )
+
+
+def in_float32(backward: Callable[[jax.Array], Any], y_grad: jax.Array) -> Any:
+    """`backward(y_grad)`, the gradients of parameters and then of the input, with those of parameters in float32 where a
+    product or sum makes them (see `take_apart`)."""
+    tree = jax.tree.structure(jax.eval_shape(backward, y_grad))
+    traced = _with_float32_grads(_inlined(backward, y_grad))
+    return jax.tree.unflatten(tree, core.jaxpr_as_fun(traced)(y_grad))
 
 
 def _grads_as_traced(traced: core.ClosedJaxpr, params: Any) -> Callable[..., tuple[Any, jax.Array]]:

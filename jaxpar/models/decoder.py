@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -164,13 +165,13 @@ def rope_angles(
     `scaling` is Llama 3.1's (arXiv:2407.21783): wavelengths beyond the original context are stretched by `factor`, short
     ones are kept, and those between are interpolated.
     """
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     if scaling is not None:
         turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        keep = jnp.clip((turns - low) / (high - low), 0, 1)
+        keep = np.clip((turns - low) / (high - low), 0, 1)
         frequency = frequency * (keep + (1 - keep) / scaling.factor)
-    return positions[..., None].astype(jnp.float32) * frequency
+    return positions[..., None].astype(jnp.float32) * frequency.astype(np.float32)
 
 
 def rotate(x: Float[Array, "b s h d"], angles: Float[Array, "b s half_d"]) -> Float[Array, "b s h d"]:

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpar.backward import in_float32
 from jaxpar.models.protocol import FunctionalModel, Params, TokenInfo
 from jaxpar.parallel.collectives import (
+    MASKED,
     WHOLE,
     VocabularyPart,
     broadcast_from_last_stage,
@@ -43,8 +45,11 @@ class EmbeddingAndLoss:
       gather: ("embed" or "head", its parameters as held) → as the model computes with them. Linear.
       reduce: ("embed" or "head", its gradients) → float32, as they are summed over microbatches. Linear.
       constrain: tells XLA how to split activations.
+      float32_grads: as in `jaxpar.backward.take_apart`.
       token_parts, vocabulary_parts: the number of parts. At most one of them is above 1, and `vocabulary_parts` only for
         explicit models.
+      keep_logits: keep the logits of all parts of the vocabulary for their gradients. Otherwise the head is multiplied again
+        for them.
     """
 
     model: FunctionalModel
@@ -52,8 +57,10 @@ class EmbeddingAndLoss:
     gather: Callable[[str, Any], Any]
     reduce: Callable[[str, Grads], Grads]
     constrain: Callable[[jax.Array], jax.Array]
+    float32_grads: bool = False
     token_parts: int = 1
     vocabulary_parts: int = 1
+    keep_logits: bool = False
 
     def embed(self, outer: Params, batch: Batch) -> jax.Array:
         """The activations that enter the first stage."""
@@ -81,7 +88,7 @@ class EmbeddingAndLoss:
         of the tokens."""
         if self.vocabulary_parts > 1:
             x = broadcast_from_last_stage(y)
-            log_total, picked = self._log_softmax(outer, x, batch["targets"])
+            log_total, picked, _ = self._log_softmax(outer, x, batch["targets"])
             return (log_total - picked)[None], batch["weights"][None]
         outer = self._gathered(outer)
         return lax.map(lambda pieces: self._token_losses(outer, *pieces), self._split_tokens(y, batch))
@@ -101,7 +108,7 @@ class EmbeddingAndLoss:
                 return (losses * weights).sum()
 
             loss, backward = jax.vjp(weighted, outer, pieces[0])
-            return loss, *backward(vary(jnp.ones_like(loss), varying_axes(loss)))
+            return loss, *self._backward(backward, vary(jnp.ones_like(loss), varying_axes(loss)))
 
         def add_part(totals: Any, pieces: tuple[jax.Array, Batch]) -> tuple[Any, jax.Array]:
             *sums, y_grad = of_part(pieces)
@@ -121,43 +128,55 @@ class EmbeddingAndLoss:
         # Marked once as varying over the axes that split the vocabulary, so that its gradient is summed once.
         x, to_y = jax.vjp(lambda y: vary(broadcast_from_last_stage(y), ("pp", "tp")), y)
         targets, weights = batch["targets"], batch["weights"]
-        log_total, picked = self._log_softmax(outer, x, targets)
+        log_total, picked, kept = self._log_softmax(outer, x, targets, keep_logits=self.keep_logits)
 
         def of_part(x_grad: jax.Array, index: Any) -> tuple[jax.Array, Params]:
             gathered, part = self._gathered(outer, index), self._part(index)
             logits, backward = jax.vjp(lambda params, x: self.model.head(params, x, part), gathered, x)
+            logits = logits if kept is None else kept[index]  # then XLA drops the product that nothing needs
             softmax = jnp.exp(logits.astype(jnp.float32) - log_total[..., None])
             is_target = vocabulary_columns(logits.shape[-1], vocabulary_axes(), part) == targets[..., None]
-            grads, more = backward(((softmax - is_target) * weights[..., None]).astype(logits.dtype))
+            logits_grad = ((softmax - is_target) * weights[..., None]).astype(logits.dtype)
+            grads, more = self._backward(backward, logits_grad)
             return x_grad + more, {name: self._reduced(name, g) for name, g in grads.items()}
 
         x_grad, grads = self._over_parts(of_part, zeros(x, dtype=jnp.float32))
         loss = ((log_total - picked) * weights).sum()
         return loss, grads, to_y(x_grad.astype(x.dtype))[0]
 
-    def _log_softmax(self, outer: Params, x: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(log of the sum of e^logit over the vocabulary, the target's logit) of each token."""
+    def _backward(self, backward: Callable[[jax.Array], Any], y_grad: jax.Array) -> Any:
+        return in_float32(backward, y_grad) if self.float32_grads else backward(y_grad)
+
+    def _log_softmax(
+        self, outer: Params, x: jax.Array, targets: jax.Array, *, keep_logits: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """(log of the sum of e^logit over the vocabulary, the target's logit) of each token, and the logits of each part of
+        the vocabulary if they are to be kept."""
         axes = vocabulary_axes()
 
-        def of_part(index: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def of_part(index: Any) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array | None]:
             part = self._part(index)
-            logits = self.model.head(self._gathered(outer, index), x, part).astype(jnp.float32)
+            logits = self.model.head(self._gathered(outer, index), x, part)
+            wide = logits.astype(jnp.float32)
             is_target = vocabulary_columns(logits.shape[-1], axes, part) == targets[..., None]
-            highest = logits.max(-1)
-            return highest, jnp.exp(logits - highest[..., None]).sum(-1), jnp.where(is_target, logits, 0).sum(-1)
+            highest = wide.max(-1)
+            sums = jnp.exp(wide - highest[..., None]).sum(-1), jnp.where(is_target, wide, 0).sum(-1)
+            return (highest, *sums), logits if keep_logits else None
 
-        def merge(a: tuple[jax.Array, jax.Array, jax.Array], index: Any) -> tuple[tuple, None]:
-            b = of_part(index)
+        def merge(a: tuple[jax.Array, jax.Array, jax.Array], index: Any) -> tuple[tuple, jax.Array | None]:
+            b, logits = of_part(index)
             highest = jnp.maximum(a[0], b[0])
             total = a[1] * jnp.exp(a[0] - highest) + b[1] * jnp.exp(b[0] - highest)
-            return (highest, total, a[2] + b[2]), None
+            return (highest, total, a[2] + b[2]), logits
 
-        (highest, total, picked), _ = lax.scan(merge, of_part(0), jnp.arange(1, self.vocabulary_parts))
+        nothing = [zeros(one) for one in jax.eval_shape(of_part, 0)[0]]
+        start = nothing[0] + MASKED, nothing[1], nothing[2]
+        (highest, total, picked), kept = lax.scan(merge, start, jnp.arange(self.vocabulary_parts))
         if axes:
             top = lax.pmax(highest, axes)
             total, picked = lax.psum((total * jnp.exp(highest - top), picked), axes)
             highest = top
-        return highest + jnp.log(total), picked
+        return highest + jnp.log(total), picked, kept
 
     def _part(self, index: Any) -> VocabularyPart:
         return WHOLE if self.vocabulary_parts == 1 else VocabularyPart(index, self.vocabulary_parts)

@@ -197,7 +197,9 @@ class _RunOfLayers:
         def compute(carry: Any, i: Any, fetched: Any) -> tuple[Any, Any]:
             y_grad, grads, buffers = carry
             params, values = fetched
-            values = _take(*kept, i) if values is None else values
+            if values is None:
+                overlap = self._backward_overlap
+                values = _take(*kept, _after(i, [y_grad], varying_axes(y_grad)) if overlap != Overlap() else i)
             info = self._info(item, i)
             if self._splits_weights:
                 found, x_grad, handed_over = self.pullback.input_grad(values, params, info, y_grad)
@@ -206,7 +208,8 @@ class _RunOfLayers:
                 param_grads, x_grad = self.pullback.grads(values, params, info, y_grad)
                 found = dict(enumerate(jax.tree.leaves(param_grads)))
             if self._functions.overlap_grad_reduce:
-                x_grad = _after(x_grad, jax.tree.leaves(grads))
+                # What the next layer makes can then lie where the gradients in transfer were, and need not be copied there.
+                x_grad = _after(x_grad, jax.tree.leaves(grads), varying_axes(x_grad))
             return (x_grad, grads, buffers), found
 
         def store(carry: Any, i: Any, found: Any) -> Any:
@@ -266,12 +269,16 @@ class _RunOfLayers:
         return jax.tree.unflatten(tree, totals)
 
 
-def _after(x: jax.Array, totals: Sequence[jax.Array]) -> jax.Array:
-    """`x`, not before `totals`. What the next layer makes of it can then lie where the gradients in transfer were, and need
-    not be copied there."""
-    axes = varying_axes(x)
-    along = [vary(total, axes) for total in totals if set(varying_axes(total)) <= set(axes)]
-    return lax.optimization_barrier((x, along))[0]
+def _after(x: Any, others: Sequence[jax.Array], axes: tuple[str, ...]) -> jax.Array:
+    """`x`, varying over `axes` and made to depend on `others`. XLA drops barriers before it decides on copies, so the
+    dependence is arithmetic: 0 times an element of each. (If that is NaN, the step is lost anyway.)"""
+    elements = []
+    for other in others:
+        rest = tuple(axis for axis in varying_axes(other) if axis not in axes)
+        if all(lax.axis_size(axis) == 1 for axis in rest):  # otherwise the sum would be a transfer
+            elements.append(vary(lax.psum(other[(0,) * other.ndim], rest), axes).astype(jnp.float32))
+    x = vary(jnp.asarray(x), axes)
+    return x + (sum(elements[1:], elements[0]) * 0).astype(x.dtype) if elements else x
 
 
 def _in_order(totals: list[jax.Array], found: dict[int, jax.Array]) -> None:

@@ -46,6 +46,9 @@ from jaxpar.pipeline.schedule import Schedule, forward_only
 Batch = Mapping[str, jax.Array]
 MAX_LOGITS_BYTES = 2**29  # float32 logits that a device holds at a time
 MAX_VOCABULARY_BYTES = 2**30  # with ZeRO stage 3: of these, and of an embedding or head
+# Logits in the compute dtype that are kept with ZeRO stage 3. With full recompute, when layers keep little, they would be the
+# peak.
+MAX_KEPT_LOGITS_BYTES = {"full": 0, "selective": 2**32, None: 2**32}
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,12 @@ class StepSetup:
         _, transpose = jax.vjp(lambda params: self.to_engine(params, gathered=self.zero_stage < 2), cast(params))
         return jax.tree.map(lambda x: x.astype(jnp.float32), transpose(cast(grads))[0])
 
+    @property
+    def float32_grads(self) -> bool:
+        """Whether products give gradients in float32. With ZeRO stages 0 and 1, the sum over microbatches reads them right
+        away, and in the compute dtype they are fewer bytes."""
+        return self.zero_stage > 1 and self.reduce_dtype == jnp.float32
+
     def gather(self, part: str, params: Any) -> Any:
         """Parameters of a part of the model, as the engine holds them → as the model computes with them. Linear."""
         if self.zero_stage < 3:
@@ -149,14 +158,14 @@ class StepSetup:
             block,
             partial(self.gather, "layers"),
             partial(self.reduce, "layers"),
-            # With stages 0 and 1, the sum over microbatches reads them right away, and in the compute dtype they are fewer
-            # bytes.
-            float32_grads=self.zero_stage > 1 and self.reduce_dtype == jnp.float32,
+            float32_grads=self.float32_grads,
             overlap_param_gather=self.zero_stage == 3 and is_split and self.overlap_param_gather,
             overlap_grad_reduce=self.zero_stage > 1 and is_split and self.overlap_grad_reduce,
             num_real=jnp.asarray(placement.counts)[rank_and_size("pp")[0]] if placement.is_padded else None,
         )
-        ends = EmbeddingAndLoss(model, self.param_layouts, self.gather, self.reduce, constrain)
+        ends = EmbeddingAndLoss(
+            model, self.param_layouts, self.gather, self.reduce, constrain, float32_grads=self.float32_grads
+        )
         skips = model.explicit or all(self.mesh.shape[axis] == 1 for axis in TENSOR_AXES)
         return StageFunctions(self._in_parts(ends, params, batch), layers, skips)
 
@@ -175,7 +184,9 @@ class StepSetup:
         if self.zero_stage == 3 and self.model.explicit and aligned:
             ways = math.prod(self.mesh.shape[axis] for axis in EXPLICIT_RULES["vocab"])
             largest = max(nbytes(logits.shape), *(nbytes(layout.shape) // ways for layout in tables))
-            return replace(ends, vocabulary_parts=least_parts(largest, MAX_VOCABULARY_BYTES, logits.shape[-1]))
+            parts = least_parts(largest, MAX_VOCABULARY_BYTES, logits.shape[-1])
+            keep = nbytes(logits.shape) <= MAX_KEPT_LOGITS_BYTES[self.recompute.granularity]
+            return replace(ends, vocabulary_parts=parts, keep_logits=keep)
         # For an automatic model, XLA splits the logits over the tensor group, and each stage takes a share of the tokens.
         axes = () if self.model.explicit else ("pp", *TENSOR_AXES)
         size = nbytes(logits.shape) // math.prod(self.mesh.shape[axis] for axis in axes)
