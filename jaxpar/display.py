@@ -66,10 +66,12 @@ def report_tables(report: "Report", num_operations: int) -> list[Table]:
 
 
 def _least_time(roofline: "Roofline") -> str:
-    links = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in roofline.links.items())
+    exposed = roofline.exposed
+    links = ", ".join(f"{link} {exposed[link]:.3g} of {seconds:.3g} s" for link, seconds in roofline.links.items())
     mfu = "" if roofline.mfu_at_most is None else f"; MFU at most {roofline.mfu_at_most:.1%}"
     return (
-        f"least time: {roofline.seconds:.3g} s (on the chip {roofline.chip_seconds:.3g} s, {links}){mfu}; "
+        f"least time: {roofline.seconds:.3g} s = {roofline.chip_seconds:.3g} s on the chip + {sum(exposed.values()):.3g} s of "
+        f"exposed transfers ({links}){mfu}; "
         f"{roofline.launches:,.0f} launches, {roofline.hbm_bytes / 1e9:,.0f} GB through memory"
     )
 
@@ -139,11 +141,17 @@ def report_table(reports: "Mapping[str, Report]", device: str) -> Table:
 
 
 def collective_table(report: "Report") -> Table:
+    """Collectives by kind and mesh axes, and for GPUs how long their transfers take and how much of that is exposed."""
     table = Table("collective", "axes", title="collectives a step", title_justify="left")
-    for column in ("count", "GiB a device"):
+    for column in ("count", "GiB a device", *["seconds", "exposed seconds"] * bool(report.roofline)):
         table.add_column(column, justify="right")
-    for c in report.collectives:
-        table.add_row(c.kind, " ".join(c.axes) or "?", f"{c.count:,}", f"{c.bytes / 2**30:.3f}")
+    for kind, axes in dict.fromkeys((c.kind, c.axes) for c in report.collectives):
+        counted = [c for c in report.collectives if (c.kind, c.axes) == (kind, axes)]
+        cells = [f"{sum(c.count for c in counted):,}", f"{sum(c.bytes for c in counted) / 2**30:.3f}"]
+        if report.roofline:
+            timed = [t for t in report.roofline.transfers if (t.kind, t.axes) == (kind, axes)]
+            cells += [f"{sum(t.seconds for t in timed):.3f}", f"{sum(t.exposed_seconds for t in timed):.3f}"]
+        table.add_row(kind, " ".join(axes) or "?", *cells)
     return table
 
 

@@ -19,6 +19,7 @@ from jaxpar.config import Config, ConfigError
 from jaxpar.hardware import GPUS, TPU_MEMORY, Gpu
 from jaxpar.measure.baseline import BaselineProgram
 from jaxpar.measure.hlo import Collective, count
+from jaxpar.measure.hlo.groups import MeshAxes
 from jaxpar.measure.roofline import Roofline, roofline
 from jaxpar.parallel.mesh import AXES, device_grid
 from jaxpar.pipeline.tick_scope import taken_fraction
@@ -211,7 +212,8 @@ def _read_roofline(program: Program, text: str, gpu: Gpu, model_flops: float | N
     blueprint = program.blueprint
     places = device_grid(blueprint.sizes).reshape(-1).tolist()
     per_node = blueprint.num_devices // blueprint.config.cluster.num_nodes
-    return roofline(text, gpu, places, per_node, model_flops=model_flops, taken=taken_fraction)
+    mesh = MeshAxes(tuple(program.mesh.shape.values()), AXES)
+    return roofline(text, gpu, places, per_node, mesh=mesh, model_flops=model_flops, taken=taken_fraction)
 
 
 def read_memory(compiled: jax.stages.Compiled, capacity: int) -> Memory:

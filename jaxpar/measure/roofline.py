@@ -2,8 +2,9 @@
 
 The program is walked as a device executes it. A product takes its FLOPs at the peak of its dtype or its bytes at the
 bandwidth of the memory, whichever is longer; every other kernel takes its bytes; a collective takes the bytes that a
-device receives, on NVLink or on the network. So this is a lower bound on time, exact on work, and it ranks programs. It
-knows nothing of efficiency, latency or launches.
+device receives, on NVLink or on the network. Kernels run one after the other, and transfers beside those that are scheduled
+between their start and their done (`exposed.py`). So this is a lower bound on time, exact on work, and it ranks programs.
+It knows nothing of efficiency, latency or launches.
 """
 
 import re
@@ -14,6 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from jaxpar.hardware import Gpu
+from jaxpar.measure.exposed import LINKS, Flight, Timeline, Transfers
 from jaxpar.measure.hlo.count import KINDS
 from jaxpar.measure.hlo.flops import (
     KERNELS,
@@ -25,7 +27,7 @@ from jaxpar.measure.hlo.flops import (
     kernel_name,
     tokamax_attention_flops,
 )
-from jaxpar.measure.hlo.groups import Groups, collective_groups, groups_text
+from jaxpar.measure.hlo.groups import Groups, MeshAxes, collective_groups, groups_text
 from jaxpar.measure.hlo.loops import Loops
 from jaxpar.measure.hlo.parse import Computation, Instruction, Module
 from jaxpar.measure.hlo.source import Sources
@@ -37,6 +39,7 @@ _MOVES = {
     "reverse", "convert", "gather", "select", "compare", "add", "clamp",
 }  # fmt: skip
 _INDEX_ARITHMETIC = {"select", "compare", "add", "clamp"}  # moves only where the numbers are whole: places, not values
+_CONTROL = {"while", "conditional", "call", "async"}  # cost nothing beside what they run
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
@@ -74,9 +77,12 @@ class Roofline:
     """The least time of a step, and where it goes. All figures are those of one device.
 
     Attributes:
-      seconds: the longest of chip, NVLink and network: no step is shorter, even if all transfers hide.
+      seconds: of the chip and of exposed transfers. No step of this program is shorter, and neither link takes longer.
       chip_seconds: of products and other kernels, one after the other.
       links: {"nvlink", "network"}: seconds of transfers inside a node, and of those that leave it.
+      exposed: {"nvlink", "network"}: the seconds that the chip waits for transfers; those on both links count where they
+        take longer.
+      transfers: the same by kind of collective and mesh axes, the longest first.
       mfu_at_most: useful FLOPs over `seconds` at the bf16 peak; None if useful FLOPs are not known.
       launches: kernels and collectives that are launched.
       hbm_bytes: read and written in the device's memory.
@@ -88,6 +94,8 @@ class Roofline:
     seconds: float
     chip_seconds: float
     links: dict[str, float]
+    exposed: dict[str, float]
+    transfers: list[Transfers]
     mfu_at_most: float | None
     launches: float
     hbm_bytes: float
@@ -106,6 +114,7 @@ def roofline(
     devices: Sequence[int],
     devices_per_node: int,
     *,
+    mesh: MeshAxes | None = None,
     model_flops: float | None = None,
     taken: Callable[[str], Fraction | None] = lambda op_name: None,
 ) -> Roofline:
@@ -114,34 +123,38 @@ def roofline(
     Args:
       devices: for each place in the program's device assignment (`mesh.devices.flatten()`), the number of the device in the
         order of hosts. It tells which transfers leave a node.
+      mesh: tells the axes of each collective.
       model_flops: useful FLOPs of a step on one device.
       taken: op_name of a conditional → how often it is taken, as in `jaxpar.measure.hlo.count`.
     """
     module = Module(hlo_text)
-    walker = _Walker(module, gpu, devices, devices_per_node, taken)
+    walker = _Walker(module, gpu, devices, devices_per_node, mesh, taken)
     sources, operations = Sources(hlo_text), []
     kinds: dict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
-    links, product_flops = {"nvlink": 0.0, "network": 0.0}, dict[str, float]()
+    product_flops: dict[str, float] = defaultdict(float)
     for cost, instruction, times in walker.executions(module.entry, 1.0):
         figures = cost.seconds * times, cost.flops * times, cost.bytes * times, times
         kinds[cost.kind] = [a + b for a, b in zip(kinds[cost.kind], figures, strict=True)]
-        for link, seconds in cost.links.items():
-            links[link] += seconds * times
         if cost.flops:
-            product_flops[cost.dtype] = product_flops.get(cost.dtype, 0) + cost.flops * times
+            product_flops[cost.dtype] += cost.flops * times
         source = sources.line(instruction.frame_id)
         operations.append(Operation(cost.kind, instruction.op_name or instruction.name, source, *figures))
     by_kind = sorted((Work(kind, *figures) for kind, figures in kinds.items()), key=lambda work: -work.seconds)
     chip = sum(work.seconds for work in by_kind if work.kind not in KINDS)
-    seconds = max(chip, *links.values())
+    timeline = walker.timeline(module.entry)
+    transfers = timeline.transfers()
+    exposed = {link: sum(one.exposed_seconds for one in transfers if one.link == link) for link in LINKS}
+    seconds = chip + sum(exposed.values())
     return Roofline(
         seconds=seconds,
         chip_seconds=chip,
-        links=links,
+        links=timeline.busy,
+        exposed=exposed,
+        transfers=transfers,
         mfu_at_most=model_flops / (seconds * gpu.peak_flops) if model_flops and seconds else None,
         launches=sum(work.count for work in by_kind),
         hbm_bytes=sum(work.bytes for work in by_kind if work.kind not in KINDS),
-        product_flops=product_flops,
+        product_flops=dict(product_flops),
         by_kind=by_kind,
         operations=sorted(operations, key=lambda operation: -operation.seconds),
     )
@@ -149,7 +162,7 @@ def roofline(
 
 @dataclass(frozen=True)
 class _Cost:
-    """One execution of an instruction. A collective has its seconds by link as well."""
+    """One execution of an instruction. A collective has its seconds by link, and its mesh axes, as well."""
 
     kind: str
     seconds: float
@@ -157,6 +170,7 @@ class _Cost:
     bytes: float
     dtype: str
     links: dict[str, float]
+    axes: tuple[str, ...] = ()
 
 
 class _Walker:
@@ -166,46 +180,77 @@ class _Walker:
         gpu: Gpu,
         devices: Sequence[int],
         devices_per_node: int,
+        mesh: MeshAxes | None,
         taken: Callable[[str], Fraction | None],
     ):
-        self.module, self.gpu, self.taken = module, gpu, taken
+        self.module, self.gpu, self.mesh, self.taken = module, gpu, mesh, taken
         self.loops = Loops(module)
         self._node = [device // devices_per_node for device in devices]
         self._costs: dict[tuple[str, str], _Cost | None] = {}
-        self._shares: dict[tuple[str, str], tuple[int, float, float]] = {}
+        self._shares: dict[tuple[str, str], tuple[int, float, float, tuple[str, ...]]] = {}
+        self._timelines: dict[str, Timeline] = {}
 
     def executions(self, name: str, times: float) -> Iterator[tuple[_Cost, Instruction, float]]:
         """(cost, instruction, how often) of everything that runs in `times` executions of a computation."""
         here = self.module.computations[name]
         for instruction in here.instructions.values():
-            opcode = instruction.opcode.removesuffix("-start")
-            if opcode == "while":
-                trips = self.loops.trip_count(here, instruction) or 1
-                (body,) = instruction.computations("body")
-                yield from self.executions(body, times * trips)
-            elif opcode == "conditional":
-                branches = instruction.computations(*_BRANCHES)
-                share = self.taken(instruction.op_name)
-                yield from self.executions(
-                    max(branches, key=self._seconds), times * float(1 if share is None else share)
-                )
-            elif opcode in ("call", "async"):
-                for callee in instruction.computations("to_apply", "calls", "called_computations"):
-                    yield from self.executions(callee, times)
-            elif cost := self._cost(here, instruction, opcode):
-                yield cost, instruction, times
+            for callee, repeats in self._callees(here, instruction):
+                yield from self.executions(callee, times * repeats)
+            for cost, what, repeats in self._own(here, instruction):
+                yield cost, what, times * repeats
 
-    def _seconds(self, name: str) -> float:
-        return sum(cost.seconds * times for cost, _, times in self.executions(name, 1.0))
+    def timeline(self, name: str) -> Timeline:
+        """One execution of a computation: its instructions are in the order in which the device executes them."""
+        if name in self._timelines:
+            return self._timelines[name]
+        here, timeline = self.module.computations[name], Timeline()
+        started: dict[str, list[Flight]] = {}
+        for instruction in here.instructions.values():
+            ends = instruction.opcode.endswith(("-done", "-update"))
+            flights = started.pop(instruction.operands[0], []) if ends else []
+            for callee, times in self._callees(here, instruction):
+                timeline.repeat(self.timeline(callee), times)
+            for cost, _, times in self._own(here, instruction):
+                if cost.links:
+                    links = {link: times * seconds for link, seconds in cost.links.items()}
+                    flights.append(timeline.start(cost.kind, cost.axes, links))
+                else:
+                    timeline.work(times * cost.seconds)
+            if instruction.opcode.endswith(("-start", "-update")):
+                started[instruction.name] = flights
+            else:
+                for flight in flights:
+                    timeline.wait(flight)
+        self._timelines[name] = timeline
+        return timeline
 
-    def _cost(self, here: Computation, instruction: Instruction, opcode: str) -> _Cost | None:
+    def _callees(self, here: Computation, instruction: Instruction) -> list[tuple[str, float]]:
+        """The computations that a loop, a conditional or a call runs, and how often each."""
+        if instruction.opcode == "while":
+            (body,) = instruction.computations("body")
+            return [(body, self.loops.trip_count(here, instruction) or 1)]
+        if instruction.opcode == "conditional":
+            share = self.taken(instruction.op_name)
+            longest = max(instruction.computations(*_BRANCHES), key=lambda branch: self.timeline(branch).seconds)
+            return [(longest, float(1 if share is None else share))]
+        return [(callee, 1.0) for callee in instruction.computations("to_apply") if instruction.opcode == "call"]
+
+    def _own(self, here: Computation, instruction: Instruction) -> list[tuple[_Cost, Instruction, float]]:
+        """(cost, instruction, how often) of what an instruction does itself or, as `async-start`, starts."""
+        if instruction.opcode == "async-start":
+            callees = instruction.computations("calls", "called_computations")
+            return [one for callee in callees for one in self.executions(callee, 1.0)]
+        cost = self._cost(here, instruction)
+        return [(cost, instruction, 1.0)] if cost else []
+
+    def _cost(self, here: Computation, instruction: Instruction) -> _Cost | None:
         key = here.name, instruction.name
         if key not in self._costs:
-            self._costs[key] = self._find_cost(here, instruction, opcode)
+            self._costs[key] = self._find_cost(here, instruction, instruction.opcode.removesuffix("-start"))
         return self._costs[key]
 
     def _find_cost(self, here: Computation, instruction: Instruction, opcode: str) -> _Cost | None:
-        if opcode in FREE or opcode.endswith(("-done", "-update")):
+        if opcode in FREE or opcode in _CONTROL or opcode.endswith(("-done", "-update")):
             return None
         if opcode in KINDS:
             return self._collective(here, instruction, opcode)
@@ -237,7 +282,7 @@ class _Walker:
         return ("copies" if _only_moves(instruction, inside) else "other kernels"), 0, dtype
 
     def _collective(self, here: Computation, instruction: Instruction, kind: str) -> _Cost | None:
-        members, inside, outside = self._share(instruction, kind)
+        members, inside, outside, axes = self._share(instruction, kind)
         if members < 2:
             return None
         size = sum(array.nbytes for array in here.operands(instruction)) * (members if kind == "all-gather" else 1)
@@ -248,14 +293,17 @@ class _Walker:
             "network": rounds * outside * size / gpu.network_bandwidth,
         }
         dtype = here.operands(instruction)[0].dtype
-        return _Cost(kind, max(links.values()), 0, 0, dtype, {link: s for link, s in links.items() if s})
+        return _Cost(kind, max(links.values()), 0, 0, dtype, {link: s for link, s in links.items() if s}, axes)
 
-    def _share(self, instruction: Instruction, kind: str) -> tuple[int, float, float]:
-        """(devices in a group, share of the data that a device receives inside its node, and from other nodes)."""
+    def _share(self, instruction: Instruction, kind: str) -> tuple[int, float, float, tuple[str, ...]]:
+        """(devices in a group, share of the data that a device receives inside its node, and from other nodes, axes)."""
         key = kind, groups_text(instruction, kind)
         if key not in self._shares:
             groups = collective_groups(self.module, instruction, kind) or []
-            self._shares[key] = self._find_share(groups, kind)
+            axes: tuple[str, ...] = ()
+            if self.mesh:
+                axes = self.mesh.of_pairs(groups) if kind == "collective-permute" else self.mesh.of_groups(groups)
+            self._shares[key] = *self._find_share(groups, kind), axes
         return self._shares[key]
 
     def _find_share(self, groups: Groups, kind: str) -> tuple[int, float, float]:

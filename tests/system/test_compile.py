@@ -85,7 +85,13 @@ def test_a_shipped_config_compiles_and_fits(tmp_path, name):
     assert roofline["chip_seconds"] == pytest.approx(
         sum(w["seconds"] for w in roofline["by_kind"] if w["kind"] not in KINDS)
     )
-    assert roofline["seconds"] == max(roofline["chip_seconds"], *roofline["links"].values())
+    exposed, links = roofline["exposed"], roofline["links"]
+    assert roofline["seconds"] == pytest.approx(roofline["chip_seconds"] + sum(exposed.values()))
+    assert all(0 <= exposed[link] <= links[link] <= roofline["seconds"] for link in ("nvlink", "network"))
+    # Every collective of the counter has its seconds.
+    found = {(t["kind"], tuple(t["axes"])) for t in roofline["transfers"]}
+    assert found == {(c["kind"], tuple(c["axes"])) for c in report["collectives"]}
+    assert all(0 <= t["exposed_seconds"] <= t["seconds"] for t in roofline["transfers"])
     # The counter walks the same program by itself.
     assert sum(roofline["product_flops"].values()) == pytest.approx(report["flops"], rel=1e-6)
     assert report["model_flops"] / roofline["mfu_at_most"] == pytest.approx(roofline["seconds"] * 989.4e12)
