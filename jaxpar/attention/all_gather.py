@@ -24,7 +24,7 @@ def _forward(spec: AttentionSpec, size: int, query: jax.Array, keys: Keys):
     rank, segments = tie_to_data((lax.axis_index("cp"), keys.segments), query)
     queries, gathered = Queries(query, segments), _gather(keys._replace(segments=segments))
     partial: Partial | None = None
-    for blocks in _local_blocks(spec, size, rank, query.shape[1]):
+    for blocks in _local_blocks(spec, size, rank, query.shape[1], documents=segments is not None):
         partial = attend(spec, queries, gathered, blocks, partial)
     assert partial is not None
     output = partial.output.astype(query.dtype)
@@ -37,7 +37,7 @@ def _backward(spec: AttentionSpec, size: int, residuals, grad: jax.Array):
     queries, gathered = Queries(query, segments), _gather(keys._replace(segments=segments))
     output_grads = output_grads_of(grad, output, lse)
     grads: Grads | None = None
-    for blocks in _local_blocks(spec, size, rank, query.shape[1]):
+    for blocks in _local_blocks(spec, size, rank, query.shape[1], documents=segments is not None):
         grads = attend_backward(spec, queries, gathered, blocks, output_grads, grads)
     assert grads is not None
     key_grad, value_grad = (
@@ -56,15 +56,19 @@ def _gather(keys: Keys) -> Keys:
     return jax.tree.map(lambda x: lax.all_gather(x, "cp", axis=1, tiled=True), keys)
 
 
-def _local_blocks(spec: AttentionSpec, size: int, rank: jax.Array, seq: int) -> list[Blocks]:
+def _local_blocks(
+    spec: AttentionSpec, size: int, rank: jax.Array, seq: int, *, documents: bool
+) -> list[Blocks]:
     """The blocks of this rank's two chunks of queries. Every rank has the same number of them.
 
     Causal: on rank r, r whole chunks of keys precede the early chunk of queries, and 2·size-1-r precede the late one;
     each chunk has one more block on the diagonal.
     """
-    if not spec.causal and spec.window is None:
-        return [Blocks(seq, None, None)]
     chunk, last = seq // 2, 2 * size - 1
+    if not spec.causal and spec.window is None:
+        # Kernels find documents in order only inside a chunk.
+        everything = jnp.stack(jnp.meshgrid(jnp.arange(2), jnp.arange(2 * size)), -1).reshape(-1, 2)
+        return [Blocks(chunk, everything * chunk, None) if documents else Blocks(seq, None, None)]
     if spec.window is None:
         diagonal = jnp.array([[0, 2 * rank], [1, 2 * rank + 1]])
         number = jnp.arange(last)

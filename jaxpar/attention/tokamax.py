@@ -127,7 +127,7 @@ def _ranges(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -
 
 def _count_before(sorted_keys: jax.Array, queries: jax.Array, side: str) -> jax.Array:
     """For each query, how many keys have a smaller id ("right": or the same). int32 [b, q]."""
-    count = functools.partial(jnp.searchsorted, side=side, method="compare_all")
+    count = functools.partial(jnp.searchsorted, side=side, method="scan_unrolled")
     return jax.vmap(count)(sorted_keys, queries).astype(jnp.int32)
 
 

@@ -32,6 +32,7 @@ from jaxpar.attention import AttentionSettings, blockwise, reference_attention, 
 from jaxpar.backward.recompute import Recompute
 from jaxpar.models import Decoder, FunctionalModel, TokenInfo
 from jaxpar.models import decoder as decoder_module
+from jaxpar.parallel.batch import number_documents
 from jaxpar.step import loss_and_grads
 
 # dp, pp, cp; tp and sp
@@ -273,6 +274,7 @@ def test_a_cp_rank_without_valid_tokens(sizes):
         batch["loss_mask"][:, masked] = 0
         batch["segment_ids"] = batch["segment_ids"].copy()
         batch["segment_ids"][:, masked] = np.arange(len(masked)) + 1000  # and no other token to attend to
+        batch["segment_ids"] = number_documents(batch["segment_ids"])  # the tokens behind them are another document
         loss, grads = step(case.params, batch)
         if masked is order:
             assert loss == 0 and not any(g.any() for g in jax.tree.leaves(grads))

@@ -166,7 +166,7 @@ def test_llama3_8b_takes_at_most_0_7_of_maxtexts_memory(tmp_path):
         "cp8,dp8,zero=3": 41.0, "dp64,zero=3": 8.9,
     }  # fmt: skip
     # With ZeRO-3's overlap, which is on by default, dp 64 takes 7.4 GB: 0.83.
-    options = ["--nodes", "8", "actor.model.attention_backend=pallas", *NO_OVERLAP]
+    options = ["--nodes", "8", *NO_OVERLAP]
     reports = compile_(tmp_path, "llama3_8b_1node_8k.yaml", *maxtext, *options)
     assert list(reports) == list(maxtext)
     assert [report["mesh"]["pp"] for report in reports.values()] == [1, 4, 4, 1, 1]

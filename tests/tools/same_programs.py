@@ -155,8 +155,8 @@ def programs() -> dict[str, Spec]:
 # Compiled for H100s by `jaxpar compile`, with XLA's GPU compiler.
 CLUSTERS = {
     "h100 llama3_8b_1node_8k": ("llama3_8b_1node_8k.yaml",),
-    "h100 llama3_8b_1node_8k, zero 3, pallas": (
-        "llama3_8b_1node_8k.yaml", "dp8,zero=3", "actor.model.attention_backend=pallas",
+    "h100 llama3_8b_1node_8k, zero 3": (
+        "llama3_8b_1node_8k.yaml", "dp8,zero=3",
     ),
     "h100 llama3_8b_1node_128k": ("llama3_8b_1node_128k.yaml",),
     "h100 llama3_70b_16nodes_8k": ("llama3_70b_16nodes_8k.yaml",),

@@ -424,21 +424,25 @@ def test_pallas_kernels_by_name_and_shapes():
     assert unknown.uncounted == ["kernel my_kernel (__gpu$xla.gpu.triton): its FLOPs are not known (1 time per step)"]
 
 
-def test_our_flash_kernels():
-    query, key, row = "bf16[2,1024,4,2,64]{4,3,2,1,0}", "bf16[2,512,4,64]{3,2,1,0}", "f32[2,1024,4,2]{3,2,1,0}"
+def test_tokamax_attention():
+    query, key, row = "bf16[1024,8,64]{2,1,0}", "bf16[512,4,64]{2,1,0}", "f32[8,1024]{1,0}"
 
-    def flops(name, *more):
-        found = count(
-            call("__gpu$xla.gpu.triton", query, [query, key, key, *more], f'{{name = "{name}", num_warps = 8 : i32}}')
-        )
+    def flops(kernel, results, *more, causal=False, batch=""):
+        arguments = '\\"arguments\\":{\\"mask\\":{\\"is_causal\\":' + f"{str(causal).lower()}}}}}"
+        name = f'jit(f)/tokamax:{{\\"op\\":{{\\"__type\\":\\"tokamax.{kernel}\\",{arguments}/mpmd_map'
+        shapes = [x.replace("[", f"[{batch}", 1) for x in (query, key, key, *more)]
+        found = count(call("mosaic_gpu_v2", results, shapes, "{}", name))
         assert found.uncounted == [] and found.flops == found.kernel_flops
         return found.flops
 
-    product = 2 * 2 * 8 * 1024 * 512 * 64
-    assert flops("attention_forward") == flops("attention_forward_masked") == 2 * product
-    assert flops("attention_forward_causal") == product
-    assert flops("attention_query_grad", query, row, row) == 3 * product
-    assert flops("attention_key_grad_causal", query, row, row, "s32[1]{0}") == 2 * product
+    product = 2 * 8 * 1024 * 512 * 64
+    assert flops("PallasMosaicGpuFlashAttention", f"({query}, {row}, {row})") == 2 * product
+    assert flops("PallasMosaicGpuFlashAttention", f"({query}, {row}, {row})", causal=True) == product
+    assert flops("PallasMosaicGpuFlashAttention", f"({query}, {row}, {row})", batch="3,") == 6 * product
+    assert flops("PallasMosaicGpuFlashAttentionVjp", query, query, row) == 3 * product  # dq
+    assert flops("PallasMosaicGpuFlashAttentionVjp", f"({query}, {query})", query, row) == 4 * product  # dk, dv
+    other = count(call("mosaic_gpu_v2", query, [query, key, key], "{}", "jit(f)/mine/mpmd_map"))
+    assert other.flops == 0 and other.uncounted == ["custom call mosaic_gpu_v2: its FLOPs are not known (1 time per step)"]
 
 
 def test_unknown_calls_are_reported_and_harmless_ones_are_not():
