@@ -20,6 +20,7 @@ from jax.extend import core
 from jaxpar.attention.names import CORE_ATTENTION, KERNEL_CALL
 from jaxpar.backward.min_cut import min_cut
 from jaxpar.backward.recompute import Granularity
+from jaxpar.parallel.collective_matmul import BESIDE_WEIGHT_GRADS
 from jaxpar.parallel.collectives import zeros
 
 PRODUCTS = {"dot_general", "ragged_dot_general", "conv_general_dilated"}
@@ -124,7 +125,7 @@ def _keep_min_cut(block: Block, params: Any, x: jax.Array, info: Any, recompute:
 
 def _split_halves(pullback: Pullback, params: Any, x: jax.Array, info: Any) -> Pullback:
     """Adds `input_grad` and `weight_grad`."""
-    traced = _inlined(pullback.grads, [zeros(aval) for aval in pullback.kept], params, info, x)
+    traced = _inlined(pullback.grads, [zeros(aval) for aval in pullback.kept], params, info, x, split=True)
     *given, y_grad_var = traced.jaxpr.invars
     *param_grads, x_grad = traced.jaxpr.outvars
     eqns = _needed(traced.jaxpr.eqns, traced.jaxpr.outvars)
@@ -201,21 +202,28 @@ def _part(traced: core.ClosedJaxpr, eqns: list[Any], invars: list[Any], outvars:
     return core.jaxpr_as_fun(core.ClosedJaxpr(part, list(used.values())))
 
 
-def _inlined(function: Callable, *args: Any) -> core.ClosedJaxpr:
-    """Traces a function, with the functions that it calls inlined."""
+def _inlined(function: Callable, *args: Any, split: bool = False) -> core.ClosedJaxpr:
+    """Traces a function, with the functions that it calls inlined.
+
+    Args:
+      split: leave out the barriers that tie gradients of weights to others.
+    """
     traced = jax.make_jaxpr(function)(*args)
-    return jax.make_jaxpr(lambda *args: _inline(traced, args))(*jax.tree.leaves(args))
+    return jax.make_jaxpr(lambda *args: _inline(traced, args, split=split))(*jax.tree.leaves(args))
 
 
-def _inline(traced: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+def _inline(traced: core.ClosedJaxpr, args: Sequence[Any], *, split: bool) -> list[Any]:
     """Runs a traced function, and the functions that it calls as if their equations were its own."""
     values = dict(zip([*traced.jaxpr.constvars, *traced.jaxpr.invars], [*traced.consts, *args], strict=True))
+    read = lambda eqn: [v.val if isinstance(v, core.Literal) else values[v] for v in eqn.invars]  # noqa: E731
     for eqn in traced.jaxpr.eqns:
         invars = list(dict.fromkeys(_inputs(eqn)))
         if eqn.primitive.name in INLINED and eqn.params.get("name") != KERNEL_CALL:
             inner = eqn.params["jaxpr"]
             inner = inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
-            found = _inline(inner, [v.val if isinstance(v, core.Literal) else values[v] for v in eqn.invars])
+            found = _inline(inner, read(eqn), split=split)
+        elif split and BESIDE_WEIGHT_GRADS in str(eqn.source_info.name_stack):
+            found = read(eqn)  # a barrier
         else:
             found = _part(traced, [eqn], invars, eqn.outvars)(*[values[v] for v in invars])
         values.update(zip(eqn.outvars, found, strict=True))
