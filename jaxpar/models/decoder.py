@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxpar.attention import attention
 from jaxpar.config import Architecture, RopeScaling
 from jaxpar.models.protocol import TokenInfo
-from jaxpar.parallel.collective_matmul import cut, gather_then_multiply, join, multiply_then_scatter
+from jaxpar.parallel.collective_matmul import gather_then_multiply, multiply_then_scatter
 from jaxpar.parallel.collectives import (
     WHOLE,
     VocabularyPart,
@@ -116,8 +116,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s e"], info: TokenInfo) -> Float[Array, "b s e"]:
         weights = self.query[...], self.key[...], self.value[...]
-        pieces = gather_then_multiply("bse,ehd->bshd", x, *weights, overlap=self.overlap)
-        query, key, value = map(join, zip(*pieces, strict=True))
+        query, key, value = gather_then_multiply("bse,ehd->bshd", x, *weights, overlap=self.overlap)
         if self.arch.attention_bias:
             query, key, value = query + self.query_bias[...], key + self.key_bias[...], value + self.value_bias[...]
         if self.arch.qk_norm:
@@ -127,7 +126,9 @@ class Attention(nnx.Module):
             rotate(query, angles), rotate(key, angles), value,
             segment_ids=info.segment_ids, window=self.arch.sliding_window,
         )  # fmt: skip
-        return multiply_then_scatter("bshd,hde->bse", cut(out, len(pieces)), self.output[...])
+        return multiply_then_scatter(
+            "bshd,hde->bse", lambda x: x, out, weight=self.output[...], overlap=self.overlap
+        )
 
 
 class MLP(nnx.Module):
@@ -140,8 +141,12 @@ class MLP(nnx.Module):
         self.down = _weight(arch, rngs, ("mlp", "embed"), wide[::-1], residual=True)
 
     def __call__(self, x: Float[Array, "b s e"]) -> Float[Array, "b s e"]:
-        pieces = gather_then_multiply("bse,em->bsm", x, self.gate[...], self.up[...], overlap=self.overlap)
-        return multiply_then_scatter("bsm,me->bse", [jax.nn.silu(gate) * up for gate, up in pieces], self.down[...])
+        gate, up = gather_then_multiply("bse,em->bsm", x, self.gate[...], self.up[...], overlap=self.overlap)
+        return multiply_then_scatter("bsm,me->bse", swiglu, gate, up, weight=self.down[...], overlap=self.overlap)
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
 
 
 class RMSNorm(nnx.Module):
