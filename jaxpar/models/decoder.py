@@ -126,9 +126,7 @@ class Attention(nnx.Module):
             rotate(query, angles), rotate(key, angles), value,
             segment_ids=info.segment_ids, window=self.arch.sliding_window,
         )  # fmt: skip
-        return multiply_then_scatter(
-            "bshd,hde->bse", lambda x: x, out, weight=self.output[...], overlap=self.overlap
-        )
+        return multiply_then_scatter("bshd,hde->bse", lambda x: x, out, weight=self.output[...], overlap=self.overlap)
 
 
 class MLP(nnx.Module):

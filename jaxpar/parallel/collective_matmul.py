@@ -2,9 +2,10 @@
 
 Without this, a product waits for the whole sequence to be gathered, and the whole reduce-scatter waits for the product.
 Cut along the sequence, piece i + 1 is gathered while piece i is multiplied, and piece i is scattered while piece i + 1 is
-multiplied (Wang et al., 2023, "Overlap Communication with Dependent Computation via Decomposition", ASPLOS). The pieces
-are gathered and scattered, as by TransformerEngine's user buffers with the method "pipeline", and do not travel round a
-ring: so each of them has its place in the sequence on every device alike, and none is copied there.
+multiplied (Wang et al., 2023, "Overlap Communication with Dependent Computation via Decomposition", ASPLOS). Each piece
+has tokens of every rank and is gathered or scattered by one collective, as by TransformerEngine's user buffers with the
+method "pipeline". In a ring of permutes, a piece would have another place in the sequence on each device, and putting it
+there would take a copy.
 
 The backward pass is not cut. Its transfers have whole products beside them: the gradient of x is scattered while the
 gradients of the weights are multiplied, and what those need is gathered while the gradient of x is multiplied.
@@ -23,7 +24,7 @@ from jaxpar.config import TP_OVERLAP_PIECES
 from jaxpar.parallel.collectives import gather_sequence, rank_and_size, reduce_output, sum_over, vary
 
 Arrays = tuple[jax.Array, ...]
-BESIDE_WEIGHT_GRADS = "beside_weight_grads"  # scope of barriers that mean nothing where weight gradients come later
+BESIDE_WEIGHT_GRADS = "beside_weight_grads"  # scope of barriers that only make transfers run beside weight gradients
 
 
 def gather_then_multiply(equation: str, x: jax.Array, *weights: jax.Array, overlap: bool = False) -> list[jax.Array]:
