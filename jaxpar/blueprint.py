@@ -82,7 +82,7 @@ class Blueprint:
                 "actor.model: describes no model: give model_path (a Hugging Face folder) or hidden_size, "
                 "intermediate_size, num_hidden_layers, num_attention_heads, …, or Trainer(config, model=…)"
             )
-        return FunctionalModel(Decoder(self.architecture))
+        return FunctionalModel(Decoder(self.architecture, tp_comm_overlap=self.config.actor.model.tp_comm_overlap))
 
     @cached_property
     def num_params(self) -> int:

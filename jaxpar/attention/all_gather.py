@@ -56,9 +56,7 @@ def _gather(keys: Keys) -> Keys:
     return jax.tree.map(lambda x: lax.all_gather(x, "cp", axis=1, tiled=True), keys)
 
 
-def _local_blocks(
-    spec: AttentionSpec, size: int, rank: jax.Array, seq: int, *, documents: bool
-) -> list[Blocks]:
+def _local_blocks(spec: AttentionSpec, size: int, rank: jax.Array, seq: int, *, documents: bool) -> list[Blocks]:
     """The blocks of this rank's two chunks of queries. Every rank has the same number of them.
 
     Causal: on rank r, r whole chunks of keys precede the early chunk of queries, and 2·size-1-r precede the late one;

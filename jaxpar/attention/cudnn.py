@@ -96,7 +96,7 @@ def _answers(backend: Backend) -> Iterator[None]:
     if not is_absent(backend):
         yield
         return
-    capability = compute_capability(backend)
+    capability = compute_capability(backend) or (0, 0)
     parse = lambda text: tuple(int(part) for part in text.split("."))  # noqa: E731
     answers = {
         "check_cudnn_version": lambda: ABSENT_VERSION,

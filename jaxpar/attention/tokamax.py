@@ -122,7 +122,8 @@ def _ranges(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -
     mask = _library().Mask(k_start=start, k_end=end, is_causal=on_diagonal)
     if on_diagonal or (start is None and end is None):
         return mask, None
-    return mask, (0 if start is None else start) >= (num_keys if end is None else end)
+    least, most = (0 if start is None else start), (num_keys if end is None else end)
+    return mask, jnp.asarray(least >= most)
 
 
 def _count_before(sorted_keys: jax.Array, queries: jax.Array, side: str) -> jax.Array:

@@ -10,29 +10,27 @@ everything else (Qi et al., 2023, "Zero Bubble Pipeline Parallelism", arXiv:2401
 model can be split.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.extend import core
 
-from jaxpar.attention.names import CORE_ATTENTION, KERNEL_CALL
+from jaxpar.attention.names import CORE_ATTENTION
+from jaxpar.backward.float32_grads import with_float32_grads
 from jaxpar.backward.min_cut import min_cut
 from jaxpar.backward.recompute import Granularity
+from jaxpar.backward.traced import depending, inlined, inputs, needed, part
 from jaxpar.parallel.collectives import zeros
 
 PRODUCTS = {"dot_general", "ragged_dot_general", "conv_general_dilated"}
-INLINED = {"jit", "pjit", "closed_call", "checkpoint", "remat2"}
 ELEMENTWISE = {
     "abs", "add", "add_any", "and", "broadcast_in_dim", "clamp", "concatenate", "convert_element_type", "copy", "cos", "div",
     "eq", "erf", "exp", "exp2", "expand_dims", "expm1", "ge", "gt", "integer_pow", "is_finite", "iota", "le", "log", "log1p",
     "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pad", "pow", "pvary", "reshape", "rev", "round",
     "rsqrt", "select_n", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze", "sub", "tanh", "transpose", "xor",
 }  # fmt: skip
-MOVES = {"expand_dims", "reshape", "squeeze", "transpose"}
 # Gathered sequences are not kept but gathered again (Korthikanti et al., 2022, arXiv:2205.05198, section 4.2.2).
 CHEAP = ELEMENTWISE | {"all_gather"}
 
@@ -87,9 +85,9 @@ def take_apart(
     pullback = _keep_input(block, x) if recompute == "full" else _keep_min_cut(block, params, x, info, recompute)
     if not (split or float32_grads):
         return pullback
-    traced = _inlined(pullback.grads, [zeros(aval) for aval in pullback.kept], params, info, x)
+    traced = inlined(pullback.grads, [zeros(aval) for aval in pullback.kept], params, info, x, split=split)
     if float32_grads:
-        traced = _with_float32_grads(traced)
+        traced = with_float32_grads(traced)
         pullback = replace(pullback, grads=_grads_as_traced(traced, params))
     return _split_halves(pullback, traced) if split else pullback
 
@@ -125,11 +123,11 @@ def _keep_min_cut(block: Block, params: Any, x: jax.Array, info: Any, recompute:
         is_attention = CORE_ATTENTION in str(eqn.source_info.name_stack)
         return (recompute == "selective" and is_attention) or eqn.primitive.name in CHEAP
 
-    traced = _inlined(residuals, params, info, x)
+    traced = inlined(residuals, params, info, x)
     eqns, (*inputs, x_var), (y_var, *leaf_vars) = traced.jaxpr.eqns, traced.jaxpr.invars, traced.jaxpr.outvars
     kept_vars = min_cut(eqns, x_var, leaf_vars, computed_again)
-    run_forward = _part(traced, _needed(eqns, [y_var, *kept_vars]), [*inputs, x_var], [y_var, *kept_vars])
-    make_leaves = _part(traced, _needed(eqns, leaf_vars, given=kept_vars), [*inputs, *kept_vars], leaf_vars)
+    run_forward = part(traced, needed(eqns, [y_var, *kept_vars]), [*inputs, x_var], [y_var, *kept_vars])
+    make_leaves = part(traced, needed(eqns, leaf_vars, given=kept_vars), [*inputs, *kept_vars], leaf_vars)
 
     def forward(params: Any, x: jax.Array, info: Any) -> tuple[jax.Array, list[jax.Array]]:
         y, *kept = run_forward(*jax.tree.leaves((params, info)), x)
@@ -140,72 +138,6 @@ def _keep_min_cut(block: Block, params: Any, x: jax.Array, info: Any, recompute:
         return jax.tree.unflatten(tree, leaves)(y_grad)
 
     return Pullback([var.aval for var in kept_vars], forward, grads)
-
-
-def _with_float32_grads(traced: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """The traced `Pullback.grads`, with products and sums that give gradients of parameters in float32. What only moves or
-    adds up their results follows."""
-    makers = {var: eqn for eqn in traced.jaxpr.eqns for var in eqn.outvars}
-    found: dict[Any, Any] = {}
-    eqns: list[Any] = []
-
-    def wide(var: Any) -> Any:
-        """The same value in float32; None if no product made it."""
-        eqn = makers.get(var) if isinstance(var, core.Var) else None
-        if var in found or eqn is None or var.aval.dtype == jnp.float32:
-            return found.get(var) if eqn is not None else None
-        if (swapped := _product_in_order(eqn, makers)) is not None:
-            eqn = swapped
-        invars, params = eqn.invars, eqn.params
-        if eqn.primitive.name == "dot_general":
-            params = {**params, "preferred_element_type": jnp.dtype(jnp.float32)}
-        elif eqn.primitive.name in MOVES | {"add_any"}:
-            invars = [wide(invar) for invar in invars]
-        elif eqn.primitive.name == "reduce_sum":
-            invars = [as_float32(eqn.invars[0], eqn)]
-        else:
-            return None
-        if None in invars:
-            return None
-        found[var] = core.Var(var.aval.update(dtype=jnp.dtype(jnp.float32)))
-        eqns.append(eqn.replace(invars=invars, params=params, outvars=[found[var]]))
-        return found[var]
-
-    def as_float32(var: Any, eqn: Any) -> Any:
-        params = {"new_dtype": jnp.dtype(jnp.float32), "weak_type": False, "sharding": None}
-        result = core.Var(var.aval.update(dtype=jnp.dtype(jnp.float32)))
-        eqns.append(eqn.replace(primitive=lax.convert_element_type_p, invars=[var], params=params, outvars=[result]))
-        return result
-
-    *param_grads, x_grad = traced.jaxpr.outvars
-    outvars = [*(wide(var) or var for var in param_grads), x_grad]
-    jaxpr = traced.jaxpr.replace(eqns=_needed([*traced.jaxpr.eqns, *eqns], outvars), outvars=outvars)
-    return core.ClosedJaxpr(jaxpr, traced.consts)
-
-
-def _product_in_order(eqn: Any, makers: dict[Any, Any]) -> Any:
-    """If `eqn` transposes a product a·b so that the dimensions of b come first: the product b·a, which needs no
-    transpose. Otherwise None."""
-    product = makers.get(eqn.invars[0]) if eqn.primitive.name == "transpose" else None
-    if product is None or product.primitive.name != "dot_general":
-        return None
-    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = product.params["dimension_numbers"]
-    lhs, rhs = product.invars
-    from_lhs, from_rhs = lhs.aval.ndim - len(lhs_sum), rhs.aval.ndim - len(rhs_sum)
-    if lhs_batch or eqn.params["permutation"] != (*range(from_lhs, from_lhs + from_rhs), *range(from_lhs)):
-        return None
-    numbers = (rhs_sum, lhs_sum), (rhs_batch, lhs_batch)
-    return product.replace(
-        invars=[rhs, lhs], outvars=eqn.outvars, params={**product.params, "dimension_numbers": numbers}
-    )
-
-
-def in_float32(backward: Callable[[jax.Array], Any], y_grad: jax.Array) -> Any:
-    """`backward(y_grad)`, the gradients of parameters and then of the input, with those of parameters in float32 where a
-    product or sum makes them (see `take_apart`)."""
-    tree = jax.tree.structure(jax.eval_shape(backward, y_grad))
-    traced = _with_float32_grads(_inlined(backward, y_grad))
-    return jax.tree.unflatten(tree, core.jaxpr_as_fun(traced)(y_grad))
 
 
 def _grads_as_traced(traced: core.ClosedJaxpr, params: Any) -> Callable[..., tuple[Any, jax.Array]]:
@@ -222,21 +154,21 @@ def _split_halves(pullback: Pullback, traced: core.ClosedJaxpr) -> Pullback:
     """Adds `input_grad` and `weight_grad`, from the traced `grads`."""
     *given, y_grad_var = traced.jaxpr.invars
     *param_grads, x_grad = traced.jaxpr.outvars
-    eqns = _needed(traced.jaxpr.eqns, traced.jaxpr.outvars)
-    needed_for_x = {id(eqn) for eqn in _needed(eqns, [x_grad])}
+    eqns = needed(traced.jaxpr.eqns, traced.jaxpr.outvars)
+    needed_for_x = {id(eqn) for eqn in needed(eqns, [x_grad])}
     products = [e for e in eqns if id(e) not in needed_for_x and e.primitive.name in PRODUCTS]
-    late_vars = _depending(eqns, {var for eqn in products for var in eqn.outvars})
+    late_vars = depending(eqns, {var for eqn in products for var in eqn.outvars})
     late = [i for i, var in enumerate(param_grads) if var in late_vars]
     early = [i for i, var in enumerate(param_grads) if var not in late_vars]
 
     again = _cheap(eqns, set(given))
     in_weight_half = [eqn for eqn in eqns if again(eqn) or late_vars & set(eqn.outvars)]
-    last = _needed(in_weight_half, [param_grads[i] for i in late])
+    last = needed(in_weight_half, [param_grads[i] for i in late])
     made = {*given, *(var for eqn in last for var in eqn.outvars)}
-    pending = list(dict.fromkeys(var for eqn in last for var in _inputs(eqn) if var not in made))
+    pending = list(dict.fromkeys(var for eqn in last for var in inputs(eqn) if var not in made))
     first_out = [*(param_grads[i] for i in early), x_grad, *pending]
-    first_half = _part(traced, _needed(eqns, first_out), [*given, y_grad_var], first_out)
-    second_half = _part(traced, last, [*given, *pending], [param_grads[i] for i in late])
+    first_half = part(traced, needed(eqns, first_out), [*given, y_grad_var], first_out)
+    second_half = part(traced, last, [*given, *pending], [param_grads[i] for i in late])
 
     def input_grad(
         kept: Sequence[jax.Array], params: Any, info: Any, y_grad: jax.Array
@@ -253,65 +185,11 @@ def _split_halves(pullback: Pullback, traced: core.ClosedJaxpr) -> Pullback:
     return replace(pullback, pending=[var.aval for var in pending], input_grad=input_grad, weight_grad=weight_grad)
 
 
-def _inputs(eqn: Any) -> list[core.Var]:
-    return [var for var in eqn.invars if isinstance(var, core.Var)]
-
-
-def _needed(eqns: Sequence[Any], outvars: Iterable[Any], given: Iterable[Any] = ()) -> list[Any]:
-    """The equations that lead from `given` to `outvars`."""
-    known = set(given)
-    wanted, result = {var for var in outvars if isinstance(var, core.Var)} - known, []
-    for eqn in reversed(eqns):
-        if wanted & set(eqn.outvars):
-            result.append(eqn)
-            wanted |= set(_inputs(eqn)) - known
-    return result[::-1]
-
-
-def _depending(eqns: Sequence[Any], sources: set[Any]) -> set[Any]:
-    """`sources`, and the variables that depend on them."""
-    found = set(sources)
-    for eqn in eqns:
-        if found & set(_inputs(eqn)):
-            found.update(eqn.outvars)
-    return found
-
-
 def _cheap(eqns: Sequence[Any], given: set[Any]) -> Callable[[Any], bool]:
     """A predicate: the equation is cheap, and its inputs follow cheaply from `given`."""
     known, found = set(given), set()
     for eqn in eqns:
-        if eqn.primitive.name in CHEAP and known.issuperset(_inputs(eqn)):
+        if eqn.primitive.name in CHEAP and known.issuperset(inputs(eqn)):
             known.update(eqn.outvars)
             found.add(id(eqn))
     return lambda eqn: id(eqn) in found
-
-
-def _part(traced: core.ClosedJaxpr, eqns: list[Any], invars: list[Any], outvars: list[Any]) -> Callable:
-    """A function that runs these equations: values of `invars` → values of `outvars`."""
-    constants = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
-    used = {var: value for var, value in constants.items() if var not in invars}
-    debug_info = traced.jaxpr.debug_info.with_unknown_names()
-    part = core.Jaxpr(list(used), invars, outvars, eqns, debug_info=debug_info)
-    return core.jaxpr_as_fun(core.ClosedJaxpr(part, list(used.values())))
-
-
-def _inlined(function: Callable, *args: Any) -> core.ClosedJaxpr:
-    """Traces a function, with the functions that it calls inlined."""
-    traced = jax.make_jaxpr(function)(*args)
-    return jax.make_jaxpr(lambda *args: _inline(traced, args))(*jax.tree.leaves(args))
-
-
-def _inline(traced: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
-    """Runs a traced function, and the functions that it calls as if their equations were its own."""
-    values = dict(zip([*traced.jaxpr.constvars, *traced.jaxpr.invars], [*traced.consts, *args], strict=True))
-    for eqn in traced.jaxpr.eqns:
-        invars = list(dict.fromkeys(_inputs(eqn)))
-        if eqn.primitive.name in INLINED and eqn.params.get("name") != KERNEL_CALL:
-            inner = eqn.params["jaxpr"]
-            inner = inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
-            found = _inline(inner, [v.val if isinstance(v, core.Literal) else values[v] for v in eqn.invars])
-        else:
-            found = _part(traced, [eqn], invars, eqn.outvars)(*[values[v] for v in invars])
-        values.update(zip(eqn.outvars, found, strict=True))
-    return [v.val if isinstance(v, core.Literal) else values[v] for v in traced.jaxpr.outvars]

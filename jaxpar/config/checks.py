@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxpar.config.architecture import Architecture
 from jaxpar.config.errors import divisors, must_be_multiple, must_divide, one_of
-from jaxpar.config.keys import Actor, Data, Model, Runner
+from jaxpar.config.keys import TP_OVERLAP_PIECES, Actor, Data, Model, Runner
 
 _MOE = "mixture of experts is not supported"
 # Key → (supported values, the reason for them). Checked before training and not at load, so that `jaxpar mesh` can show
@@ -89,6 +89,7 @@ def train_problems(runner: Runner, actor: Actor, dp: int | None, architecture: A
         yield from _architecture_problems(actor.model, architecture)
     yield from schedule_problems(actor.model, architecture.num_hidden_layers if architecture else None)
     yield from _recompute_problems(actor.model)
+    yield from _overlap_problems(actor.model)
 
 
 def _limit_problems(runner: Runner, actor: Actor) -> Iterator[str]:
@@ -171,8 +172,7 @@ def _budget_problems(runner: Runner, model: Model) -> Iterator[str]:
         )
         return
     factors = [("2", 2)] if model.context_parallel_size > 1 else []  # as in _sequence_problems
-    if model.sequence_parallel:
-        factors.append(("tensor_model_parallel_size", model.tensor_model_parallel_size))
+    factors += _sequence_parallel_factors(model)
     yield from must_be_multiple(key, budget, factors)
 
 
@@ -184,14 +184,20 @@ def _sequence_problems(runner: Runner, model: Model) -> Iterator[str]:
     factors: list[tuple[str, int]] = []
     if model.context_parallel_size > 1:  # each rank has an early and a late chunk, to balance causal work
         factors += [("2", 2), ("context_parallel_size", model.context_parallel_size)]
-    if model.sequence_parallel:
-        factors.append(("tensor_model_parallel_size", model.tensor_model_parallel_size))
+    factors += _sequence_parallel_factors(model)
     yield from must_be_multiple("runner.seq_length", seq, factors)
     if model.seq_length not in (None, seq):
         yield (
             f"actor.model.seq_length: {model.seq_length} differs from runner.seq_length {seq}: remove it, or set it to "
             "${runner.seq_length}"
         )
+
+
+def _sequence_parallel_factors(model: Model) -> Iterator[tuple[str, int]]:
+    if model.sequence_parallel:
+        yield "tensor_model_parallel_size", model.tensor_model_parallel_size
+    if model.tp_comm_overlap:
+        yield "the pieces of tp_comm_overlap", TP_OVERLAP_PIECES
 
 
 def _optimizer_problems(runner: Runner, actor: Actor) -> Iterator[str]:
@@ -297,4 +303,22 @@ def _recompute_problems(model: Model) -> Iterator[str]:
         yield (
             "actor.model.recompute_num_layers: not given, but recompute_granularity full needs it: set a number of "
             "layers, such as 1"
+        )
+
+
+def _overlap_problems(model: Model) -> Iterator[str]:
+    if model.tp_comm_overlap and not model.sequence_parallel:
+        yield (
+            "actor.model.tp_comm_overlap: True needs actor.model.sequence_parallel: True, but that is False: only the "
+            "gathers and reduce-scatters of sequence parallelism are cut into pieces; set sequence_parallel: True and "
+            "tensor_model_parallel_size > 1, or tp_comm_overlap: False"
+        )
+
+
+def user_model_problems(model: Model) -> Iterator[str]:
+    """Problems of settings that only the built-in decoder reads."""
+    if model.tp_comm_overlap:
+        yield (
+            "actor.model.tp_comm_overlap: True has no effect on your own model: set it to False. A model with "
+            "explicit_tensor_collectives can call jaxpar.parallel.collective_matmul.gather_then_multiply(…, overlap=True)"
         )

@@ -176,6 +176,7 @@ class Config(Section):
         """
         problems = list(checks.train_problems(self.runner, self.actor, sizes.dp, architecture))
         problems += checks.data_problems(self.runner, self.data)
+        problems += checks.user_model_problems(self.actor.model) if architecture is None else []
         if problems:
             raise ConfigError(problems)
 

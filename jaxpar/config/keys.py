@@ -47,6 +47,8 @@ def _paths(value: Any) -> Any:
     return [value] if isinstance(value, str | Path) else value
 
 
+TP_OVERLAP_PIECES = 4  # of the sequence, with tp_comm_overlap; TransformerEngine's default number
+
 Count = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Interval = Annotated[int, Field(ge=-1)]
@@ -153,6 +155,7 @@ class Model(ArchitectureFields):
     hierarchical_context_parallel_sizes: list[Count] | None = None  # for a2a+p2p: ranks in an all-to-all, in a ring
     attention_backend: Literal["auto", "xla", "cudnn", "tokamax"] = "auto"  # Megatron's name; xla: plain JAX
     sequence_parallel: bool = False
+    tp_comm_overlap: bool = False  # sp's transfers in pieces, which travel while others are multiplied
     virtual_pipeline_model_parallel_size: Count | None = None
     pipeline_schedule: Text = "1f1b"  # ours
     expert_model_parallel_size: Count = 1

@@ -277,8 +277,7 @@ class _Walker:
         inside = self.module.computations[instruction.computations("calls")[0]] if opcode == "fusion" else None
         products = list(_products(inside.instructions.values(), inside) if inside else _products([instruction], here))
         if products:
-            flops, dtypes = zip(*products, strict=True)
-            return f"products {dtypes[0]}", sum(flops), dtypes[0]
+            return f"products {products[0][1]}", sum(one[0] for one in products), products[0][1]
         return ("copies" if _only_moves(instruction, inside) else "other kernels"), 0, dtype
 
     def _collective(self, here: Computation, instruction: Instruction, kind: str) -> _Cost | None:

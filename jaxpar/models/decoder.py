@@ -1,7 +1,7 @@
 """The built-in decoder: Llama 3, Mistral, Qwen2.5 and Qwen3 (dense), chosen by the config.
 
-Its tensor collectives are explicit: `gather_sequence` before the column-parallel products and `reduce_output` after the
-row-parallel ones, two of each in a layer. On one device they do nothing.
+Its tensor collectives are explicit: a gather of the sequence before the column-parallel products and a reduction after
+the row-parallel ones, two of each in a layer. On one device they do nothing.
 
 Einsum letters: b batch, s sequence, e embed, h heads (or kv heads), d head_dim, m mlp, v vocab.
 """
@@ -17,12 +17,12 @@ from jaxtyping import Array, Float, Int
 from jaxpar.attention import attention
 from jaxpar.config import Architecture, RopeScaling
 from jaxpar.models.protocol import TokenInfo
+from jaxpar.parallel.collective_matmul import gather_then_multiply, multiply_then_scatter
 from jaxpar.parallel.collectives import (
     WHOLE,
     VocabularyPart,
     gather_sequence,
     mask_padded_vocabulary,
-    reduce_output,
     vocab_parallel_embedding,
 )
 
@@ -32,19 +32,20 @@ class Decoder:
 
     Args:
       architecture: sizes and switches, from `config.architecture()`.
+      tp_comm_overlap: with sequence parallelism, tensor collectives travel in pieces while other pieces are multiplied.
     """
 
     explicit_tensor_collectives = True
 
-    def __init__(self, architecture: Architecture):
-        self.architecture = architecture
+    def __init__(self, architecture: Architecture, *, tp_comm_overlap: bool = False):
+        self.architecture, self.tp_comm_overlap = architecture, tp_comm_overlap
         self.num_layers = architecture.num_hidden_layers
 
     def embed(self, rngs: nnx.Rngs) -> nnx.Module:
         return Embedding(self.architecture, rngs)
 
     def block(self, rngs: nnx.Rngs) -> nnx.Module:
-        return Block(self.architecture, rngs)
+        return Block(self.architecture, rngs, overlap=self.tp_comm_overlap)
 
     def head(self, rngs: nnx.Rngs) -> nnx.Module:
         return Head(self.architecture, rngs)
@@ -83,11 +84,11 @@ class Head(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs, *, overlap: bool):
         self.attention_norm = RMSNorm(arch.hidden_size, "embed", arch.rms_norm_eps)
-        self.attention = Attention(arch, rngs)
+        self.attention = Attention(arch, rngs, overlap=overlap)
         self.mlp_norm = RMSNorm(arch.hidden_size, "embed", arch.rms_norm_eps)
-        self.mlp = MLP(arch, rngs)
+        self.mlp = MLP(arch, rngs, overlap=overlap)
 
     def __call__(self, x: Float[Array, "b s e"], info: TokenInfo) -> Float[Array, "b s e"]:
         x = x + self.attention(self.attention_norm(x), info)
@@ -97,9 +98,9 @@ class Block(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary embeddings, and qkv biases and query/key norms if the architecture has them."""
 
-    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs, *, overlap: bool):
         heads, kv_heads, head_dim = arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim
-        self.arch = nnx.static(arch)
+        self.arch, self.overlap = nnx.static(arch), overlap
         self.query = _weight(arch, rngs, ("embed", "heads", "head_dim"), (arch.hidden_size, heads, head_dim))
         self.key = _weight(arch, rngs, ("embed", "kv_heads", "head_dim"), (arch.hidden_size, kv_heads, head_dim))
         self.value = _weight(arch, rngs, ("embed", "kv_heads", "head_dim"), (arch.hidden_size, kv_heads, head_dim))
@@ -115,8 +116,8 @@ class Attention(nnx.Module):
             self.key_norm = RMSNorm(head_dim, "head_dim", arch.rms_norm_eps)
 
     def __call__(self, x: Float[Array, "b s e"], info: TokenInfo) -> Float[Array, "b s e"]:
-        x = gather_sequence(x)
-        query, key, value = (jnp.einsum("bse,ehd->bshd", x, w[...]) for w in (self.query, self.key, self.value))
+        weights = self.query[...], self.key[...], self.value[...]
+        query, key, value = gather_then_multiply("bse,ehd->bshd", x, *weights, overlap=self.overlap)
         if self.arch.attention_bias:
             query, key, value = query + self.query_bias[...], key + self.key_bias[...], value + self.value_bias[...]
         if self.arch.qk_norm:
@@ -126,22 +127,25 @@ class Attention(nnx.Module):
             rotate(query, angles), rotate(key, angles), value,
             segment_ids=info.segment_ids, window=self.arch.sliding_window,
         )  # fmt: skip
-        return reduce_output(jnp.einsum("bshd,hde->bse", out, self.output[...]))
+        return multiply_then_scatter("bshd,hde->bse", lambda x: x, out, weight=self.output[...], overlap=self.overlap)
 
 
 class MLP(nnx.Module):
     """SwiGLU (Shazeer, 2020, arXiv:2002.05202): down(silu(gate x) * up x)."""
 
-    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
-        wide = (arch.hidden_size, arch.intermediate_size)
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs, *, overlap: bool):
+        wide, self.overlap = (arch.hidden_size, arch.intermediate_size), overlap
         self.gate = _weight(arch, rngs, ("embed", "mlp"), wide)
         self.up = _weight(arch, rngs, ("embed", "mlp"), wide)
         self.down = _weight(arch, rngs, ("mlp", "embed"), wide[::-1], residual=True)
 
     def __call__(self, x: Float[Array, "b s e"]) -> Float[Array, "b s e"]:
-        x = gather_sequence(x)
-        gate, up = (jnp.einsum("bse,em->bsm", x, w[...]) for w in (self.gate, self.up))
-        return reduce_output(jnp.einsum("bsm,me->bse", jax.nn.silu(gate) * up, self.down[...]))
+        gate, up = gather_then_multiply("bse,em->bsm", x, self.gate[...], self.up[...], overlap=self.overlap)
+        return multiply_then_scatter("bsm,me->bse", swiglu, gate, up, weight=self.down[...], overlap=self.overlap)
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
 
 
 class RMSNorm(nnx.Module):

@@ -67,6 +67,29 @@ def test_with_sequence_parallelism_their_twins(arch, sizes):
     assert backward == {"all-gather": 2 + 2, "reduce-scatter": 2}
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 2, 1), (2, 1, 1, 4, 1)], ids=mesh_id)
+def test_tp_comm_overlap_cuts_them_into_pieces(sizes):
+    """In the forward pass. The backward pass has the same as without, none of them in pieces."""
+    model = FunctionalModel(Decoder(PLAIN, tp_comm_overlap=True))
+    step, by_body = Step(model, sizes, rows=ROWS * 6 * sizes[0]), collections.defaultdict(collections.Counter)
+    for c in collectives_of(step.jaxpr, step.mesh.shape):
+        if c.axes == {"sp"} and len(c.loops) > 1 and c.loops[1] == 4:
+            by_body[c.body][c.kind, c.shape[1:]] += 1
+    forward, backward = by_body.values()
+    sent = SEQ // sizes[3]
+    assert forward == {("all-gather", (sent // 4, 64)): 2 * 4, ("reduce-scatter", (SEQ // 4, 64)): 2 * 4}
+    assert backward == {("all-gather", (sent, 64)): 2 + 2, ("reduce-scatter", (SEQ, 64)): 2}
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (1, 1, 2, 1, 1)], ids=mesh_id)
+def test_without_sequence_parallelism_tp_comm_overlap_changes_nothing(sizes):
+    def program(overlap):
+        step = Step(FunctionalModel(Decoder(PLAIN, tp_comm_overlap=overlap)), sizes)
+        return jax.jit(step.function).lower(*step.shapes).as_text()
+
+    assert program(True) == program(False)
+
+
 def test_no_other_tensor_collective_in_a_layer():
     for sizes, axis in (((1, 1, 2, 1, 1), "tp"), ((1, 1, 1, 2, 1), "sp")):
         for c in collectives(PLAIN, sizes):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from support import PLAIN, Step, make_mesh, slow
 
-from jaxpar.backward import Recompute, take_apart
+from jaxpar.backward import Pullback, Recompute, take_apart
 from jaxpar.config import Architecture
 from jaxpar.measure.hlo import count
 from jaxpar.models import Decoder, FunctionalModel
@@ -138,15 +138,36 @@ def test_sequence_parallelism_saves_half_of_the_activations():
     assert saved((1, 1, 1, 8, 1)) <= 0.45 * saved((1, 1, 8, 1, 1))
 
 
+@pytest.mark.parametrize("recompute", [Recompute(), Recompute("selective"), Recompute("full", "uniform", 1)], ids=str)
+def test_tp_comm_overlap_keeps_nothing_more(recompute):
+    """Neither for the backward pass nor, with zb1p, for the gradients of the weights."""
+
+    def held(overlap):
+        model = FunctionalModel(Decoder(PLAIN, tp_comm_overlap=overlap))
+        step = Step(model, (1, 1, 1, 4, 1), num_microbatches=1, rows=2, recompute=recompute, schedule="zb1p")
+        pullback = pullback_of(step)
+        return nbytes(pullback.kept), nbytes(pullback.pending)
+
+    assert held(True) == held(False)
+
+
 def kept_bytes(step) -> int:
     """Bytes that one layer keeps for one microbatch, as the engine allocates them."""
+    return nbytes(pullback_of(step).kept)
+
+
+def pullback_of(step) -> Pullback:
+    """The backward pass of the first layers, as the engine takes it apart."""
     found = []
 
     def watched(*args, **options):
-        pullback = take_apart(*args, **options)
-        found.append(sum(aval.size * aval.dtype.itemsize for aval in pullback.kept))
-        return pullback
+        found.append(take_apart(*args, **options))
+        return found[-1]
 
     with mock.patch.object(layers, "take_apart", watched):
         assert step.jaxpr
     return found[0]
+
+
+def nbytes(avals) -> int:
+    return sum(aval.size * aval.dtype.itemsize for aval in avals)

@@ -176,6 +176,26 @@ def test_zero_3_without_overlap():
     )
 
 
+@pytest.mark.parametrize(
+    ("arch", "sizes", "options"),
+    [
+        (DECODER, (1, 1, 1, 4, 1), {"recompute": RECOMPUTE[1]}),
+        (DECODER, (2, 2, 1, 2, 2), {"schedule": "zb1p", "zero_stage": 3}),
+        (FEW_KV_HEADS, (1, 2, 1, 4, 1), {"num_chunks": 2, "schedule": "interleaved_1f1b", "recompute": RECOMPUTE[3]}),
+        *slow(
+            (FEW_KV_HEADS, (2, 1, 1, 2, 1), {"zero_stage": 3, "recompute": RECOMPUTE[4]}),
+            (SIX_LAYERS, (1, 4, 1, 2, 1), {"schedule": "zb1p", "recompute": RECOMPUTE[2]}),
+            (DECODER, (1, 1, 1, 4, 2), {"schedule": "gpipe", "zero_stage": 2}),
+        ),
+    ],
+    ids=str,
+)
+def test_tp_comm_overlap(arch, sizes, options):
+    case = decoder_case(arch)
+    case = dataclasses.replace(case, model=FunctionalModel(Decoder(arch, tp_comm_overlap=True)))
+    check_step(case, sizes, **options)
+
+
 @pytest.mark.parametrize("zero_stage", [*slow(2), 3])
 def test_zero_with_repeated_kv_heads_and_tied_embeddings(zero_stage):
     check_step(decoder_case(FEW_KV_HEADS), (2, 2, 1, 4, 1), zero_stage=zero_stage, num_microbatches=3)

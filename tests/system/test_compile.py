@@ -139,6 +139,26 @@ def test_tensor_collectives_are_megatrons_minimum(tmp_path, sequence_parallel):
 
 @needs_plugin
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [[], NO_RECOMPUTE], ids=["full recompute", "no recompute"])
+def test_tp_comm_overlap_hides_what_the_tensor_group_sends(tmp_path, settings):
+    whole, pieces = (
+        compile_(tmp_path, "llama3_8b_1node_8k.yaml", f"actor.model.tp_comm_overlap={on}", *settings)
+        for on in ("false", "true")
+    )
+
+    def sent(report: dict) -> tuple[float, float]:
+        found = [t for t in report["roofline"]["transfers"] if t["axes"] == ["sp"]]
+        return sum(t["seconds"] for t in found), sum(t["exposed_seconds"] for t in found)
+
+    (_, exposed_whole), (seconds, exposed) = sent(whole), sent(pieces)
+    assert exposed < 0.25 * seconds and exposed < 0.4 * exposed_whole
+    assert pieces["flops"] == whole["flops"]
+    assert pieces["memory"]["peak"] < 1.01 * whole["memory"]["peak"]
+    assert pieces["roofline"]["chip_seconds"] < 1.04 * whole["roofline"]["chip_seconds"]
+
+
+@needs_plugin
+@pytest.mark.slow
 @pytest.mark.alone
 def test_compile_time_does_not_grow_with_the_cluster(tmp_path):
     """Llama-3-70B takes at most 1.3 times as long for 1,024 H100s as for 128. A busy machine gets a second try."""

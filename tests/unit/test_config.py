@@ -202,6 +202,22 @@ RULES = {
         dict(model=dict(tensor_model_parallel_size=2, sequence_parallel=True), runner=dict(seq_length=63)),
         "runner.seq_length: 63 is not a multiple of tensor_model_parallel_size = 2 (63 / 2 = 31.5): choose 62 or 64",
     ),
+    "sequence, pieces": (
+        2,
+        dict(
+            model=dict(tensor_model_parallel_size=2, sequence_parallel=True, tp_comm_overlap=True),
+            runner=dict(seq_length=60),
+        ),
+        "runner.seq_length: 60 is not a multiple of tensor_model_parallel_size * the pieces of tp_comm_overlap = 2 * 4 = 8 "
+        "(60 / 8 = 7.5): choose 56 or 64",
+    ),
+    "overlap without sequence parallelism": (
+        2,
+        dict(model=dict(tensor_model_parallel_size=2, tp_comm_overlap=True)),
+        "actor.model.tp_comm_overlap: True needs actor.model.sequence_parallel: True, but that is False: only the gathers "
+        "and reduce-scatters of sequence parallelism are cut into pieces; set sequence_parallel: True and "
+        "tensor_model_parallel_size > 1, or tp_comm_overlap: False",
+    ),
     "all-to-all, heads": (
         6,
         dict(
@@ -367,6 +383,14 @@ def test_rule(rule):
 def test_what_needs_no_divisor(num_devices, model):
     assert train_problems(num_devices, model=model) == []
     assert train_config(model=model).notes == []
+
+
+def test_a_users_own_model_has_no_tp_comm_overlap():
+    config = train_config(model=dict(tensor_model_parallel_size=2, sequence_parallel=True, tp_comm_overlap=True))
+    with pytest.raises(
+        ConfigError, match="actor.model.tp_comm_overlap: True has no effect on your own model: set it to"
+    ):
+        config.check_train(config.mesh_sizes(2), None)
 
 
 def test_zero_stage():

@@ -442,7 +442,9 @@ def test_tokamax_attention():
     assert flops("PallasMosaicGpuFlashAttentionVjp", query, query, row) == 3 * product  # dq
     assert flops("PallasMosaicGpuFlashAttentionVjp", f"({query}, {query})", query, row) == 4 * product  # dk, dv
     other = count(call("mosaic_gpu_v2", query, [query, key, key], "{}", "jit(f)/mine/mpmd_map"))
-    assert other.flops == 0 and other.uncounted == ["custom call mosaic_gpu_v2: its FLOPs are not known (1 time per step)"]
+    assert other.flops == 0 and other.uncounted == [
+        "custom call mosaic_gpu_v2: its FLOPs are not known (1 time per step)"
+    ]
 
 
 def test_unknown_calls_are_reported_and_harmless_ones_are_not():
