@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.backend
 import jax.numpy as jnp
 from absl import flags
+from jax._src import config
+from jax.extend import core
 
 from jaxpar.attention.gpu import (
     LOW_PRECISION,
@@ -47,53 +49,72 @@ def problem(backend: Backend, needs: BlockNeeds) -> str | None:
 
 
 def forward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -> Partial:
-    query, library = queries.query, _library()
-    mask, is_empty = _ranges(spec, queries, keys, offset)
-    with _told(spec.backend):
-        forward = functools.partial(library.forward, logits_scale=spec.scale, return_residuals=True)
-        output, (highest, total) = _one_call(forward, mask, merge_heads(query), keys.key, keys.value)
+    query, ranges = queries.query, _ranges(spec, queries, keys, offset)
+    forward = functools.partial(_library().forward, logits_scale=spec.scale, return_residuals=True)
+    output, (highest, total) = _one_call(spec.backend, forward, ranges, merge_heads(query), keys.key, keys.value)
     lse = highest + jnp.log(total)
-    if is_empty is not None:
+    if ranges.is_empty is not None:
         # What the kernel leaves there is not defined.
-        output = jnp.where(jnp.moveaxis(is_empty, 1, 2)[..., None], 0, output)
-        lse = jnp.where(is_empty, MASKED, lse)
+        output = jnp.where(jnp.moveaxis(ranges.is_empty, 1, 2)[..., None], 0, output)
+        lse = jnp.where(ranges.is_empty, MASKED, lse)
     return Partial(output.reshape(query.shape), split_heads(lse, query))
 
 
 def backward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset, output_grads: OutputGrads) -> Grads:
-    query, library = queries.query, _library()
+    query, ranges = queries.query, _ranges(spec, queries, keys, offset)
     lse = join_statistics(output_grads.lse)
+    statistics = lse, jnp.ones_like(lse)  # the kernel's weights are exp(score - highest) / total
     output, grad = (merge_heads(x.astype(query.dtype)) for x in (output_grads.output, output_grads.grad))
-    with _told(spec.backend):
-        backward, mask = (
-            functools.partial(library.backward, logits_scale=spec.scale),
-            _ranges(spec, queries, keys, offset)[0],
-        )
-        statistics = lse, jnp.ones_like(lse)  # the kernel's weights are exp(score - highest) / total
-        found = _one_call(backward, mask, statistics, output, grad, merge_heads(query), keys.key, keys.value)
-    query_grad, key_grad, value_grad = found
+    backward = functools.partial(_library().backward, logits_scale=spec.scale)
+    query_grad, key_grad, value_grad = _one_call(
+        spec.backend, backward, ranges, statistics, output, grad, merge_heads(query), keys.key, keys.value
+    )
     return Grads(query_grad.reshape(query.shape), key_grad, value_grad)
 
 
-def _one_call(function: Any, mask: Any, *args: Any) -> Any:
-    """function(*args, mask=mask) as one call in the traced program.
+class _Ranges(NamedTuple):
+    """Which keys a query may attend to: [start, end), and no later ones than itself if `causal`.
 
-    tokamax's kernels do not say along which axes their results differ between devices: those of the keys.
+    Attributes:
+      start, end: int32 [b, 1, q]. None: from the first, to the last.
+      is_empty: bool [b, 1, q], which queries have no key in this block. None: all have some.
+    """
+
+    start: jax.Array | None
+    end: jax.Array | None
+    causal: bool
+    is_empty: jax.Array | None
+
+
+def _one_call(backend: Backend, function: Any, ranges: _Ranges, *args: Any) -> Any:
+    """function(*args, mask=ranges) as one call in the traced program.
+
+    tokamax's kernels neither take arrays that differ between devices along manual axes nor say along which axes their
+    results differ. So they are traced as if nothing did. The results differ as the keys do.
     """
     axes = varying_axes(args[-1])
 
-    def kernel_call(mask: Any, *args: Any) -> Any:
-        return jax.tree.map(lambda x: vary(x, axes), function(*args, mask=mask))
+    def with_mask(start: Any, end: Any, *args: Any) -> Any:
+        return function(*args, mask=_library().Mask(k_start=start, k_end=end, is_causal=ranges.causal))
+
+    inputs = ranges.start, ranges.end, *args
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    with _told(backend):
+        traced, result = jax.make_jaxpr(with_mask, return_shape=True)(*shapes)
+
+    def kernel_call(*inputs: Any) -> Any:
+        with config._check_vma(False):  # as pallas itself does
+            found = core.jaxpr_as_fun(traced)(*jax.tree.leaves(inputs))
+        return jax.tree.unflatten(jax.tree.structure(result), [vary(x, axes) for x in found])
 
     assert kernel_call.__name__ == KERNEL_CALL
-    return jax.jit(kernel_call)(mask, *args)
+    # For the counter of FLOPs (jaxpar.measure.hlo.flops): a call does not show what it computes.
+    with jax.named_scope(f"tokamax_{function.func.__name__}" + "_causal" * ranges.causal):
+        return jax.jit(kernel_call)(*inputs)
 
 
-def _ranges(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -> tuple[Any, jax.Array | None]:
-    """(tokamax's mask; bool [b, 1, q], which queries have no key in this block, or None if all have some).
-
-    The ids of documents must not decrease along the keys. Then the keys of a document are a range.
-    """
+def _ranges(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -> _Ranges:
+    """The ids of documents must not decrease along the keys. Then the keys of a document are a range."""
     num_keys = keys.key.shape[1]
     starts: list[Any] = []
     ends: list[Any] = []
@@ -119,11 +140,10 @@ def _ranges(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -
         return vary(wide.astype(jnp.int32)[:, None], axes)
 
     start, end = bound(starts, jnp.maximum), bound(ends, jnp.minimum)
-    mask = _library().Mask(k_start=start, k_end=end, is_causal=on_diagonal)
     if on_diagonal or (start is None and end is None):
-        return mask, None
+        return _Ranges(start, end, on_diagonal, None)
     least, most = (0 if start is None else start), (num_keys if end is None else end)
-    return mask, jnp.asarray(least >= most)
+    return _Ranges(start, end, on_diagonal, jnp.asarray(least >= most))
 
 
 def _count_before(sorted_keys: jax.Array, queries: jax.Array, side: str) -> jax.Array:
@@ -149,7 +169,10 @@ def _library() -> Any:
         found = PallasMosaicGpuFlashAttentionVjp()(*args, **defaults, **options)
         return found["q"], found["k"], found["v"]
 
-    return SimpleNamespace(Mask=base.Mask, forward=PallasMosaicGpuFlashAttention(), backward=backward)
+    def forward(*args: Any, **options: Any) -> Any:
+        return PallasMosaicGpuFlashAttention()(*args, **options)
+
+    return SimpleNamespace(Mask=base.Mask, forward=forward, backward=backward)
 
 
 def _package() -> Any:

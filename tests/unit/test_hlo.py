@@ -427,20 +427,18 @@ def test_pallas_kernels_by_name_and_shapes():
 def test_tokamax_attention():
     query, key, row = "bf16[1024,8,64]{2,1,0}", "bf16[512,4,64]{2,1,0}", "f32[8,1024]{1,0}"
 
-    def flops(kernel, results, *more, causal=False, batch=""):
-        arguments = '\\"arguments\\":{\\"mask\\":{\\"is_causal\\":' + f"{str(causal).lower()}}}}}"
-        name = f'jit(f)/tokamax:{{\\"op\\":{{\\"__type\\":\\"tokamax.{kernel}\\",{arguments}/mpmd_map'
+    def flops(scope, results, *more, batch=""):
         shapes = [x.replace("[", f"[{batch}", 1) for x in (query, key, key, *more)]
-        found = count(call("mosaic_gpu_v2", results, shapes, "{}", name))
+        found = count(call("mosaic_gpu_v2", results, shapes, "{}", f"jit(f)/{scope}/jit(kernel_call)/x/mpmd_map"))
         assert found.uncounted == [] and found.flops == found.kernel_flops
         return found.flops
 
     product = 2 * 8 * 1024 * 512 * 64
-    assert flops("PallasMosaicGpuFlashAttention", f"({query}, {row}, {row})") == 2 * product
-    assert flops("PallasMosaicGpuFlashAttention", f"({query}, {row}, {row})", causal=True) == product
-    assert flops("PallasMosaicGpuFlashAttention", f"({query}, {row}, {row})", batch="3,") == 6 * product
-    assert flops("PallasMosaicGpuFlashAttentionVjp", query, query, row) == 3 * product  # dq
-    assert flops("PallasMosaicGpuFlashAttentionVjp", f"({query}, {query})", query, row) == 4 * product  # dk, dv
+    assert flops("tokamax_forward", f"({query}, {row}, {row})") == 2 * product
+    assert flops("tokamax_forward_causal", f"({query}, {row}, {row})") == product
+    assert flops("tokamax_forward", f"({query}, {row}, {row})", batch="3,") == 6 * product
+    assert flops("transpose(jvp(tokamax_backward))", query, query, row) == 3 * product  # dq
+    assert flops("transpose(jvp(tokamax_backward))", f"({query}, {query})", query, row) == 4 * product  # dk, dv
     other = count(call("mosaic_gpu_v2", query, [query, key, key], "{}", "jit(f)/mine/mpmd_map"))
     assert other.flops == 0 and other.uncounted == [
         "custom call mosaic_gpu_v2: its FLOPs are not known (1 time per step)"
