@@ -509,3 +509,14 @@ def test_workers_end_with_a_program_that_never_closes_its_loader(tmp_path, end):
         notices = ("WARNING: All log messages before absl::InitializeLog()", "cudart_stub.cc")
         lines = [line for line in errors.splitlines() if not any(notice in line for notice in notices)]
         assert (program.returncode, lines) == (0, [])
+
+
+def test_positions_go_through_if_tokens_attend_across_documents():
+    tokens, doc_ends = np.arange(10, dtype=np.uint32), np.array([3, 7, 10])
+    own = PackedSource(tokens, doc_ends, 8)
+    across = PackedSource(tokens, doc_ends, 8, across_documents=True)
+    assert own[0]["positions"].tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
+    for source in (across, pickle.loads(pickle.dumps(across))):
+        assert source[0]["positions"].tolist() == list(range(8))
+        assert source[0]["segment_ids"].tolist() == own[0]["segment_ids"].tolist()
+        assert source[0]["loss_mask"].tolist() == own[0]["loss_mask"].tolist()
