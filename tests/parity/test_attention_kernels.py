@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import stand_ins
-from support import QUICK, TOLERANCE
+from support import QUICK, TOLERANCE, slow
 from test_attention import ALL_GATHER, GROUPED, KINDS, P2P, a2a_p2p, check
 
 from jaxpar.attention import AttentionSettings, Backend, blockwise, choose, cudnn, tokamax
@@ -39,7 +39,14 @@ EXCHANGES = {
 }
 
 
-@pytest.mark.parametrize(("exchange", "kind"), [(e, k) for e in EXCHANGES for k in KINDS])
+USUAL = ("causal", "packed", "window", "packed window")
+CASES = [(exchange, kind) for exchange in EXCHANGES for kind in KINDS]
+
+
+@pytest.mark.parametrize(
+    ("exchange", "kind"),
+    [case for case in CASES if case[1] in USUAL] + slow(*(case for case in CASES if case[1] not in USUAL)),
+)
 def test_output_and_gradients(exchange, kind):
     """Of every exchange and mask, with what `auto` takes on an H100."""
     settings, backend = on_kernels(EXCHANGES[exchange][0])

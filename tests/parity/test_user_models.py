@@ -71,7 +71,9 @@ def test_no_stack(sizes):
     check_step(case(no_stack), sizes)
 
 
-@pytest.mark.parametrize("build", [user_models.GPT, user_models.LinenGPT, no_stack], ids=["nnx", "linen", "no stack"])
+@pytest.mark.parametrize(
+    "build", [user_models.GPT, *slow(user_models.LinenGPT, no_stack)], ids=["nnx", "linen", "no stack"]
+)
 def test_initial_weights_are_bitwise_the_same_on_every_mesh(build):
     model = FunctionalModel(build())
     expected = Step(model, (1, 1, 1, 1, 1), num_microbatches=1).initial_params(model, 5)

@@ -121,6 +121,7 @@ def test_loss_and_grads_takes_a_users_batch(tmp_path):
             trainer.loss_and_grads(batch)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(tmp_path):
     # No ring across the processes, because with one, gloo sometimes hit its 30 s timeout on a loaded machine.
     sizes = ["actor.model.context_parallel_size=1", "cluster.num_gpus_per_node=8"]  # dp 2, pp 2, sp 2
@@ -194,6 +195,7 @@ def test_a_hugging_face_folder_gives_architecture_and_weights(tmp_path):
     assert abs(float(loss) - float(expected)) < 1e-5
 
 
+@pytest.mark.slow
 def test_moments_in_host_memory_change_nothing(tmp_path):
     options = ["runner.resume_dir=auto", *SMALL, *layout("dp4")]
     there = fit(tmp_path / "there", "runner.max_steps=4", *options)
