@@ -155,6 +155,7 @@ class Blueprint:
             model.recompute_method,
             model.recompute_num_layers or 0,
             offload=model.offload_activations,
+            modules=tuple(model.recompute_modules or ["core_attn"]),
         )
 
     @property

@@ -10,6 +10,7 @@ everything else (Qi et al., 2023, "Zero Bubble Pipeline Parallelism", arXiv:2401
 model can be split.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,8 +21,9 @@ from jax.extend import core
 from jaxpar.attention.names import CORE_ATTENTION
 from jaxpar.backward.float32_grads import with_float32_grads
 from jaxpar.backward.min_cut import min_cut
-from jaxpar.backward.recompute import Granularity
+from jaxpar.backward.recompute import Again
 from jaxpar.backward.traced import depending, inlined, inputs, needed, part
+from jaxpar.config import ConfigError
 from jaxpar.parallel.collectives import zeros
 
 PRODUCTS = {"dot_general", "ragged_dot_general", "conv_general_dilated"}
@@ -69,7 +71,7 @@ def take_apart(
     x: jax.Array,
     info: Any,
     *,
-    recompute: Granularity,
+    again: Again,
     split: bool = False,
     float32_grads: bool = False,
 ) -> Pullback:
@@ -77,12 +79,12 @@ def take_apart(
 
     Args:
       params, x, info: examples to trace with.
-      recompute: what is computed again instead of kept, see `jaxpar.backward.recompute.Recompute`.
+      again: what is computed again instead of kept, see `jaxpar.backward.recompute.Recompute`.
       split: make `input_grad` and `weight_grad`.
       float32_grads: a product or sum whose result is the gradient of a parameter gives it in float32, in which it is
         added up anyway. Otherwise it is rounded to the compute dtype first.
     """
-    pullback = _keep_input(block, x) if recompute == "full" else _keep_min_cut(block, params, x, info, recompute)
+    pullback = _keep_input(block, x) if again == "full" else _keep_min_cut(block, params, x, info, again)
     if not (split or float32_grads):
         return pullback
     traced = inlined(pullback.grads, [zeros(aval) for aval in pullback.kept], params, info, x, split=split)
@@ -110,8 +112,8 @@ def _keep_input(block: Block, x: jax.Array) -> Pullback:
     return Pullback([jax.typeof(x)], forward, grads)
 
 
-def _keep_min_cut(block: Block, params: Any, x: jax.Array, info: Any, recompute: Granularity) -> Pullback:
-    """The fewest bytes are kept from which cheap work leads to what the backward pass needs."""
+def _keep_min_cut(block: Block, params: Any, x: jax.Array, info: Any, modules: Sequence[str]) -> Pullback:
+    """The fewest bytes are kept from which cheap work and the work of `modules` lead to what the backward pass needs."""
     tree: Any = None
 
     def residuals(params: Any, info: Any, x: jax.Array) -> list[jax.Array]:
@@ -119,11 +121,12 @@ def _keep_min_cut(block: Block, params: Any, x: jax.Array, info: Any, recompute:
         y, leaves, tree = _differentiate(block, params, x, info)
         return [y, *leaves]
 
-    def computed_again(eqn: Any) -> bool:
-        is_attention = CORE_ATTENTION in str(eqn.source_info.name_stack)
-        return (recompute == "selective" and is_attention) or eqn.primitive.name in CHEAP
-
     traced = inlined(residuals, params, info, x)
+    in_modules = _in_modules(traced.jaxpr.eqns, modules)
+
+    def computed_again(eqn: Any) -> bool:
+        return id(eqn) in in_modules or eqn.primitive.name in CHEAP
+
     eqns, (*inputs, x_var), (y_var, *leaf_vars) = traced.jaxpr.eqns, traced.jaxpr.invars, traced.jaxpr.outvars
     kept_vars = min_cut(eqns, x_var, leaf_vars, computed_again)
     run_forward = part(traced, needed(eqns, [y_var, *kept_vars]), [*inputs, x_var], [y_var, *kept_vars])
@@ -138,6 +141,19 @@ def _keep_min_cut(block: Block, params: Any, x: jax.Array, info: Any, recompute:
         return jax.tree.unflatten(tree, leaves)(y_grad)
 
     return Pullback([var.aval for var in kept_vars], forward, grads)
+
+
+def _in_modules(eqns: Sequence[Any], modules: Sequence[str]) -> set[int]:
+    """The ids of the equations in the name scopes `modules`. Those of attention's core are in no other."""
+    found = {id(eqn): set(re.findall(r"[\w.]+", str(eqn.source_info.name_stack))) for eqn in eqns}
+    scopes = {of: names & {CORE_ATTENTION} or names for of, names in found.items()}
+    for module in set(modules).difference(*scopes.values()):
+        raise ConfigError(
+            f"actor.model.recompute_modules: {module}, but no operation of your block is in this name scope: put the "
+            f"operations into `with jax.named_scope({module!r}):`, or name one that the block has: "
+            f"{', '.join(sorted(set[str]().union(*scopes.values()) - {'jvp'})) or 'none'}. A Linen module is the scope of its name"
+        )
+    return {of for of, names in scopes.items() if names & set(modules)}
 
 
 def _grads_as_traced(traced: core.ClosedJaxpr, params: Any) -> Callable[..., tuple[Any, jax.Array]]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxpar.config.architecture import Architecture
-from jaxpar.config.errors import divisors, must_be_multiple, must_divide, one_of
-from jaxpar.config.keys import TP_OVERLAP_PIECES, Actor, Data, Model, Runner
+from jaxpar.config.errors import did_you_mean, divisors, must_be_multiple, must_divide, one_of
+from jaxpar.config.keys import RECOMPUTE_MODULES, TP_OVERLAP_PIECES, Actor, Data, Model, Runner
 
 _MOE = "mixture of experts is not supported"
+_NOT_RECOMPUTED = {  # Megatron-LM's other names for recompute_modules
+    **dict.fromkeys(("moe", "moe_act", "shared_experts"), f"is a part of experts, but {_MOE}"),
+    "mla_up_proj": "is a part of multi-latent attention, which is not supported",
+}
 # Key → (supported values, the reason for them). Checked before training and not at load, so that `jaxpar mesh` can show
 # the mesh of a file with other values.
 LIMITS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -89,6 +93,7 @@ def train_problems(runner: Runner, actor: Actor, dp: int | None, architecture: A
         yield from _architecture_problems(actor.model, architecture)
     yield from schedule_problems(actor.model, architecture.num_hidden_layers if architecture else None)
     yield from _recompute_problems(actor.model)
+    yield from _module_problems(actor.model, RECOMPUTE_MODULES if architecture else None)
     yield from _overlap_problems(actor.model)
 
 
@@ -304,6 +309,24 @@ def _recompute_problems(model: Model) -> Iterator[str]:
             "actor.model.recompute_num_layers: not given, but recompute_granularity full needs it: set a number of "
             "layers, such as 1"
         )
+
+
+def _module_problems(model: Model, known: Sequence[str] | None) -> Iterator[str]:
+    """Problems of recompute_modules. `known` are the names that the model has, None if its block has yet to be traced."""
+    key, modules = "actor.model.recompute_modules", model.recompute_modules
+    if modules is None:
+        return
+    if model.recompute_granularity != "selective":
+        yield (
+            f"{key}: {modules} only applies to recompute_granularity selective, but recompute_granularity is "
+            f"{model.recompute_granularity or 'null'}: remove it, or set recompute_granularity: selective"
+        )
+    if not modules:
+        yield f"{key}: [] names nothing: name some modules, or set recompute_granularity: null"
+    for name in modules:
+        if known is not None and name not in known:
+            reason = _NOT_RECOMPUTED.get(name) or f"is unknown{did_you_mean(name, known)}"
+            yield f"{key}: {name} {reason}: {one_of(known)}"
 
 
 def _overlap_problems(model: Model) -> Iterator[str]:

@@ -27,6 +27,12 @@ def one_of(choices: Sequence[Any]) -> str:
     return ("choose one of " if len(choices) > 1 else "choose ") + ", ".join(map(str, choices))
 
 
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The most similar name, if any, as the end of "… is unknown"."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
 def must_divide(key: str, size: int, what: str, total: int, choices: Sequence[int] = ()) -> Iterator[str]:
     """Yields a line if `size` does not divide `total`.
 

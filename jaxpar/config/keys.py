@@ -49,6 +49,10 @@ def _paths(value: Any) -> Any:
 
 TP_OVERLAP_PIECES = 4  # of the sequence, with tp_comm_overlap; TransformerEngine's default number
 
+# What `recompute_modules` may name in the built-in decoder, the default first. linear_qkv and linear_proj are Megatron's
+# names of these layers, but not among those of its --recompute-modules.
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "linear_qkv", "linear_proj", "mlp")
+
 Count = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Interval = Annotated[int, Field(ge=-1)]
@@ -164,6 +168,9 @@ class Model(ArchitectureFields):
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Count | None = None
+    # With selective: RECOMPUTE_MODULES, or name scopes of your own model's block. null: [core_attn]. All but core_attn: as
+    # full, but attention does not run again. linear_proj repeats its reduction over the tensor group.
+    recompute_modules: list[Text] | None = None
     offload_activations: bool = False  # ours: activations that are not recomputed wait in pinned host memory
     precision: Annotated[Literal["bf16", "fp16", "fp32"], BeforeValidator(_precision)] = "bf16"
     seq_length: Count | None = None  # RLinf repeats runner.seq_length here

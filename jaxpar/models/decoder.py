@@ -3,6 +3,8 @@
 Its tensor collectives are explicit: a gather of the sequence before the column-parallel products and a reduction after
 the row-parallel ones, two of each in a layer. On one device they do nothing.
 
+The name scopes are those of `RECOMPUTE_MODULES` in config/keys.py.
+
 Einsum letters: b batch, s sequence, e embed, h heads (or kv heads), d head_dim, m mlp, v vocab.
 """
 
@@ -117,7 +119,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s e"], info: TokenInfo) -> Float[Array, "b s e"]:
         weights = self.query[...], self.key[...], self.value[...]
-        query, key, value = gather_then_multiply("bse,ehd->bshd", x, *weights, overlap=self.overlap)
+        with jax.named_scope("linear_qkv"):
+            query, key, value = gather_then_multiply("bse,ehd->bshd", x, *weights, overlap=self.overlap)
         if self.arch.attention_bias:
             query, key, value = query + self.query_bias[...], key + self.key_bias[...], value + self.value_bias[...]
         if self.arch.qk_norm:
@@ -127,7 +130,10 @@ class Attention(nnx.Module):
             rotate(query, angles), rotate(key, angles), value,
             segment_ids=info.segment_ids, window=self.arch.sliding_window,
         )  # fmt: skip
-        return multiply_then_scatter("bshd,hde->bse", lambda x: x, out, weight=self.output[...], overlap=self.overlap)
+        with jax.named_scope("linear_proj"):
+            return multiply_then_scatter(
+                "bshd,hde->bse", lambda x: x, out, weight=self.output[...], overlap=self.overlap
+            )
 
 
 class MLP(nnx.Module):
@@ -139,6 +145,7 @@ class MLP(nnx.Module):
         self.up = _weight(arch, rngs, ("embed", "mlp"), wide)
         self.down = _weight(arch, rngs, ("mlp", "embed"), wide[::-1], residual=True)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "b s e"]) -> Float[Array, "b s e"]:
         gate, up = gather_then_multiply("bse,em->bsm", x, self.gate[...], self.up[...], overlap=self.overlap)
         return multiply_then_scatter("bsm,me->bse", swiglu, gate, up, weight=self.down[...], overlap=self.overlap)
@@ -155,6 +162,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((size,)), out_sharding=(dim,))
         self.eps = eps
 
+    @jax.named_scope("layernorm")
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)

@@ -167,7 +167,7 @@ class _RunOfLayers:
             params,
             x,
             info,
-            recompute=run.recompute,
+            again=run.again,
             split=splits_weights,
             float32_grads=functions.float32_grads,
         )

@@ -31,6 +31,9 @@ def with_schedules(*microbatches, soon):
 # Each of these compiles another program with 64 microbatches, and another one with 16 layers.
 FEW = [("gpipe", 1), ("1f1b", 1), ("zb1p", 2)]
 
+# Numbers that a layer of PLAIN has for each token: 8 heads and 4 key-value heads of 8, a feed-forward of 96.
+EMBED, QKV, ATTENTION, GATE_AND_UP = 64, 64 + 2 * 32, 64 + 8, 2 * 96
+
 
 @functools.cache
 def build(schedule="1f1b", chunks=1, microbatches=8, stages=STAGES, arch=DEEP, recompute=Recompute()):  # noqa: B008
@@ -126,6 +129,52 @@ def test_what_is_kept_of_a_layer():
     assert kept((1, 1, 1, 1, 1), Recompute("full", "uniform", 1)) == rows * seq * embed * 4
 
 
+ALL_BUT_ATTENTION = ("layernorm", "linear_qkv", "linear_proj", "mlp")
+
+
+@pytest.mark.parametrize("tensor", [(1, 1), (4, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("modules", "split", "whole"),
+    [
+        # Numbers for each token that sequence parallelism splits over the tensor group, and others.
+        (("mlp",), QKV + ATTENTION, 2 * EMBED + 2),
+        (("linear_qkv",), ATTENTION + GATE_AND_UP, 2 * EMBED + 2),
+        (("linear_proj",), QKV + ATTENTION + GATE_AND_UP, EMBED + 2),
+        (("layernorm",), QKV + ATTENTION + GATE_AND_UP, 2 * EMBED),
+        (("core_attn", "mlp"), QKV, 2 * EMBED + 2),
+        (("linear_qkv", "mlp"), ATTENTION, 2 * EMBED + 2),
+        (ALL_BUT_ATTENTION, ATTENTION, EMBED),
+        (("core_attn", *ALL_BUT_ATTENTION), 0, EMBED),
+    ],
+    ids=str,
+)
+def test_what_is_kept_with_recompute_modules(modules, split, whole, tensor):
+    recompute = Recompute("selective", modules=modules)
+    step = Step(FunctionalModel(Decoder(PLAIN)), (1, 1, *tensor, 1), num_microbatches=1, rows=2, recompute=recompute)
+    assert kept_bytes(step) == 2 * 32 * 4 * split // (tensor[0] * tensor[1]) + 2 * 32 * 4 * whole // tensor[1]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p"])
+def test_attention_does_not_run_again_unless_it_is_named(schedule):
+    """Products of a step, in those of one microbatch's forward pass through what is named."""
+
+    def flops(*modules):
+        recompute = Recompute("selective", modules=modules) if modules else Recompute()
+        step = Step(
+            FunctionalModel(Decoder(PLAIN)),
+            (1, 1, 1, 1, 1),
+            num_microbatches=1,
+            rows=2,
+            recompute=recompute,
+            schedule=schedule,
+        )
+        return count(step.compiled.as_text(), make_mesh((1, 1, 1, 1, 1)).devices, AXES).flops
+
+    token_products = 2 * 64 * PLAIN.num_hidden_layers * 2 * 32 * 2  # each output of a product from 64 numbers
+    assert flops("mlp") - flops() == GATE_AND_UP * token_products // 2
+    assert flops(*ALL_BUT_ATTENTION) - flops() == (GATE_AND_UP + QKV + EMBED) * token_products // 2
+
+
 def test_sequence_parallelism_saves_half_of_the_activations():
     """Llama-3-8B with TP 8 and 8,192 tokens in bfloat16: what all layers keep, and the output of the last layer."""
     arch = Architecture("llama", 128256, 128256, 4096, 14336, 32, 32, 8, 128)
@@ -138,7 +187,16 @@ def test_sequence_parallelism_saves_half_of_the_activations():
     assert saved((1, 1, 1, 8, 1)) <= 0.45 * saved((1, 1, 8, 1, 1))
 
 
-@pytest.mark.parametrize("recompute", [Recompute(), Recompute("selective"), Recompute("full", "uniform", 1)], ids=str)
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        Recompute(),
+        Recompute("selective"),
+        Recompute("selective", modules=ALL_BUT_ATTENTION),
+        Recompute("full", "uniform", 1),
+    ],
+    ids=str,
+)
 def test_tp_comm_overlap_keeps_nothing_more(recompute):
     """Neither for the backward pass nor, with zb1p, for the gradients of the weights."""
 

@@ -145,6 +145,28 @@ def test_recompute_without_a_pipeline(recompute):
     check_step(decoder_case(DECODER), (2, 1, 2, 1, 1), recompute=recompute)
 
 
+ALL_BUT_ATTENTION = Recompute("selective", modules=("layernorm", "linear_qkv", "linear_proj", "mlp"))
+MLP, PROJECTIONS = (Recompute("selective", modules=names) for names in (("mlp",), ("linear_qkv", "linear_proj")))
+
+
+@pytest.mark.parametrize(
+    ("arch", "sizes", "recompute", "options"),
+    [
+        (SIX_LAYERS, (1, 2, 1, 2, 2), ALL_BUT_ATTENTION, {"schedule": "zb1p", "num_microbatches": 3}),
+        (SIX_LAYERS, (2, 2, 2, 1, 1), MLP, {"schedule": "interleaved_1f1b", "num_chunks": 2, "num_microbatches": 2}),
+        (FEW_KV_HEADS, (2, 1, 1, 2, 2), PROJECTIONS, {"zero_stage": 3}),
+        *slow(
+            (DECODER, (1, 2, 1, 1, 2), ALL_BUT_ATTENTION, {"schedule": "interleaved_1f1b", "num_chunks": 2}),
+            (SIX_LAYERS, (1, 4, 2, 1, 1), MLP, {"schedule": "zb1p"}),
+            (SIX_LAYERS, (1, 4, 1, 1, 2), PROJECTIONS, {"schedule": "gpipe"}),
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_recompute_modules(arch, sizes, recompute, options):
+    check_step(decoder_case(arch), sizes, recompute=recompute, **options)
+
+
 @pytest.mark.parametrize(
     ("sizes", "zero_stage", "num_chunks", "schedule"),
     [

@@ -2,11 +2,13 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import pytest
 import user_models
 from flax import nnx
 from support import Case, Step, check_step, equal_trees, make_batch, make_mesh, mesh_id, random_params, reference, slow
+from test_pipeline_work import kept_bytes
 
 import jaxpar
 from jaxpar.attention import reference_attention
@@ -62,6 +64,44 @@ def test_stack_of_blocks_with_options(sizes, options):
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 2, 2), *slow((1, 1, 2, 1, 1), (1, 4, 2, 1, 1))], ids=mesh_id)
 def test_linen_blocks(sizes):
     check_step(case(user_models.LinenGPT), sizes)
+
+
+def modules(*names):
+    return Recompute("selective", modules=names)
+
+
+def test_recompute_modules_of_linen_blocks():
+    recompute = modules("q", "k", "v", "up")
+    check_step(case(user_models.LinenGPT), (1, 2, 1, 2, 2), recompute=recompute, schedule="zb1p")
+
+
+class ScopedGPT(user_models.GPT):
+    """One line, and everything but attention's core can be computed again."""
+
+    def block(self, rngs):
+        class ScopedBlock(user_models.Block):
+            @jax.named_scope("layer")
+            def __call__(self, x, info):
+                return super().__call__(x, info)
+
+        return ScopedBlock(rngs, self.attention)
+
+
+def test_recompute_modules_of_nnx_blocks():
+    check_step(case(ScopedGPT), (1, 2, 1, 2, 1), recompute=modules("layer"))
+    step = Step(FunctionalModel(ScopedGPT()), (1, 1, 1, 1, 1), num_microbatches=1, rows=2, recompute=modules("layer"))
+    # Its input, attention's output and log-sum-exp.
+    assert kept_bytes(step) == 2 * 32 * (64 + 64 + 8) * 4
+
+
+def test_a_recompute_module_that_the_block_lacks():
+    with pytest.raises(ConfigError) as caught:
+        assert Step(FunctionalModel(ScopedGPT()), (1, 1, 1, 1, 1), recompute=modules("layer", "mlp")).jaxpr
+    assert caught.value.problems == [
+        "actor.model.recompute_modules: mlp, but no operation of your block is in this name scope: put the operations into "
+        "`with jax.named_scope('mlp'):`, or name one that the block has: core_attn, layer. A Linen module is the scope of "
+        "its name"
+    ]
 
 
 @pytest.mark.parametrize(

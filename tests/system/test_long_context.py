@@ -34,8 +34,8 @@ def test_131072_tokens_on_eight(tmp_path, backend):
     # dimensions.
     assert not [shape for shape in array_shapes(text) if sum(n >= 131072 // 4 for n in shape) > 1]
     assert ("attention_forward_causal" in text) == (backend == "pallas")
-    # Keys and values go once around the ring of two for the forward pass, and once for its recomputation, which also
-    # serves the backward pass. Their gradients go there and back.
+    # Keys and values go once around the ring of two for the forward pass, and once for the backward pass: attention does
+    # not run again. Their gradients go there and back.
     key_value, hops = 2 * 65536 * 2 * 128, LAYERS * MICROBATCHES
     sent = traffic(report, "collective-permute", {"cp"})[1] - 2 * hops * 4 * 65536  # segment ids
     assert sent == 2 * hops * key_value * 2 + hops * key_value * (4 + 2)

@@ -18,6 +18,8 @@ MODEL = dict(
     vocab_size=256,
 )
 
+UNIFORM = dict(recompute_method="uniform", recompute_num_layers=1)
+
 
 def train_config(**sections: dict) -> Config:
     """A config that trains on one device. `model=`, `optim=` and so on add keys to a section."""
@@ -286,6 +288,41 @@ RULES = {
         "actor.model.recompute_method: block only applies to recompute_granularity full, but recompute_granularity is selective: "
         "remove it, or set recompute_granularity: full",
     ),
+    "recompute modules without selective": (
+        1,
+        dict(model=dict(recompute_granularity="full", recompute_modules=["mlp"], **UNIFORM)),
+        "actor.model.recompute_modules: ['mlp'] only applies to recompute_granularity selective, but recompute_granularity "
+        "is full: remove it, or set recompute_granularity: selective",
+    ),
+    "recompute modules without recompute": (
+        1,
+        dict(model=dict(recompute_modules=["mlp"])),
+        "actor.model.recompute_modules: ['mlp'] only applies to recompute_granularity selective, but recompute_granularity "
+        "is null: remove it, or set recompute_granularity: selective",
+    ),
+    "no recompute modules": (
+        1,
+        dict(model=dict(recompute_granularity="selective", recompute_modules=[])),
+        "actor.model.recompute_modules: [] names nothing: name some modules, or set recompute_granularity: null",
+    ),
+    "misspelled recompute module": (
+        1,
+        dict(model=dict(recompute_granularity="selective", recompute_modules=["mlp", "core_attention"])),
+        "actor.model.recompute_modules: core_attention is unknown (did you mean core_attn?): choose one of core_attn, "
+        "layernorm, linear_qkv, linear_proj, mlp",
+    ),
+    "recompute module of experts": (
+        1,
+        dict(model=dict(recompute_granularity="selective", recompute_modules=["shared_experts"])),
+        "actor.model.recompute_modules: shared_experts is a part of experts, but mixture of experts is not supported: "
+        "choose one of core_attn, layernorm, linear_qkv, linear_proj, mlp",
+    ),
+    "recompute module of latent attention": (
+        1,
+        dict(model=dict(recompute_granularity="selective", recompute_modules=["mla_up_proj"])),
+        "actor.model.recompute_modules: mla_up_proj is a part of multi-latent attention, which is not supported: choose one "
+        "of core_attn, layernorm, linear_qkv, linear_proj, mlp",
+    ),
     "loss scale": (
         1,
         dict(optim=dict(initial_loss_scale=0.5)),
@@ -378,6 +415,7 @@ def test_rule(rule):
         ),
         (1, dict(pipeline_schedule="interleaved_1f1b")),
         (1, dict(recompute_granularity="selective")),
+        (1, dict(recompute_granularity="selective", recompute_modules=["core_attn", "linear_proj", "layernorm"])),
     ],
 )
 def test_what_needs_no_divisor(num_devices, model):
@@ -391,6 +429,11 @@ def test_a_users_own_model_has_no_tp_comm_overlap():
         ConfigError, match="actor.model.tp_comm_overlap: True has no effect on your own model: set it to"
     ):
         config.check_train(config.mesh_sizes(2), None)
+
+
+def test_a_users_own_model_has_its_own_recompute_modules():
+    config = train_config(model=dict(recompute_granularity="selective", recompute_modules=["feed_forward"]))
+    config.check_train(config.mesh_sizes(1), None)
 
 
 def test_zero_stage():
