@@ -87,7 +87,9 @@ def kernels(found: Found) -> set[str]:
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_on_an_h100_a_kernel_computes_every_block(programs, exchange):
     """Whatever travels, whatever is masked; forward and backward."""
-    found = dict(zip(KINDS, programs("h100", *(f"{EXCHANGES[exchange]} {kind}" for kind in KINDS.values())), strict=True))
+    found = dict(
+        zip(KINDS, programs("h100", *(f"{EXCHANGES[exchange]} {kind}" for kind in KINDS.values())), strict=True)
+    )
     for kind, program in found.items():
         assert not program.plain and "plain JAX" not in kernels(program), (kind, program)
         assert (program.tokamax >= 3) == ("tokamax" in kernels(program)), (kind, program)  # backward takes two
@@ -95,7 +97,9 @@ def test_on_an_h100_a_kernel_computes_every_block(programs, exchange):
     assert kernels(found["packed"]) == kernels(found["packed window"]) == {"tokamax"}
     assert kernels(found["unpacked"]) == {"cuDNN"}
     # Of a window, cuDNN knows only the diagonal.
-    assert kernels(found["window"]) == {"cuDNN"} | ({"tokamax"} if exchange in ("p2p", "all_gather", "a2a+p2p") else set())
+    assert kernels(found["window"]) == {"cuDNN"} | (
+        {"tokamax"} if exchange in ("p2p", "all_gather", "a2a+p2p") else set()
+    )
 
 
 def test_float32_is_plain_jax_and_says_so(programs):

@@ -14,14 +14,13 @@ from pathlib import Path
 from jaxpar.config import load_config
 from jaxpar.run import xla
 
-xla.apply_without_gpu({})
-os.environ["JAX_PLATFORMS"] = "cpu"
-
-from jaxpar.measure.compile import compile_train_step, devices_to_compile_for
-from jaxpar.program import Program
-
 
 def main(gpu: str, path: str, folder: str, *settings: str) -> None:
+    xla.apply_without_gpu({})
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from jaxpar.measure.compile import compile_train_step, devices_to_compile_for
+    from jaxpar.program import Program
+
     choices = []
     for number, text in enumerate(settings):
         config = load_config(path, text.split())
