@@ -125,15 +125,9 @@ def compile_(
     overrides += [f"cluster.num_nodes={nodes}"] * bool(nodes)
     overrides += [f"cluster.num_gpus_per_node={gpus_per_node}"] * bool(gpus_per_node)
     config = load_config(config_path, overrides)
-    from jaxpar.hardware import GPUS
+    _check_compile_options(gpu, tpu, layouts, hlo_file, where)
     from jaxpar.run import xla
 
-    if tpu is None and gpu not in GPUS:
-        raise ConfigError(f"--gpu: {gpu!r} is not known: choose one of {', '.join(GPUS)}")
-    if (hlo_file or where) and len(layouts) > 1:
-        raise ConfigError(f"--hlo and --where: for one program, but {len(layouts)} layouts are given: give one of them")
-    if where and tpu:
-        raise ConfigError("--where: times are known for GPUs, not for a TPU slice: leave out --where or --tpu")
     flags = xla.apply_without_gpu(config.cluster.xla_flags, config.cluster.deterministic) if tpu is None else []
     os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxpar import display
@@ -151,6 +145,8 @@ def compile_(
         _notes(console, config.notes)
         reports = {layout: compile_step(one, devices, capacity, kind) for layout, one in configs.items()}
         console.print(display.report_table(reports, tpu or gpu))
+        for line in display.attention_lines(reports):
+            console.print(line, highlight=False)
         figures: Any = {layout: report.to_json() for layout, report in reports.items()}
     else:
         (one,) = configs.values()
@@ -166,6 +162,17 @@ def compile_(
             hlo_file.write_text(report.hlo)
     if json_file:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _check_compile_options(gpu: str, tpu: str | None, layouts: list[str], hlo_file: Path | None, where: int) -> None:
+    from jaxpar.hardware import GPUS
+
+    if tpu is None and gpu not in GPUS:
+        raise ConfigError(f"--gpu: {gpu!r} is not known: choose one of {', '.join(GPUS)}")
+    if (hlo_file or where) and len(layouts) > 1:
+        raise ConfigError(f"--hlo and --where: for one program, but {len(layouts)} layouts are given: give one of them")
+    if where and tpu:
+        raise ConfigError("--where: times are known for GPUs, not for a TPU slice: leave out --where or --tpu")
 
 
 @app.command(

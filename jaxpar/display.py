@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from rich.table import Table
 
+from jaxpar.attention import choice_lines
 from jaxpar.config import Config, MeshSizes
 from jaxpar.parallel.mesh import AXES, device_grid
 
@@ -51,6 +52,7 @@ def report_lines(report: "Report") -> list[str]:
         lines[-1] += f", {report.model_flops:.4g} useful ({report.model_flops / report.flops:.1%})"
     if report.roofline:
         lines.append(_least_time(report.roofline))
+    lines += choice_lines(report.attention)
     lines.append(f"bubble: {report.bubble_fraction:.1%}")
     lines.append(f"compiled in {report.compile_seconds:.1f} s")
     return lines + [f"not counted: {text}" for text in report.uncounted]
@@ -101,6 +103,15 @@ def operation_table(roofline: "Roofline", number: int) -> Table:
         name = "/".join(one.name.split("/")[-3:])
         table.add_row(f"{one.seconds:.3f}", f"{one.count:,.0f}", one.kind, one.source or "?", name)
     return table
+
+
+def attention_lines(reports: "Mapping[str, Report]") -> list[str]:
+    """What computes the attention of several layouts. Layouts that are alike share a line."""
+    layouts: dict[str, list[str]] = {}
+    for layout, report in reports.items():
+        for line in choice_lines(report.attention):
+            layouts.setdefault(line, []).append(layout)
+    return [line if len(names) == len(reports) else f"{', '.join(names)}: {line}" for line, names in layouts.items()]
 
 
 def report_table(reports: "Mapping[str, Report]", device: str) -> Table:
@@ -169,6 +180,7 @@ def measurement_lines(m: "Measurement") -> list[str]:
         f"FLOPs of a device: {m.flops:.4g} executed"
         + (f", {m.model_flops:.4g} useful ({m.model_flops / m.flops:.1%})" if m.model_flops and m.flops else ""),
         f"loss: {m.loss:.4f} after {m.steps} steps; compiled in {m.compile_seconds:.1f} s",
+        *choice_lines(m.attention),
     ]
 
 

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxpar.attention import choice_lines
 from jaxpar.checkpoint.checkpoints import Checkpoints
 from jaxpar.config import Config, ConfigError
 from jaxpar.data import (
@@ -209,6 +210,7 @@ class _TrainingRun:
         watchdog.enter(0, "restoring")
         self._resume()
         self.step = int(trainer.state["step"])
+        self._first_step = self.step + 1
         max_steps = self._runner.max_steps if self._runner.max_steps > 0 else None
         self.last_step = min(limit for limit in (max_steps, self._loader.num_batches) if limit)
         if profile:
@@ -266,6 +268,9 @@ class _TrainingRun:
         with self._profiler.step(number):
             trainer, program = self._trainer, self._trainer.program
             trainer._state, metrics = program.train_step(trainer.state, program.batch_layout.put_on_mesh(batch))
+            if number == self._first_step:  # the step has just been traced
+                for line in choice_lines(program.attention_choices):
+                    self.report.say(line)
             self._log.enter(number, metrics, batch, self._loader.figures)
         self.step, self._val_loss = number, None
 

@@ -5,10 +5,12 @@ A kernel is a module with three functions: `problem(backend, needs)` says why it
 returns `Grads`.
 """
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Literal
 
 from jaxpar.attention import blockwise, cudnn, tokamax
+from jaxpar.attention.gpu import LOW_PRECISION, compute_capability
 from jaxpar.attention.settings import Backend
 from jaxpar.attention.types import AttentionSpec, BlockNeeds, Keys, Offset, Queries
 from jaxpar.config import ConfigError
@@ -33,21 +35,47 @@ def kernel_for(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset
 
 
 def choose(backend: Backend, needs: BlockNeeds) -> tuple[str, str]:
-    """(key of KERNELS, why none before it can). Raises as `kernel_for`."""
+    """(key of KERNELS, why it). On the CPU there is no choice, and no reason is given. Raises as `kernel_for`."""
+    if backend.name != "auto" and (problem := KERNELS[backend.name].problem(backend, needs)):
+        raise ConfigError(
+            f"actor.model.attention_backend: {backend.name} cannot compute {needs}, which this run needs: {problem}; "
+            f"set auto"
+        )
+    if getattr(backend.device, "platform", "cpu") == "cpu":
+        return "xla", ""
     if backend.name != "auto":
-        if problem := KERNELS[backend.name].problem(backend, needs):
-            raise ConfigError(
-                f"actor.model.attention_backend: {backend.name} cannot compute {needs}, which this run needs: {problem}; "
-                f"set auto"
-            )
-        return backend.name, "named in the config"
-    reasons: list[str] = []
+        return backend.name, f"attention_backend: {backend.name}{'; set auto' if backend.name == 'xla' else ''}"
+    reasons: dict[str, list[str]] = {}
     for name, kernel in KERNELS.items():
         problem = kernel.problem(backend, needs)
         if problem is None:
             break
-        reasons.append(f"{NAMES[name]} cannot: {problem}")
-    return name, "; ".join(reasons)
+        reasons.setdefault(problem, []).append(NAMES[name])
+    why = [f"{' and '.join(names)} cannot: {problem}" for problem, names in reasons.items()]
+    why += _advice(backend, needs) if name == "xla" else []
+    return name, "; ".join(why) or "the fastest, by published times"
+
+
+def choice_lines(choices: Mapping[str, str]) -> list[str]:
+    """`Backend.choices` for the user to read. Where there is no choice, there is no line."""
+    lines = [f"attention: {what} ({why})" for what, why in choices.items() if why]
+    return [line.replace(f": {NAMES['xla']}:", f": SLOW, in {NAMES['xla']}:", 1) for line in lines]
+
+
+def _advice(backend: Backend, needs: BlockNeeds) -> list[str]:
+    """What to change so that a kernel can compute such a block."""
+    capability = compute_capability(backend)
+    if capability is None:
+        return []
+    advice = [] if needs.dtype in LOW_PRECISION else ["set actor.model.precision: bf16"]
+    if capability[0] not in tokamax.ARCHITECTURES:  # so only cuDNN is left
+        if needs.documents:
+            advice.append(
+                "set data.reset_attention_mask: false, if tokens may attend to the documents before their own"
+            )
+        if needs.mask == "shifted":
+            advice.append("set actor.model.cp_comm_type: a2a")
+    return advice
 
 
 def _mask(spec: AttentionSpec, offset: Offset) -> Literal["causal", "window", "shifted"] | None:

@@ -15,7 +15,7 @@ class Backend:
       name: "xla": plain JAX. "cudnn", "tokamax": kernels of these libraries. "auto": of the three, the first that can, see
         `jaxpar.attention.choose`.
       device: one of the devices that the program is for, which may be there for compiling only. None: not a GPU.
-      choices: for the user to read, once a program has been traced: what computes blocks, and why.
+      choices: for the user to read, once a program has been traced: what computes blocks → why.
     """
 
     name: Literal["auto", "xla", "cudnn", "tokamax"] = "auto"

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from jaxpar.attention import choice_lines
 from jaxpar.config import Config, ConfigError
 from jaxpar.hardware import peak_flops
 from jaxpar.measure.baseline import BaselineProgram
@@ -38,6 +39,7 @@ class Measurement:
       memory: of the compiled step; capacity is what jax may take, 0 if the device does not say.
       measured_peak: bytes, the most that one device has held since the process began; None if it does not say.
       loss: of the last step, nats a token.
+      attention: what computed the blocks of attention → why, see `jaxpar.attention.choose`.
     """
 
     device: str
@@ -53,6 +55,7 @@ class Measurement:
     memory: Memory
     measured_peak: int | None
     loss: float
+    attention: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "tokens_per_second_per_device": self.tokens_per_second / self.devices}
@@ -129,6 +132,7 @@ def measure(config: Config, devices: list[jax.Device], steps: int) -> Measuremen
         memory=report.memory,
         measured_peak=max(peaks, default=None),
         loss=run.loss,
+        attention=program.attention_choices,
     )
 
 
@@ -159,6 +163,8 @@ def compare(
     for name, program in programs.items():
         runs[name] = _in_memory(partial(_Run, program, vocab_size))
         say(f"compiled {name} in {runs[name].compile_seconds:.1f} s")
+        for line in choice_lines(program.attention_choices) if isinstance(program, Program) else ():
+            say(f"{name}: {line}")
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():

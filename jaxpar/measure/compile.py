@@ -8,7 +8,8 @@ import math
 import os
 import re
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
@@ -57,6 +58,7 @@ class Report:
       uncounted: what the counter could not count, and why.
       host_bytes: pinned memory of the host, for each device.
       roofline: the least time of the step; None if the devices are no GPUs of `jaxpar.hardware`.
+      attention: what computes the blocks of attention → why, see `jaxpar.attention.choose`.
     """
 
     devices: int
@@ -71,6 +73,7 @@ class Report:
     uncounted: list[str]
     host_bytes: int = 0
     roofline: Roofline | None = None
+    attention: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def advice(self) -> str:
@@ -86,6 +89,7 @@ class Report:
                 {"kind": c.kind, "axes": list(c.axes), "count": c.count, "bytes": c.bytes} for c in self.collectives
             ],
             "roofline": self.roofline.to_json() if self.roofline else None,
+            "attention": dict(self.attention),
         }
 
 
@@ -205,6 +209,7 @@ def read_report(
         uncounted=counted.uncounted,
         host_bytes=analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes,
         roofline=_read_roofline(program, text, gpu, model_flops) if gpu else None,
+        attention=program.attention_choices,
     )
 
 

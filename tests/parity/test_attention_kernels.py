@@ -11,7 +11,7 @@ import stand_ins
 from support import QUICK, TOLERANCE, slow
 from test_attention import ALL_GATHER, GROUPED, KINDS, P2P, a2a_p2p, check
 
-from jaxpar.attention import AttentionSettings, Backend, blockwise, choose, cudnn, tokamax
+from jaxpar.attention import AttentionSettings, Backend, blockwise, choice_lines, choose, cudnn, tokamax
 from jaxpar.attention.blocks import output_grads_of
 from jaxpar.attention.types import AttentionSpec, BlockNeeds, Keys, Queries
 from jaxpar.config import ConfigError
@@ -132,14 +132,13 @@ def test_what_auto_takes():
         (stand_ins.A100, {}, "cudnn"),
         (stand_ins.A100, {"head_dim": 256}, "xla"),
         (stand_ins.A100, {"documents": True}, "xla"),
-        (stand_ins.FakeGpu("10.0"), {"documents": True}, "tokamax"),
-        (jax.devices()[0], {}, "xla"),
-        (None, {}, "xla"),
+        (stand_ins.FakeGpu("10.0"), {}, "cudnn"),
+        (stand_ins.FakeGpu("10.0"), {"documents": True}, "xla"),
     ):
         needs = BlockNeeds("bfloat16", **{**plain, **changes})
         found, why = choose.choose(Backend("auto", device), needs)
         assert found == name, (device, needs)
-        assert why.count("cannot") == list(choose.KERNELS).index(name)
+        assert ("cuDNN" in why, "tokamax" in why) == (name != "cudnn", name == "xla"), why
 
 
 def test_float32_is_plain_jax_and_a_named_kernel_says_why_not(monkeypatch):
@@ -147,7 +146,7 @@ def test_float32_is_plain_jax_and_a_named_kernel_says_why_not(monkeypatch):
     needs = BlockNeeds("float32", 128, False, "causal")
     assert choose.choose(stand_ins.backend(), needs) == (
         "xla",
-        "cuDNN cannot: float32 is not bfloat16 or float16; tokamax cannot: float32 is not bfloat16 or float16",
+        "cuDNN and tokamax cannot: float32 is not bfloat16 or float16; set actor.model.precision: bf16",
     )
     message = "attention_backend: cudnn cannot compute causal blocks in float32, which this run needs: float32 is not"
     with pytest.raises(ConfigError, match=message):
@@ -160,3 +159,30 @@ def test_a_missing_tokamax_is_named(monkeypatch):
     monkeypatch.setattr(tokamax, "find_spec", lambda name: None)
     name, why = choose.choose(stand_ins.backend(), BlockNeeds("bfloat16", 128, True, "causal"))
     assert name == "xla" and "tokamax cannot: it is not installed: pip install" in why
+
+
+@pytest.mark.parametrize("name", ["auto", "xla"])
+def test_on_the_cpu_there_is_nothing_to_say(name):
+    for device in (jax.devices()[0], None):
+        found = choose.choose(Backend(name, device), BlockNeeds("bfloat16", 128, True, "causal"))
+        assert found == ("xla", "") and not choice_lines({"plain JAX: causal blocks": ""})
+
+
+def test_what_the_user_reads():
+    """Plain JAX on a GPU cannot be overlooked, and what to change is said."""
+
+    def line(device, name="auto", **changes):
+        needs = BlockNeeds(**{"dtype": "bfloat16", "head_dim": 128, "documents": True, "mask": "causal", **changes})
+        found, why = choose.choose(Backend(name, device), needs)
+        return "".join(choice_lines({f"{choose.NAMES[found]}: {needs}": why}))
+
+    fast = "attention: tokamax: causal blocks with documents in bfloat16 (cuDNN cannot: documents)"
+    assert line(stand_ins.H100) == fast
+    fastest = "attention: cuDNN: causal blocks in bfloat16 (the fastest, by published times)"
+    assert line(stand_ins.H100, documents=False) == fastest
+    slow = line(stand_ins.A100)
+    assert slow.startswith("attention: SLOW, in plain JAX: causal blocks with documents in bfloat16 (cuDNN cannot: doc")
+    assert "set data.reset_attention_mask: false, if" in slow
+    assert "set actor.model.cp_comm_type: a2a" in line(stand_ins.A100, documents=False, mask="shifted")
+    named = line(stand_ins.H100, "xla")
+    assert "SLOW, in plain JAX" in named and "(attention_backend: xla; set auto)" in named
