@@ -17,14 +17,14 @@ os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
 def pytest_configure(config):
     if config.option.markexpr != "gpu":
-        _simulate_devices()
+        use_simulated_devices()
     folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     # A run adds about 0.2 GB after a change to the programs.
     if not hasattr(config, "workerinput") and sum(file.stat().st_size for file in folder.glob("*")) > 2e9:
         shutil.rmtree(folder)
 
 
-def _simulate_devices():
+def use_simulated_devices():
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 

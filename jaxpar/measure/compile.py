@@ -27,7 +27,7 @@ from jaxpar.pipeline.tick_scope import taken_fraction
 from jaxpar.program import Program
 
 FIT_ADVICE = (
-    "try: actor.model.recompute_granularity=full recompute_method=uniform recompute_num_layers=1, a larger "
+    "try: actor.model.recompute_granularity=full recompute_method=uniform recompute_num_layers=1 recompute_modules=null, a larger "
     "pipeline_model_parallel_size, tensor_model_parallel_size with sequence_parallel, or context_parallel_size, "
     "or a smaller actor.micro_batch_size"
 )

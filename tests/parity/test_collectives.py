@@ -251,7 +251,7 @@ def test_all_processes_compile_the_same_program():
     folder = Path(__file__).parents[1]
     programs = [
         subprocess.Popen(
-            [sys.executable, "-c", "import conftest\n" + PROGRAM],
+            [sys.executable, "-c", "import conftest; conftest.use_simulated_devices()\n" + PROGRAM],
             env={**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(folder)},
             stdout=subprocess.PIPE,
             text=True,
