@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.extend.backend
+import jax.extend.core
 import jax.numpy as jnp
 from absl import flags
 
@@ -24,7 +25,7 @@ from jaxpar.attention.gpu import (
     merge_heads,
     split_heads,
 )
-from jaxpar.attention.names import KERNEL_CALL
+from jaxpar.attention.names import KERNEL_CALL, tokamax_scope
 from jaxpar.attention.settings import Backend
 from jaxpar.attention.types import AttentionSpec, BlockNeeds, Grads, Keys, Offset, OutputGrads, Partial, Queries
 from jaxpar.parallel.collectives import MASKED, vary, varying_axes
@@ -52,9 +53,10 @@ def problem(backend: Backend, needs: BlockNeeds) -> str | None:
 def forward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -> Partial:
     query, library = queries.query, _library()
     mask, is_empty = _ranges(spec, queries, keys, offset)
+    scope = tokamax_scope(backward=False, causal=_on_diagonal(spec, offset))
+    forward = functools.partial(library.forward, logits_scale=spec.scale, return_residuals=True)
     with _told(spec.backend):
-        forward = functools.partial(library.forward, logits_scale=spec.scale, return_residuals=True)
-        output, (highest, total) = _one_call(forward, mask, merge_heads(query), keys.key, keys.value)
+        output, (highest, total) = _one_call(scope, forward, mask, merge_heads(query), keys.key, keys.value)
     lse = highest + jnp.log(total)
     if is_empty is not None:
         # What the kernel leaves there is not defined.
@@ -67,29 +69,34 @@ def backward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset, 
     query, library = queries.query, _library()
     lse = join_statistics(output_grads.lse)
     output, grad = (merge_heads(x.astype(query.dtype)) for x in (output_grads.output, output_grads.grad))
+    mask, _ = _ranges(spec, queries, keys, offset)
+    scope = tokamax_scope(backward=True, causal=_on_diagonal(spec, offset))
+    backward = functools.partial(library.backward, logits_scale=spec.scale)
+    statistics = lse, jnp.ones_like(lse)  # the kernel's weights are exp(score - highest) / total
+    args = statistics, output, grad, merge_heads(query), keys.key, keys.value
     with _told(spec.backend):
-        backward, mask = (
-            functools.partial(library.backward, logits_scale=spec.scale),
-            _ranges(spec, queries, keys, offset)[0],
-        )
-        statistics = lse, jnp.ones_like(lse)  # the kernel's weights are exp(score - highest) / total
-        found = _one_call(backward, mask, statistics, output, grad, merge_heads(query), keys.key, keys.value)
-    query_grad, key_grad, value_grad = found
+        query_grad, key_grad, value_grad = _one_call(scope, backward, mask, *args)
     return Grads(query_grad.reshape(query.shape), key_grad, value_grad)
 
 
-def _one_call(function: Any, mask: Any, *args: Any) -> Any:
-    """function(*args, mask=mask) as one call in the traced program.
+def _one_call(scope: str, function: Any, mask: Any, *args: Any) -> Any:
+    """function(*args, mask=mask) as one call in the traced program, under a name scope.
 
-    tokamax's kernels do not say along which axes their results differ between devices: those of the keys.
+    tokamax's kernels do not say along which axes their results differ between devices, and jax 0.12 refuses them for arrays that
+    say so. So the kernel is traced for arrays that do not, and its results differ along the axes of the keys.
     """
-    axes = varying_axes(args[-1])
 
     def kernel_call(mask: Any, *args: Any) -> Any:
-        return jax.tree.map(lambda x: vary(x, axes), function(*args, mask=mask))
+        with jax.named_scope(scope):
+            return function(*args, mask=mask)
 
     assert kernel_call.__name__ == KERNEL_CALL
-    return jax.jit(kernel_call)(mask, *args)
+    inputs = jax.tree.map(jnp.asarray, (mask, *args))
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    traced, result = jax.make_jaxpr(jax.jit(kernel_call), return_shape=True)(*plain)
+    found = jax.extend.core.jaxpr_as_fun(traced)(*jax.tree.leaves(inputs))
+    axes = varying_axes(args[-1])
+    return jax.tree.unflatten(jax.tree.structure(result), [vary(x, axes) for x in found])
 
 
 def _ranges(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -> tuple[Any, jax.Array | None]:
@@ -106,7 +113,7 @@ def _ranges(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -
     index = jnp.arange(queries.query.shape[1], dtype=jnp.int32)[None]
     # Of a block on the diagonal, each query has itself, and a document ends no earlier than that. Then tokamax's own causal
     # order does, of which it knows the tiles.
-    on_diagonal = spec.causal and isinstance(offset, int) and offset == 0
+    on_diagonal = _on_diagonal(spec, offset)
     if on_diagonal:
         ends = []
     elif offset is not None and spec.causal:
@@ -127,6 +134,11 @@ def _ranges(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -
         return mask, None
     least, most = (0 if start is None else start), (num_keys if end is None else end)
     return mask, jnp.asarray(least >= most)
+
+
+def _on_diagonal(spec: AttentionSpec, offset: Offset) -> bool:
+    """Whether the block is in causal order, and its first query is its first key."""
+    return spec.causal and isinstance(offset, int) and offset == 0
 
 
 def _count_before(sorted_keys: jax.Array, queries: jax.Array, side: str) -> jax.Array:

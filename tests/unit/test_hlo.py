@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from support import QUICK
 
+from jaxpar.attention.names import tokamax_scope
 from jaxpar.config import MeshSizes, config_from_dict
 from jaxpar.measure.hlo import Collective, attention_flops, count
 from jaxpar.measure.hlo.groups import MeshAxes, device_groups, parse_groups
@@ -427,20 +428,19 @@ def test_pallas_kernels_by_name_and_shapes():
 def test_tokamax_attention():
     query, key, row = "bf16[1024,8,64]{2,1,0}", "bf16[512,4,64]{2,1,0}", "f32[8,1024]{1,0}"
 
-    def flops(kernel, results, *more, causal=False, batch=""):
-        arguments = '\\"arguments\\":{\\"mask\\":{\\"is_causal\\":' + f"{str(causal).lower()}}}}}"
-        name = f'jit(f)/tokamax:{{\\"op\\":{{\\"__type\\":\\"tokamax.{kernel}\\",{arguments}/mpmd_map'
+    def flops(backward, results, *more, causal=False, batch=""):
+        name = f"jit(f)/jit(kernel_call)/{tokamax_scope(backward=backward, causal=causal)}/mpmd_map"
         shapes = [x.replace("[", f"[{batch}", 1) for x in (query, key, key, *more)]
         found = count(call("mosaic_gpu_v2", results, shapes, "{}", name))
         assert found.uncounted == [] and found.flops == found.kernel_flops
         return found.flops
 
     product = 2 * 8 * 1024 * 512 * 64
-    assert flops("PallasMosaicGpuFlashAttention", f"({query}, {row}, {row})") == 2 * product
-    assert flops("PallasMosaicGpuFlashAttention", f"({query}, {row}, {row})", causal=True) == product
-    assert flops("PallasMosaicGpuFlashAttention", f"({query}, {row}, {row})", batch="3,") == 6 * product
-    assert flops("PallasMosaicGpuFlashAttentionVjp", query, query, row) == 3 * product  # dq
-    assert flops("PallasMosaicGpuFlashAttentionVjp", f"({query}, {query})", query, row) == 4 * product  # dk, dv
+    assert flops(False, f"({query}, {row}, {row})") == 2 * product
+    assert flops(False, f"({query}, {row}, {row})", causal=True) == product
+    assert flops(False, f"({query}, {row}, {row})", batch="3,") == 6 * product
+    assert flops(True, query, query, row) == 3 * product  # dq
+    assert flops(True, f"({query}, {query})", query, row) == 4 * product  # dk, dv
     other = count(call("mosaic_gpu_v2", query, [query, key, key], "{}", "jit(f)/mine/mpmd_map"))
     assert other.flops == 0 and other.uncounted == [
         "custom call mosaic_gpu_v2: its FLOPs are not known (1 time per step)"

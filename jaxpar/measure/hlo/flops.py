@@ -91,19 +91,18 @@ def cudnn_attention_flops(instruction: Instruction, operands: Sequence[Array]) -
 
 
 def tokamax_attention_flops(instruction: Instruction, operands: Sequence[Array]) -> float | None:
-    """FLOPs of one of tokamax's attention kernels, which are known by the arguments that it writes into their names.
+    """FLOPs of one of tokamax's attention kernels, which are known by jaxpar's name scope round their calls.
 
     The forward pass has two products. The backward pass is two kernels, and both compute the scores and their gradients:
     three products for the query's gradient, four for those of key and value. A causal kernel counts half, as in
     `attention_flops`; one with other ranges of keys counts the whole square.
     """
-    kind = re.search(r"tokamax:.*FlashAttention(Vjp)?\\?\"", instruction.op_name)
+    kind = re.search(r"/tokamax_(?:forward|(backward))(_causal)?/", instruction.op_name)
     if not kind or len(operands) < 3 or any(len(array.dims) < 3 for array in operands[:3]):
         return None
     (*batch, queries, heads, dim), keys = operands[0].dims, operands[1].dims[-3]
     products = (4 if len(instruction.result) > 1 else 3) if kind[1] else 2
-    causal = re.search(r"is_causal\\?\":true", instruction.op_name) is not None
-    return 2 * products * math.prod(batch) * heads * queries * keys * dim * (0.5 if causal else 1)
+    return 2 * products * math.prod(batch) * heads * queries * keys * dim * (0.5 if kind[2] else 1)
 
 
 def _mha(backward: bool) -> KernelFlops:
