@@ -76,8 +76,10 @@ def test_a_shipped_config_compiles_and_fits(tmp_path, name):
         "memory",
         "collectives",
         "roofline",
+        "attention",
     ]
     assert list(report) == keys
+    assert report["attention"] and not [choice for choice in report["attention"] if "plain JAX" in choice]
     assert list(report["memory"]) == ["arguments", "outputs", "aliased", "temporaries", "peak", "capacity", "fits"]
     assert math.prod(report["mesh"].values()) == report["devices"]
     assert report["memory"]["fits"]
@@ -267,15 +269,14 @@ def test_zero_3_sends_while_it_computes(tmp_path):
     module, beside = Module((tmp_path / "step.hlo").read_text()), {}
     for computation in module.computations.values():
         instructions = list(computation.instructions.values())
-        loops = [name for i in instructions if i.opcode == "while" for name in i.computations("body")]
-        if not loops or any(transfers(module.computations[name]) for name in loops):
-            continue  # not a layer: a layer has loops over attention blocks, and these have no transfers
+        if not any("mosaic_gpu_v2" in i.attributes for i in instructions):
+            continue  # not a layer: a layer has attention
         for start, end in transfers(computation):
             between = instructions[start:end]
             products = sum("__cublas$" in i.attributes or "gemm" in i.attributes for i in between)
             beside.setdefault(instructions[start].opcode, {}).setdefault(computation.name, []).append(products)
-    assert len(beside["all-gather-start"]) == 2, beside  # forward and backward
-    assert len(beside["reduce-scatter-start"]) == 1, beside
+    assert len(beside["all-gather-start"]) >= 2, beside  # forward and backward
+    assert len(beside["reduce-scatter-start"]) >= 1, beside
     assert all(sum(found) > 3 for loops in beside.values() for found in loops.values()), beside
 
 
