@@ -12,6 +12,8 @@ import yaml
 from support import ROOT
 from test_compile import needs_plugin
 
+from jaxpar.attention.names import CORE_ATTENTION
+
 pytestmark = [needs_plugin, pytest.mark.slow]
 
 CONFIG = {
@@ -71,10 +73,10 @@ def programs(tmp_path_factory):
 
 def look(text: str, choices: dict[str, str]) -> Found:
     lines = text.splitlines()
-    attention = [line for line in lines if re.search('op_name="[^"]*core_attention', line)]
+    attention = [line for line in lines if re.search(f'op_name="[^"]*{CORE_ATTENTION}', line)]
     return Found(
         choices,
-        sum("mosaic_gpu_v2" in line and "/jit(kernel_call)/tokamax_" in line for line in attention),
+        sum("mosaic_gpu_v2" in line and bool(re.search("tokamax_(for|back)ward", line)) for line in attention),
         sum('custom_call_target="__cudnn$fmhaSoftmax' in line for line in attention),
         sum(bool(re.search(r' dot\(|custom_call_target="__cublas', line)) for line in attention),
     )
