@@ -21,10 +21,13 @@ class Overlap:
     Attributes:
       prefetch: the fetch of the next iteration. The last iteration is then outside of the loop, after it.
       defer: the store of the iteration before. The first iteration is then outside of the loop, before it.
+      in_pairs: two iterations in a loop's body, each with a place for what it fetches. Otherwise what arrives while the
+        previous is still in use is copied at the end of an iteration, but only one is in memory.
     """
 
     prefetch: bool = False
     defer: bool = False
+    in_pairs: bool = False
 
 
 def overlapped_loop(
@@ -66,9 +69,7 @@ def overlapped_loop(
     for i in first:
         state = iteration(state, i, is_last=count == 1)
     if middle := order[len(first) : count - len(last)]:
-        # What is fetched arrives while the previous is still in use, so one of the two would be copied at the end of each
-        # iteration. Two iterations have a place for each.
-        unroll = 2 if overlap.prefetch or overlap.defer else 1
+        unroll = 2 if overlap.in_pairs else 1
         step = lambda state, i: (iteration(state, i, is_last=False), None)  # noqa: E731
         state, _ = lax.scan(step, state, jnp.asarray(middle), unroll=unroll)
     for i in last:

@@ -185,7 +185,8 @@ class _RunOfLayers:
             x, kept = carry
             return x, _put(kept, values, index, i)
 
-        overlap = Overlap(prefetch=self._functions.overlap_param_gather, defer=self._offload)
+        gathers = self._functions.overlap_param_gather
+        overlap = Overlap(prefetch=gathers, defer=self._offload, in_pairs=gathers)
         return overlapped_loop((x, kept), self.count, fetch, compute, store, overlap)
 
     def backward(
@@ -199,7 +200,7 @@ class _RunOfLayers:
             params, values = fetched
             if values is None:
                 overlap = self._backward_overlap
-                values = _take(*kept, _after(i, [y_grad], varying_axes(y_grad)) if overlap != Overlap() else i)
+                values = _take(*kept, _after(i, [y_grad], varying_axes(y_grad)) if overlap.in_pairs else i)
             info = self._info(item, i)
             if self._splits_weights:
                 found, x_grad, handed_over = self.pullback.input_grad(values, params, info, y_grad)
@@ -235,8 +236,8 @@ class _RunOfLayers:
 
     @property
     def _backward_overlap(self) -> Overlap:
-        functions = self._functions
-        return Overlap(prefetch=functions.overlap_param_gather or self._offload, defer=functions.overlap_grad_reduce)
+        gathers, reduces = self._functions.overlap_param_gather, self._functions.overlap_grad_reduce
+        return Overlap(prefetch=gathers or self._offload, defer=reduces, in_pairs=gathers or reduces)
 
     def _first(self, item: Item, i: Any) -> Any:
         """Index of the first layer of group i among the stage's layers."""

@@ -224,7 +224,8 @@ def test_zero_stages_take_what_the_paper_says(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [1, 2])
 def test_offloaded_activations_wait_in_the_hosts_memory(tmp_path, stages):
-    """Llama-3-8B without recompute: what the layers keep for the backward pass, 97 MB each at TP 8, is on no GPU."""
+    """Llama-3-8B without recompute: what the layers keep for the backward pass, 97 MB each at TP 8, is on no GPU, but for
+    three of 32 layers: one in use, one that arrives, one that leaves."""
     whole = ["actor.model.tensor_model_parallel_size=8", "actor.global_batch_size=8", *NO_RECOMPUTE]
     whole += [f"actor.model.pipeline_model_parallel_size={stages}", "--nodes", str(stages)]
     hlo = tmp_path / "step.hlo"
@@ -235,7 +236,7 @@ def test_offloaded_activations_wait_in_the_hosts_memory(tmp_path, stages):
         for on in ("false", "true")
     )
     assert offloaded["flops"] == kept["flops"]
-    assert offloaded["memory"]["peak"] < kept["memory"]["peak"] - 2.9e9
+    assert offloaded["memory"]["peak"] < kept["memory"]["peak"] - 2.8e9
     text = hlo.read_text()
     assert "dynamic-update-slice-start" in text and "dynamic-slice-start" in text
     # The host does not fill the buffers. "S(5)" is XLA's name for host memory.
