@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh
 from jaxpar.attention import AttentionSettings, Backend
 from jaxpar.backward.recompute import Recompute
 from jaxpar.config import Architecture, Config, ConfigError, MeshSizes, checks
+from jaxpar.config.keys import RECOMPUTE_MODULES
 from jaxpar.models import Decoder, FunctionalModel, Model
 from jaxpar.models.flops import flops_coefficients, model_flops_per_token
 from jaxpar.parallel.mesh import cross_host_warning
@@ -155,7 +156,7 @@ class Blueprint:
             model.recompute_method,
             model.recompute_num_layers or 0,
             offload=model.offload_activations,
-            modules=tuple(model.recompute_modules or ["core_attn"]),
+            modules=tuple(model.recompute_modules or RECOMPUTE_MODULES[:1]),
         )
 
     @property

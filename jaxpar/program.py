@@ -42,7 +42,8 @@ class Program:
         blueprint.check()
         _check_backend(config, devices[0].platform)
         self.mesh = build_mesh(blueprint.sizes, devices)
-        self.batch_layout = BatchLayout(*blueprint.batch_shape, self.mesh)
+        within_documents = config.data.reset_attention_mask
+        self.batch_layout = BatchLayout(*blueprint.batch_shape, self.mesh, within_documents=within_documents)
         optimizer, loss_scale = blueprint.optimizer, blueprint.loss_scale
         offload = config.actor.optim.optimizer_cpu_offload
         self.state_shapes, self.state_shardings = state_shardings(

@@ -91,14 +91,14 @@ class Trainer:
         Args:
           batch: the whole run's numpy or jax arrays, each [global_batch_size, seq]: `tokens` and `targets`, int;
             optional `loss_mask`, float, the weight of each target (default 1); `segment_ids`, int, the document of each
-            token (default: one document); `positions`, int, the token's position in its document (default 0, 1, 2, …).
+            token, whose tokens are consecutive (default: one document); `positions`, int, the token's position in its document (default 0, 1, 2, …).
 
         Returns:
           (loss, grads): the loss in nats per token, float32, the mean over the whole global batch weighted by the mask;
           grads is a float32 tree like `trainer.state["params"]`.
 
         Raises:
-          ValueError: a key or shape is wrong.
+          ValueError: a key or shape is wrong, or `segment_ids` are, see `jaxpar.parallel.batch.BatchLayout.own_rows`.
         """
         layout, scale = self.program.batch_layout, scale_of(self.state, self.program.blueprint.loss_scale)
         return self.program.loss_and_grads(self.state["params"], layout.put_on_mesh(layout.own_rows(batch)), scale)

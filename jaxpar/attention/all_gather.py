@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpar.attention.blocks import Blocks, attend, attend_backward, output_grads_of
-from jaxpar.attention.types import AttentionSpec, Grads, Keys, Partial, Queries, tie_to_data
+from jaxpar.attention.types import AttentionSpec, Grads, Keys, Partial, Queries, in_float32, tie_to_data
 
 
 def all_gather_attention(spec: AttentionSpec, size: int, query: jax.Array, keys: Keys) -> jax.Array:
@@ -40,9 +40,7 @@ def _backward(spec: AttentionSpec, size: int, residuals, grad: jax.Array):
     for blocks in _local_blocks(spec, size, rank, query.shape[1], documents=segments is not None):
         grads = attend_backward(spec, queries, gathered, blocks, output_grads, grads)
     assert grads is not None
-    key_grad, value_grad = (
-        lax.psum_scatter(x.astype(jnp.float32), "cp", scatter_dimension=1, tiled=True) for x in grads[1:]
-    )
+    key_grad, value_grad = (lax.psum_scatter(x, "cp", scatter_dimension=1, tiled=True) for x in in_float32(grads[1:]))
     keys_grad = Keys(key_grad.astype(keys.key.dtype), value_grad.astype(keys.value.dtype), None)
     return grads.query.astype(query.dtype), keys_grad
 

@@ -20,6 +20,7 @@ from jaxpar.attention.types import (
     Queries,
     add_to_tokens,
     empty_partial,
+    in_float32,
     merge_partials,
     slice_rows,
     slice_tokens,
@@ -113,5 +114,4 @@ def _if_documents_overlap(queries: Queries, keys: Keys, offset: Offset, compute:
     if queries.segments is None or keys.segments is None or isinstance(offset, int):
         return compute()
     overlap = (queries.segments.min() <= keys.segments.max()) & (keys.segments.min() <= queries.segments.max())
-    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
-    return lax.cond(overlap, lambda: wide(compute()), empty)
+    return lax.cond(overlap, lambda: in_float32(compute()), empty)

@@ -23,7 +23,7 @@ from jax import lax
 
 from jaxpar.attention.blocks import Blocks, attend, attend_backward, output_grads_of
 from jaxpar.attention.blockwise import mask_coverage
-from jaxpar.attention.types import AttentionSpec, Keys, Queries, tie_to_data, zero_grads
+from jaxpar.attention.types import AttentionSpec, Keys, Queries, in_float32, tie_to_data, zero_grads
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _forward(spec: AttentionSpec, ring: Ring, query: jax.Array, keys: Keys):
         coming = ring.pass_on(travelling, hop)
         blocks = _blocks_at_stop(spec, ring, rank, stop, seq)
         partial = attend(spec, queries, _unpack(travelling), blocks, partial)
-        return coming, partial if ring.size == 1 else _wide(partial)
+        return coming, partial if ring.size == 1 else in_float32(partial)
 
     _, partial = _visit_stops(_stops(spec, ring, seq), step, (_pack(ring, keys._replace(segments=segments)), None))
     output = partial.output.astype(query.dtype)
@@ -86,7 +86,7 @@ def _backward(spec: AttentionSpec, ring: Ring, residuals, grad: jax.Array):
         if ring.size == 1:
             return coming, grads.query, grads[1:]
         arrived = 0 if keys_grads is None else ring.pass_on(keys_grads, last_hop)
-        grads = _wide(grads)
+        grads = in_float32(grads)
         return coming, grads.query, arrived + jnp.stack(grads[1:])
 
     carry = _pack(ring, keys._replace(segments=segments)), None, None
@@ -135,11 +135,6 @@ def _pack(ring: Ring, keys: Keys) -> tuple[Any, jax.Array | None]:
 def _unpack(travelling: tuple[Any, jax.Array | None]) -> Keys:
     key_value, segments = travelling
     return Keys(key_value[0], key_value[1], segments)
-
-
-def _wide(tree: Any) -> Any:
-    """Sums over several stops are float32."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def _blocks_at_stop(spec: AttentionSpec, ring: Ring, rank: Any, stop: Any, seq: int) -> Blocks:

@@ -67,9 +67,7 @@ class Keys(NamedTuple):
 class Partial(NamedTuple):
     """Attention over some of the keys: the normalized output and the log-sum-exp of the scores."""
 
-    output: (
-        jax.Array
-    )  # [b, q, k, g, d], float32 but for a single block, which has the query's dtype if a kernel made it
+    output: jax.Array  # [b, q, k, g, d], float32; of a single block in the query's dtype, if a kernel made it
     lse: jax.Array  # float32 [b, k, g, q]
 
 
@@ -110,6 +108,11 @@ def merge_partials(a: Partial, b: Partial, token_axis: int = 1) -> Partial:
         return x.output * jnp.moveaxis(jnp.exp(x.lse - lse), -1, token_axis)[..., None]
 
     return Partial(weighted(a) + weighted(b), lse)
+
+
+def in_float32(tree: Any) -> Any:
+    """What a kernel made in a smaller dtype, as sums over several blocks are."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def tie_to_data(tree: Any, data: jax.Array) -> Any:

@@ -26,9 +26,11 @@ def with_float32_grads(traced: core.ClosedJaxpr) -> core.ClosedJaxpr:
 
     def wide(var: Any) -> Any:
         """The same value in float32; None if no product made it."""
-        eqn = makers.get(var) if isinstance(var, core.Var) else None
-        if var in found or eqn is None or var.aval.dtype == jnp.float32:
-            return found.get(var) if eqn is not None else None
+        if isinstance(var, core.Literal) or var not in makers or var.aval.dtype == jnp.float32:
+            return None
+        if var in found:
+            return found[var]
+        eqn = makers[var]
         if (swapped := _product_in_order(eqn, makers)) is not None:
             eqn = swapped
         invars, params = eqn.invars, eqn.params

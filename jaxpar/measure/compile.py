@@ -27,8 +27,8 @@ from jaxpar.pipeline.tick_scope import taken_fraction
 from jaxpar.program import Program
 
 FIT_ADVICE = (
-    "try: actor.model.recompute_granularity=full recompute_method=uniform recompute_num_layers=1 recompute_modules=null, a larger "
-    "pipeline_model_parallel_size, tensor_model_parallel_size with sequence_parallel, or context_parallel_size, "
+    "try: actor.model.recompute_granularity=full recompute_method=uniform recompute_num_layers=1 recompute_modules=null, "
+    "a larger pipeline_model_parallel_size, tensor_model_parallel_size with sequence_parallel, or context_parallel_size, "
     "or a smaller actor.micro_batch_size"
 )
 MEMORY_FRACTION = 0.92  # the share of a GPU that XLA may take; the rest is for CUDA, NCCL and cuBLAS

@@ -24,10 +24,13 @@ class BatchLayout:
       order: int [seq_length], for each index of an array on the mesh, the index in the sequence of the token there
         (see `jaxpar.attention.zigzag_order`).
       rows: the rows of the global batch that this process's devices need, in order.
+
+    Args:
+      within_documents: whether tokens attend only to their own document (`data.reset_attention_mask`).
     """
 
-    def __init__(self, global_batch_size: int, seq_length: int, mesh: Mesh):
-        self.shape = (global_batch_size, seq_length)
+    def __init__(self, global_batch_size: int, seq_length: int, mesh: Mesh, *, within_documents: bool = True):
+        self.shape, self._within_documents = (global_batch_size, seq_length), within_documents
         self._mesh, self.sharding = mesh, NamedSharding(mesh, BATCH_SPEC)
         self.order = zigzag_order(seq_length, mesh.shape["cp"])
         slices = self.sharding.addressable_devices_indices_map(self.shape).values()
@@ -63,18 +66,25 @@ class BatchLayout:
 
     def resized(self, num_rows: int) -> "BatchLayout":
         """The same with `num_rows` rows on this process, and as many on each dp rank."""
-        return BatchLayout(self.shape[0] * num_rows // len(self.rows), self.shape[1], self._mesh)
+        rows = self.shape[0] * num_rows // len(self.rows)
+        return BatchLayout(rows, self.shape[1], self._mesh, within_documents=self._within_documents)
 
     def own_rows(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Checks a user's global batch, adds defaults, and cuts it down to this process's rows.
 
         Raises:
-          ValueError: a key is unknown or missing, or a shape is not `shape`.
+          ValueError: a key is unknown or missing, a shape is not `shape`, a document is in two parts, or documents are
+            given that attention would ignore.
         """
         if unknown := sorted(batch.keys() - DTYPES.keys()):
             raise ValueError(f"batch: unknown keys {', '.join(unknown)}; known: {', '.join(DTYPES)}")
         if missing := sorted({"tokens", "targets"} - batch.keys()):
             raise ValueError(f"batch: {' and '.join(missing)} missing")
+        if "segment_ids" in batch and not self._within_documents:
+            raise ValueError(
+                "batch: segment_ids are given, but data.reset_attention_mask is False, so tokens attend across documents: "
+                "leave them out, or set data.reset_attention_mask: True"
+            )
         for key, array in batch.items():
             if np.shape(array) != self.shape:
                 raise ValueError(
@@ -86,7 +96,7 @@ class BatchLayout:
             "positions": np.broadcast_to(np.arange(self.shape[1]), self.shape),
         }
         whole = {**defaults, **batch}
-        _check_documents(np.asarray(whole["segment_ids"]))
+        _check_documents(np.asarray(whole["segment_ids"]), np.asarray(whole["loss_mask"]))
         return {key: np.asarray(whole[key], dtype)[self.rows] for key, dtype in DTYPES.items()}
 
 
@@ -99,11 +109,12 @@ def number_documents(segment_ids: np.ndarray) -> np.ndarray:
     return np.pad(np.cumsum(starts, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
 
 
-def _check_documents(segment_ids: np.ndarray) -> None:
-    """Raises ValueError if a document is in two parts. 0 may be: padding is not trained on."""
-    for row, ids in enumerate(segment_ids):
+def _check_documents(segment_ids: np.ndarray, loss_mask: np.ndarray) -> None:
+    """Raises ValueError if a document is in two parts, unless it is padding: id 0, and not trained on."""
+    for row, (ids, weights) in enumerate(zip(segment_ids, loss_mask, strict=True)):
         starts = ids[np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))]
-        found, counts = np.unique(starts[starts != 0], return_counts=True)
+        is_padding = not weights[ids == 0].any()
+        found, counts = np.unique(starts[starts != 0] if is_padding else starts, return_counts=True)
         if (counts > 1).any():
             raise ValueError(
                 f"batch: segment_ids: row {row} has document {found[counts > 1][0]} in {counts.max()} separate parts, but the "

@@ -272,7 +272,8 @@ class _RunOfLayers:
 
 def _after(x: Any, others: Sequence[jax.Array], axes: tuple[str, ...]) -> jax.Array:
     """`x`, varying over `axes` and made to depend on `others`. XLA drops barriers before it decides on copies, so the
-    dependence is arithmetic: 0 times an element of each. (If that is NaN, the step is lost anyway.)"""
+    dependence is arithmetic: 0 times an element of each. (Where that is NaN, the step is lost anyway, or the slot is idle and
+    what it makes is dropped.)"""
     elements = []
     for other in others:
         rest = tuple(axis for axis in varying_axes(other) if axis not in axes)

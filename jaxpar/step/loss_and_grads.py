@@ -46,8 +46,8 @@ from jaxpar.pipeline.schedule import Schedule, forward_only
 Batch = Mapping[str, jax.Array]
 MAX_LOGITS_BYTES = 2**29  # float32 logits that a device holds at a time
 MAX_VOCABULARY_BYTES = 2**30  # with ZeRO stage 3: of these, and of an embedding or head
-# Logits in the compute dtype that are kept with ZeRO stage 3. With full recompute, when layers keep little, they would be the
-# peak.
+# With ZeRO stage 3: logits, counted in float32, that are kept in the compute dtype for their gradients. With full recompute,
+# when layers keep little, they would be the peak.
 MAX_KEPT_LOGITS_BYTES = {"full": 0, "selective": 2**32, None: 2**32}
 
 

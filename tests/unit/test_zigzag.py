@@ -55,6 +55,19 @@ def test_documents_are_numbered_in_their_order():
 def test_a_document_in_two_parts_is_refused():
     layout = BatchLayout(2, 4, make_mesh((1, 1, 1, 1, 1)))
     batch = {"tokens": np.zeros((2, 4)), "targets": np.zeros((2, 4))}
-    layout.own_rows({**batch, "segment_ids": [[0, 1, 2, 0], [1, 1, 1, 1]]})  # 0 is padding
+    split = [[0, 1, 2, 0], [1, 1, 1, 1]]
+    layout.own_rows({**batch, "segment_ids": split, "loss_mask": [[0, 1, 1, 0], [1, 1, 1, 1]]})  # 0 is padding
+    with pytest.raises(ValueError, match="row 0 has document 0 in 2 separate parts"):
+        layout.own_rows({**batch, "segment_ids": split})  # 0 is trained on
     with pytest.raises(ValueError, match="row 1 has document 4 in 2 separate parts"):
-        layout.own_rows({**batch, "segment_ids": [[0, 1, 2, 0], [4, 5, 4, 4]]})
+        layout.own_rows({**batch, "segment_ids": [[0, 1, 2, 2], [4, 5, 4, 4]]})
+
+
+def test_documents_that_attention_would_ignore_are_refused():
+    layout = BatchLayout(1, 4, make_mesh((1, 1, 1, 1, 1)), within_documents=False)
+    batch = {"tokens": np.zeros((1, 4)), "targets": np.zeros((1, 4))}
+    layout.own_rows(batch)
+    for one in (layout, layout.resized(2)):
+        shape = one.shape
+        with pytest.raises(ValueError, match="segment_ids are given, but data.reset_attention_mask is False"):
+            one.own_rows({key: np.zeros(shape) for key in ("tokens", "targets", "segment_ids")})

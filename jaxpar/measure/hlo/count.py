@@ -236,9 +236,9 @@ class _ProgramWalker:
                 return
         elif target.startswith("__cudnn$fmha"):
             flops = cudnn_attention_flops(instruction, operands)
-        elif (flops := tokamax_attention_flops(instruction, operands)) is not None:
-            pass
-        elif kernel is not None:
+        else:
+            flops = tokamax_attention_flops(instruction, operands)
+        if flops is None and kernel is not None:
             note = f"kernel {kernel} ({target})"
             if kernel in self.kernels:
                 flops = self.kernels[kernel](operands, instruction.result)
