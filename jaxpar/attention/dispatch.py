@@ -25,12 +25,13 @@ def attention(
     """softmax(query keyᵀ / sqrt(head_dim)) value over the whole sequence, even if each cp rank holds only a part of it.
 
     It can be called anywhere. Inside jaxpar's train step, `seq` is this rank's two chunks of the sequence (see
-    `jaxpar.attention.zigzag_order`); elsewhere it is the whole sequence.
+    `jaxpar.attention.zigzag_order`), and kernels of GPUs compute it. Elsewhere it is the whole sequence, in plain JAX.
 
     Args:
       query, key, value: any float dtype. heads is a multiple of kv_heads (grouped-query attention: query head i reads
         kv head i // (heads / kv_heads)); only the kv heads travel.
-      segment_ids: a token attends only to tokens with the same id (the documents of a packed sequence).
+      segment_ids: a token attends only to tokens with the same id (the documents of a packed sequence). Inside jaxpar's train
+        step they do not decrease along the sequence, which kernels of GPUs need.
       causal: a token attends only to itself and to earlier tokens.
       window: of these, a token attends only to the latest `window`.
 

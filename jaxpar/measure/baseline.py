@@ -44,6 +44,8 @@ class BaselineProgram:
                 f"actor.global_batch_size: {rows} does not divide by {len(devices)} devices ({rows} / {len(devices)} = "
                 f"{rows / len(devices):.2f}), over which the plain step to compare with splits it: choose a multiple"
             )
+        why = "XLA splits this program by itself, and no kernel: the comparison favours jaxpar"
+        self.attention_choices = {} if devices[0].platform == "cpu" else {"plain JAX: all blocks": why}
         self.mesh = build_mesh(MeshSizes(dp=len(devices), pp=1, tp=1, sp=1, cp=1), devices)
         self.batch_layout = BatchLayout(rows, config.runner.seq_length, self.mesh)
         recompute = jax.checkpoint if config.actor.model.recompute_granularity == "full" else lambda f: f

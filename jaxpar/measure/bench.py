@@ -163,7 +163,7 @@ def compare(
     for name, program in programs.items():
         runs[name] = _in_memory(partial(_Run, program, vocab_size))
         say(f"compiled {name} in {runs[name].compile_seconds:.1f} s")
-        for line in choice_lines(program.attention_choices) if isinstance(program, Program) else ():
+        for line in choice_lines(program.attention_choices):
             say(f"{name}: {line}")
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
