@@ -18,6 +18,12 @@ from jaxpar.models import FunctionalModel
 from jaxpar.parallel.sharding import layout_tree
 
 
+# A check fails in XLA's partitioner ("sub-axis size must be > 1"), and the process ends.
+THREE_STAGES = pytest.mark.skipif(
+    jax.__version_info__ >= (0, 12), reason="jaxlib 0.12.0.1 aborts on pp 3 x sp 2 x cp 2 of an automatic model"
+)
+
+
 @functools.cache
 def case(build) -> Case:
     """`build` takes an attention function: the ring's for jaxpar, plain attention for the reference."""
@@ -53,7 +59,7 @@ def test_stack_of_blocks(sizes):
             ((1, 2, 2, 1, 2), {"schedule": "zb1p"}),
         ),
         ((2, 2, 1, 2, 1), {"schedule": "zb1p", "num_chunks": 2, "zero_stage": 3}),
-        ((1, 3, 1, 2, 2), {"num_microbatches": 3}),  # four layers on three stages
+        pytest.param((1, 3, 1, 2, 2), {"num_microbatches": 3}, marks=THREE_STAGES),  # four layers on three stages
         ((2, 1, 2, 1, 1), {"recompute": Recompute("selective"), "zero_stage": 2}),
     ],
 )
