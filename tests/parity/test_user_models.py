@@ -17,7 +17,6 @@ from jaxpar.config import ConfigError
 from jaxpar.models import FunctionalModel
 from jaxpar.parallel.sharding import layout_tree
 
-
 # A check fails in XLA's partitioner ("sub-axis size must be > 1"), and the process ends.
 THREE_STAGES = pytest.mark.skipif(
     jax.__version_info__ >= (0, 12), reason="jaxlib 0.12.0.1 aborts on pp 3 x sp 2 x cp 2 of an automatic model"
