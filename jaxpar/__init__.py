@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jaxpar.config import Config, ConfigError, MeshSizes, config_from_dict, load_config
 
 if TYPE_CHECKING:
-    from jaxpar.models import Model, TokenInfo
+    from jaxpar.models import Model, Stack, TokenInfo, Whole
     from jaxpar.parallel.mesh import build_mesh
     from jaxpar.trainer import Trainer
 
@@ -20,8 +20,10 @@ __all__ = [
     "ConfigError",
     "MeshSizes",
     "Model",
+    "Stack",
     "TokenInfo",
     "Trainer",
+    "Whole",
     "build_mesh",
     "config_from_dict",
     "load_config",
@@ -30,8 +32,10 @@ __all__ = [
 _WITH_JAX = {
     "build_mesh": "jaxpar.parallel.mesh",
     "Model": "jaxpar.models",
+    "Stack": "jaxpar.models",
     "TokenInfo": "jaxpar.models",
     "Trainer": "jaxpar.trainer",
+    "Whole": "jaxpar.models",
 }
 
 

@@ -4,7 +4,6 @@ and nothing is compiled.
 `jaxpar mesh`, `compile`, `bench` and `train` all start from a `Blueprint`. `jaxpar.program` puts one on real devices.
 """
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -12,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import AbstractMesh
 
 from jaxpar.attention import AttentionSettings, Backend
 from jaxpar.backward.recompute import Recompute
 from jaxpar.config import Architecture, Config, ConfigError, MeshSizes, checks
 from jaxpar.config.keys import RECOMPUTE_MODULES
-from jaxpar.models import Decoder, FunctionalModel, Model
+from jaxpar.models import Decoder, FunctionalModel, UserModel
 from jaxpar.models.flops import flops_coefficients, model_flops_per_token
 from jaxpar.parallel.mesh import cross_host_warning
 from jaxpar.parallel.placement import LayerPlacement
@@ -30,8 +28,6 @@ from jaxpar.step.optimizer import build_optimizer, learning_rate_schedule
 from jaxpar.step.train_step import LossScale
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
-
-UserModel = Model | Callable[[nnx.Rngs], nnx.Module]
 
 
 class Blueprint:
@@ -77,7 +73,7 @@ class Blueprint:
     @cached_property
     def model(self) -> FunctionalModel:
         if self._user_model is not None:
-            return FunctionalModel(self._user_model)
+            return FunctionalModel(self._user_model, self.config.row_length)
         if self.architecture is None:
             raise ConfigError(
                 "actor.model: describes no model: give model_path (a Hugging Face folder) or hidden_size, "
@@ -109,6 +105,7 @@ class Blueprint:
             explicit=self.model.explicit,
             zero_stage=self.config.zero_stage,
             num_chunks=self.num_chunks,
+            num_layers=self.model.num_layers,
         )
 
     def schedule_of(self, rows: int) -> Schedule:

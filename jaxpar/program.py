@@ -11,7 +11,15 @@ from jaxpar.blueprint import DTYPES, Blueprint, UserModel
 from jaxpar.config import Config, ConfigError
 from jaxpar.parallel.batch import BatchLayout
 from jaxpar.parallel.mesh import build_mesh
-from jaxpar.step import StepSetup, build_evaluate, build_loss_and_grads, build_train_step, init_state, state_shardings
+from jaxpar.step import (
+    StepSetup,
+    build_evaluate,
+    build_loss_and_grads,
+    build_loss_auxiliary_and_grads,
+    build_train_step,
+    init_state,
+    state_shardings,
+)
 
 
 class Program:
@@ -28,7 +36,8 @@ class Program:
         programs take any number of rows.
       state_shapes, state_shardings: of the whole training state.
       train_step: jitted (state, batch) → (state, metrics), see `jaxpar.step.train_step`. The state is donated.
-      loss_and_grads: jitted (params, batch, loss_scale=None) → (loss, grads).
+      loss_and_grads: jitted (params, batch, loss_scale=None, seed=None) → (loss, grads), see
+        `jaxpar.step.loss_and_grads.build_loss_auxiliary_and_grads`.
       evaluate: jitted (params, batch) → losses without gradients, see `jaxpar.step.loss_and_grads.build_evaluate`.
       init: jitted (params or None) → the state before the first step.
       attention_choices: once a program is traced, what computes the blocks of attention → why.
@@ -52,11 +61,12 @@ class Program:
         setup = _step_setup(blueprint, self.mesh)
         self.attention_choices = setup.attention.backend.choices
 
-        loss_and_grads = build_loss_and_grads(setup)
         self.evaluate = jax.jit(build_evaluate(setup))
-        self.loss_and_grads = jax.jit(loss_and_grads)
+        self.loss_and_grads = jax.jit(build_loss_and_grads(setup))
         self.train_step = jax.jit(
-            build_train_step(loss_and_grads, optimizer, blueprint.learning_rate, loss_scale, offload=offload),
+            build_train_step(
+                build_loss_auxiliary_and_grads(setup), optimizer, blueprint.learning_rate, loss_scale, offload=offload
+            ),
             in_shardings=(self.state_shardings, self.batch_layout.sharding),
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, P())),
             donate_argnums=0,

@@ -35,7 +35,7 @@ from jaxpar.run.replicas import ReplicaError, check_replicas
 from jaxpar.run.signals import Interrupted, Signals
 from jaxpar.run.step_log import NonFiniteError, StepLog
 from jaxpar.run.watchdog import Watchdog
-from jaxpar.step.train_step import State, scale_of
+from jaxpar.step.train_step import State, scale_of, seed_of
 
 __all__ = ["Interrupted", "NonFiniteError", "ReplicaError", "Trainer"]
 
@@ -86,7 +86,8 @@ class Trainer:
         )
 
     def loss_and_grads(self, batch: Mapping[str, Any]) -> tuple[Float[Array, ""], Any]:
-        """Loss and gradients of one global batch at the current parameters, on the mesh, without an update.
+        """Loss and gradients of one global batch at the current parameters, on the mesh, without an update. They are those of
+        the next step, random numbers included.
 
         Args:
           batch: the whole run's numpy or jax arrays, each [global_batch_size, seq]: `tokens` and `targets`, int;
@@ -101,7 +102,8 @@ class Trainer:
           ValueError: a key or shape is wrong, or `segment_ids` are, see `jaxpar.parallel.batch.BatchLayout.own_rows`.
         """
         layout, scale = self.program.batch_layout, scale_of(self.state, self.program.blueprint.loss_scale)
-        return self.program.loss_and_grads(self.state["params"], layout.put_on_mesh(layout.own_rows(batch)), scale)
+        placed = layout.put_on_mesh(layout.own_rows(batch))
+        return self.program.loss_and_grads(self.state["params"], placed, scale, seed_of(self.state))
 
     def log_probs(self, batch: Mapping[str, Any]) -> Float[Array, "global_batch seq"]:
         """log p(target) of each token at the current parameters, without gradients: float32, in nats.

@@ -218,7 +218,13 @@ class Step:
     ):
         self.mesh = make_mesh(sizes)
         self.layouts = layout_tree(
-            model.shapes, model.dims, self.mesh, explicit=model.explicit, zero_stage=zero_stage, num_chunks=num_chunks
+            model.shapes,
+            model.dims,
+            self.mesh,
+            explicit=model.explicit,
+            zero_stage=zero_stage,
+            num_chunks=num_chunks,
+            num_layers=model.num_layers,
         )
         self.shardings = jax.tree.map(lambda layout: NamedSharding(self.mesh, layout.rest_spec), self.layouts)
         self.schedule = build_schedule(schedule, sizes[1], num_microbatches, num_chunks)

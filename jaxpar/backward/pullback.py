@@ -36,7 +36,7 @@ ELEMENTWISE = {
 # Gathered sequences are not kept but gathered again (Korthikanti et al., 2022, arXiv:2205.05198, section 4.2.2).
 CHEAP = ELEMENTWISE | {"all_gather"}
 
-Block = Callable[[Any, jax.Array, Any], jax.Array]  # (params, x, info) → y, of the shape of x
+Block = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]  # (params, x, info) → y, of the shape of x, and more
 
 
 def _not_split(*_: Any) -> Any:
@@ -48,8 +48,9 @@ class Pullback:
     """A block and its backward pass, as functions.
 
     Attributes:
-      kept: avals of what `forward` returns beside y.
-      forward: (params, x, info) → (y, kept): the block, and what its backward pass needs.
+      kept: avals of what the backward pass needs.
+      more: avals of what the block returns beside y. No gradient comes back through it.
+      forward: (params, x, info) → (y, more, kept): the block, and what its backward pass needs.
       grads: (kept, params, info, y_grad) → (gradients of params, of x).
       pending: avals of what `input_grad` hands over to `weight_grad`.
       input_grad: B, (kept, params, info, y_grad) → ({index of a leaf of params: its gradient}, gradient of x, pending).
@@ -58,7 +59,8 @@ class Pullback:
     """
 
     kept: list[Any]
-    forward: Callable[[Any, jax.Array, Any], tuple[jax.Array, list[jax.Array]]]
+    more: Any
+    forward: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any, list[jax.Array]]]
     grads: Callable[[Sequence[jax.Array], Any, Any, jax.Array], tuple[Any, jax.Array]]
     pending: list[Any] = field(default_factory=list)
     input_grad: Callable[..., tuple[dict[int, jax.Array], jax.Array, list[jax.Array]]] = _not_split
@@ -84,7 +86,7 @@ def take_apart(
       float32_grads: a product or sum whose result is the gradient of a parameter gives it in float32, in which it is
         added up anyway. Otherwise it is rounded to the compute dtype first.
     """
-    pullback = _keep_input(block, x) if again == "full" else _keep_min_cut(block, params, x, info, again)
+    pullback = _keep_input(block, params, x, info) if again == "full" else _keep_min_cut(block, params, x, info, again)
     if not (split or float32_grads):
         return pullback
     traced = inlined(pullback.grads, [zeros(aval) for aval in pullback.kept], params, info, x, split=split)
@@ -94,32 +96,34 @@ def take_apart(
     return _split_halves(pullback, traced) if split else pullback
 
 
-def _differentiate(block: Block, params: Any, x: jax.Array, info: Any) -> tuple[jax.Array, list[jax.Array], Any]:
-    y, backward = jax.vjp(lambda params, x: block(params, x, info), params, x)
-    return y, *jax.tree.flatten(backward)
+def _differentiate(block: Block, params: Any, x: jax.Array, info: Any) -> tuple[jax.Array, Any, list[jax.Array], Any]:
+    y, backward, more = jax.vjp(lambda params, x: block(params, x, info), params, x, has_aux=True)
+    return y, more, *jax.tree.flatten(backward)
 
 
-def _keep_input(block: Block, x: jax.Array) -> Pullback:
+def _keep_input(block: Block, params: Any, x: jax.Array, info: Any) -> Pullback:
     """Only x is kept, and the block runs again before its backward pass."""
 
-    def forward(params: Any, x: jax.Array, info: Any) -> tuple[jax.Array, list[jax.Array]]:
-        return block(params, x, info), [x]
+    def forward(params: Any, x: jax.Array, info: Any) -> tuple[jax.Array, Any, list[jax.Array]]:
+        return *block(params, x, info), [x]
 
     def grads(kept: Sequence[jax.Array], params: Any, info: Any, y_grad: jax.Array) -> tuple[Any, jax.Array]:
-        _, leaves, tree = _differentiate(block, params, kept[0], info)
+        _, _, leaves, tree = _differentiate(block, params, kept[0], info)
         return jax.tree.unflatten(tree, leaves)(y_grad)
 
-    return Pullback([jax.typeof(x)], forward, grads)
+    return Pullback([jax.typeof(x)], jax.eval_shape(block, params, x, info)[1], forward, grads)
 
 
 def _keep_min_cut(block: Block, params: Any, x: jax.Array, info: Any, modules: Sequence[str]) -> Pullback:
     """The fewest bytes are kept from which cheap work and the work of `modules` lead to what the backward pass needs."""
     tree: Any = None
+    more_tree: Any = None
 
     def residuals(params: Any, info: Any, x: jax.Array) -> list[jax.Array]:
-        nonlocal tree
-        y, leaves, tree = _differentiate(block, params, x, info)
-        return [y, *leaves]
+        nonlocal tree, more_tree
+        y, more, leaves, tree = _differentiate(block, params, x, info)
+        more_leaves, more_tree = jax.tree.flatten(more)
+        return [y, *more_leaves, *leaves]
 
     traced = inlined(residuals, params, info, x)
     in_modules = _in_modules(traced.jaxpr.eqns, modules)
@@ -127,20 +131,24 @@ def _keep_min_cut(block: Block, params: Any, x: jax.Array, info: Any, modules: S
     def computed_again(eqn: Any) -> bool:
         return id(eqn) in in_modules or eqn.primitive.name in CHEAP
 
-    eqns, (*inputs, x_var), (y_var, *leaf_vars) = traced.jaxpr.eqns, traced.jaxpr.invars, traced.jaxpr.outvars
+    eqns, (*inputs, x_var), outvars = traced.jaxpr.eqns, traced.jaxpr.invars, traced.jaxpr.outvars
+    first_leaf = 1 + more_tree.num_leaves
+    more_vars, leaf_vars = outvars[1:first_leaf], outvars[first_leaf:]
     kept_vars = min_cut(eqns, x_var, leaf_vars, computed_again)
-    run_forward = part(traced, needed(eqns, [y_var, *kept_vars]), [*inputs, x_var], [y_var, *kept_vars])
+    forward_vars = [*outvars[:first_leaf], *kept_vars]
+    run_forward = part(traced, needed(eqns, forward_vars), [*inputs, x_var], forward_vars)
     make_leaves = part(traced, needed(eqns, leaf_vars, given=kept_vars), [*inputs, *kept_vars], leaf_vars)
 
-    def forward(params: Any, x: jax.Array, info: Any) -> tuple[jax.Array, list[jax.Array]]:
-        y, *kept = run_forward(*jax.tree.leaves((params, info)), x)
-        return y, kept
+    def forward(params: Any, x: jax.Array, info: Any) -> tuple[jax.Array, Any, list[jax.Array]]:
+        found = run_forward(*jax.tree.leaves((params, info)), x)
+        return found[0], jax.tree.unflatten(more_tree, found[1:first_leaf]), found[first_leaf:]
 
     def grads(kept: Sequence[jax.Array], params: Any, info: Any, y_grad: jax.Array) -> tuple[Any, jax.Array]:
         leaves = make_leaves(*jax.tree.leaves((params, info)), *kept)
         return jax.tree.unflatten(tree, leaves)(y_grad)
 
-    return Pullback([var.aval for var in kept_vars], forward, grads)
+    more = jax.tree.unflatten(more_tree, [var.aval for var in more_vars])
+    return Pullback([var.aval for var in kept_vars], more, forward, grads)
 
 
 def _in_modules(eqns: Sequence[Any], modules: Sequence[str]) -> set[int]:

@@ -59,8 +59,9 @@ class BaselineProgram:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
             return (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
 
-        def loss_and_grads(params: Any, batch: Any, loss_scale: Any) -> tuple[jax.Array, Any]:
-            return jax.value_and_grad(loss)(params, batch)
+        def loss_auxiliary_and_grads(params: Any, batch: Any, *_: Any) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+            value, grads = jax.value_and_grad(loss)(params, batch)
+            return value, {}, grads
 
         everywhere = NamedSharding(self.mesh, P())
         self.init = jax.jit(
@@ -69,7 +70,7 @@ class BaselineProgram:
         self.state_shapes = jax.eval_shape(lambda: init_state(model, optimizer, config.actor.seed))
         self.state_shardings = jax.tree.map(lambda _: everywhere, self.state_shapes)
         self.train_step = jax.jit(
-            build_train_step(loss_and_grads, optimizer, blueprint.learning_rate),
+            build_train_step(loss_auxiliary_and_grads, optimizer, blueprint.learning_rate),
             in_shardings=(everywhere, self.batch_layout.sharding),
             out_shardings=everywhere,
             donate_argnums=0,

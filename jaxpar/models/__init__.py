@@ -1,6 +1,7 @@
 """Models: the protocol that jaxpar trains, and the built-in decoder."""
 
 from jaxpar.models.decoder import Decoder
-from jaxpar.models.protocol import FunctionalModel, Model, TokenInfo, WholeModel
+from jaxpar.models.functional import FunctionalModel, UserModel
+from jaxpar.models.protocol import Model, Stack, TokenInfo, Whole
 
-__all__ = ["Decoder", "FunctionalModel", "Model", "TokenInfo", "WholeModel"]
+__all__ = ["Decoder", "FunctionalModel", "Model", "Stack", "TokenInfo", "UserModel", "Whole"]

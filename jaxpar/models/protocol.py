@@ -1,49 +1,78 @@
-"""What jaxpar takes for a model: an embedding, a stack of blocks that are alike, and a head.
+"""What jaxpar takes for a model: an embedding, a stack of blocks, and a head; or one whole module.
 
-Any object with the four members of `Model` will do. Its three methods build `flax.nnx` modules. Their parameters name
-their dimensions, with names from the table in `jaxpar.parallel.sharding`:
-
-    nnx.Param(value, out_sharding=("embed", "mlp"))   or   nnx.with_partitioning(initializer, ("embed", "mlp"))
-
-The methods are called while tracing, so each weight is made on the device that keeps it and nowhere else.
+Each part is a `flax.nnx` module, which a function of `nnx.Rngs` builds, or a `flax.linen` module. Functions are called while
+tracing, so each weight is made on the device that keeps it and nowhere else. Dimensions of parameters have names from the
+table in `jaxpar.parallel.sharding`. They stand on the parameter, or in `dims` (see `jaxpar.models.dimensions`).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import linen, nnx
 from jaxtyping import Array, Float, Int
 
-from jaxpar.config import ConfigError
-from jaxpar.parallel.collectives import WHOLE, VocabularyPart
+from jaxpar.parallel.collectives import rank_and_size, sum_over, vary, varying_axes
+from jaxpar.parallel.randomness import TokenKey
 
 Params = dict[str, Any]  # {"embed", "layers", "head"}: nested dicts of arrays; layers have a leading [num_layers]
+Build = Callable[..., nnx.Module | linen.Module]  # (rngs) or (rngs, layer) → module
+PartOfModel = Build | linen.Module
+ACROSS_SEQUENCE = "jaxpar_mean_over_sequence"  # a name scope
 
 
-@jax.tree_util.register_dataclass
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["positions", "segment_ids", "layer", "inputs", "random"],
+    meta_fields=["train"],
+)
 @dataclass(frozen=True)
 class TokenInfo:
-    """What a block may need to know about its tokens, besides their activations.
+    """What a module may need to know about its tokens, besides their activations.
 
     Attributes:
       positions: int32 [batch, seq], the position of each token in its document, for rotary or learned embeddings.
       segment_ids: int32 [batch, seq], the document of each token, to pass to `jaxpar.attention.attention`.
+      layer: int32 scalar, the block's index in the stack; None in an embedding and outside of jaxpar's step.
+      inputs: what else the batch has for each token, by name, see `Stack`.
+      random: where random numbers come from; `rngs` is made of it.
+      train: False in an evaluation.
     """
 
     positions: Int[Array, "batch seq"]
     segment_ids: Int[Array, "batch seq"] | None
+    layer: Any = None
+    inputs: Mapping[str, Array] = field(default_factory=dict)
+    random: TokenKey | None = None
+    train: bool = True
+
+    @cached_property
+    def rngs(self) -> nnx.Rngs | None:
+        """For dropout, as in `self.dropout(x, rngs=info.rngs)`: depends on the seed, the step, the layer and the token, and
+        on no layout. None in an evaluation."""
+        return nnx.Rngs(self.random.key) if self.train and self.random is not None else None
+
+    def mean_over_sequence(self, x: Float[Array, "batch seq *rest"]) -> Float[Array, "batch *rest"]:
+        """The mean over all tokens of a row, also where each cp rank holds a part of them."""
+        with jax.named_scope(ACROSS_SEQUENCE):
+            axes = varying_axes(x)
+            mean = sum_over(vary(x.mean(1), ("cp",)), ("cp",)) / rank_and_size("cp")[1]
+            return vary(mean, axes)
 
 
 @runtime_checkable
 class Model(Protocol):
-    """A stack of blocks that are alike.
+    """A stack of blocks. `Stack` is one; so is any object with these four members, and with those of the optional ones that
+    it needs.
 
     Attributes:
       num_layers: number of blocks.
+      dims, names, auxiliary, inputs: (optional) as in `Stack`.
+      mixes_tokens_itself: (optional, default False) True says that blocks mix tokens without `jaxpar.attention` and are right
+        where each cp rank has a part of the sequence.
       explicit_tensor_collectives: (optional, default False) True if the modules call the functions of
         `jaxpar.parallel.collectives` themselves. Embedding and head then also take a `VocabularyPart` as their last
         argument, and pass it on to these functions. False: XLA places the tensor collectives, guided by the names of
@@ -52,30 +81,99 @@ class Model(Protocol):
 
     num_layers: int
 
-    def embed(self, rngs: nnx.Rngs) -> nnx.Module:
+    def embed(self, rngs: nnx.Rngs) -> nnx.Module | linen.Module:
         """A module (tokens int32 [batch, seq], info) → activations [batch, seq, embed]."""
         ...
 
-    def block(self, rngs: nnx.Rngs) -> nnx.Module:
-        """A module (activations, info) → activations of the same shape and dtype."""
+    def block(self, rngs: nnx.Rngs) -> nnx.Module | linen.Module:
+        """A module (activations, info) → activations of the same shape and dtype; or (activations, auxiliary outputs by
+        name). If blocks differ, the method takes the layer's index too: `block(self, rngs, layer)`."""
         ...
 
-    def head(self, rngs: nnx.Rngs) -> nnx.Module:
-        """A module (activations, embed) → logits [batch, seq, vocab]; the second argument serves tied weights."""
+    def head(self, rngs: nnx.Rngs) -> nnx.Module | linen.Module:
+        """A module (activations, embed) → logits [batch, seq, vocab]; the second argument, the embedding's module, serves
+        tied weights."""
         ...
 
 
-class WholeModel:
+class Stack:
+    """A model of an embedding, blocks and a head.
+
+    Blocks may differ. Those that build the same module with the same static attributes are of one kind. The engine repeats
+    the shortest pattern of kinds; its last repetition may be cut short. Pipeline stages and groups of recomputed layers are
+    made of whole repetitions.
+
+    Args:
+      embed, head: a Linen module, or a function of `nnx.Rngs` that builds an nnx or Linen module. See `Model` for what the
+        modules take and give.
+      blocks: the same, and if the function has a second parameter, it is the layer's index. Or a list of these: one for each
+        layer, or a pattern that is repeated.
+      num_layers: number of blocks; default: the length of the list.
+      dims: {pattern of a parameter's path: names of its dimensions}, such as
+        {"*/q_proj/kernel": ("embed", "heads", "head_dim")}. Paths begin with embed, layers or head. The first pattern that
+        matches counts, and it counts more than names on the parameter. Blocks leave out the dimension of layers.
+      names: {a name on the parameters: one of jaxpar's, or None}, for models whose parameters have names of their own.
+      auxiliary: {name: weight} of outputs that blocks return or `sow`, [batch, seq] or [batch] for each block. The sum over
+        blocks, averaged over the trained tokens, is reported, and weight times it is added to the loss. 0: only reported.
+        None: dropped.
+      inputs: {name: ShapeDtypeStruct of one token's} of arrays [rows, seq, …] that batches have in addition.
+    """
+
+    def __init__(
+        self,
+        embed: PartOfModel,
+        blocks: PartOfModel | Sequence[PartOfModel],
+        head: PartOfModel,
+        num_layers: int | None = None,
+        *,
+        dims: Mapping[str, tuple[str | None, ...]] | None = None,
+        names: Mapping[str, str | None] | None = None,
+        auxiliary: Mapping[str, float | None] | None = None,
+        inputs: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+    ):
+        pattern = list(blocks) if isinstance(blocks, Sequence) else [blocks]
+        if num_layers is None and not isinstance(blocks, Sequence):
+            raise ValueError("Stack: num_layers is missing: how many blocks are there?")
+        self.num_layers = len(pattern) if num_layers is None else num_layers
+        self.dims, self.names, self.auxiliary, self.inputs = dims, names, auxiliary, inputs
+        self._embed, self._pattern, self._head = embed, pattern, head
+
+    def embed(self, rngs: nnx.Rngs) -> nnx.Module | linen.Module:
+        return build_part(self._embed, rngs)
+
+    def block(self, rngs: nnx.Rngs, layer: int) -> nnx.Module | linen.Module:
+        return build_part(self._pattern[layer % len(self._pattern)], rngs, layer)
+
+    def head(self, rngs: nnx.Rngs) -> nnx.Module | linen.Module:
+        return build_part(self._head, rngs)
+
+
+class Whole:
     """A model that is not a stack of blocks. All of it takes the place of the embedding, and it cannot be pipelined.
 
     Args:
-      build: rngs → a module (tokens, info) → logits [batch, seq, vocab].
+      module: a Linen module, a function of `nnx.Rngs` that builds an nnx or Linen module, or an nnx module with its weights,
+        from which training then starts. It maps (tokens, info) to logits [batch, seq, vocab].
+      dims, names, inputs: as in `Stack`. Paths begin with embed.
     """
 
     num_layers = 0
 
-    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
-        self.embed = build
+    def __init__(
+        self,
+        module: PartOfModel | nnx.Module,
+        *,
+        dims: Mapping[str, tuple[str | None, ...]] | None = None,
+        names: Mapping[str, str | None] | None = None,
+        inputs: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+    ):
+        self.dims, self.names, self.inputs = dims, names, inputs
+        self._module = module
+
+    def embed(self, rngs: nnx.Rngs) -> nnx.Module | linen.Module:
+        if isinstance(self._module, nnx.Module):
+            return self._module
+        return build_part(self._module, rngs)
 
     def block(self, rngs: nnx.Rngs) -> nnx.Module:
         return _Nothing()
@@ -89,109 +187,18 @@ class _Nothing(nnx.Module):
         return x
 
 
-class FunctionalModel:
-    """A `Model` as pure functions of its parameters.
-
-    Attributes:
-      explicit: the modules call the tensor collectives themselves.
-      shapes: tree of ShapeDtypeStruct, the global shapes; layers are stacked, [num_layers, ...].
-      dims: the same tree with a tuple of dimension names at each leaf, or None if a parameter has none.
-    """
-
-    def __init__(self, model: Model | Callable[[nnx.Rngs], nnx.Module]):
-        if not isinstance(model, Model):
-            if isinstance(model, nnx.Module) or not callable(model):
-                raise ConfigError(
-                    f"model: {type(model).__name__} lacks members of jaxpar.Model, which are num_layers, embed, block and "
-                    f"head. If your model is not a stack of blocks, give a function of nnx.Rngs: "
-                    f"lambda rngs: MyModule(..., rngs=rngs)"
-                )
-            model = WholeModel(model)
-        self.num_layers = model.num_layers
-        self.explicit = bool(getattr(model, "explicit_tensor_collectives", False))
-        self._build = {"embed": model.embed, "layers": model.block, "head": model.head}
-        parts = {part: _inspect(part, build) for part, build in self._build.items()}
-        self._graphs = {part: graph for part, (graph, _, _) in parts.items()}
-        self.shapes = {part: shapes for part, (_, shapes, _) in parts.items()}
-        self.dims = {part: dims for part, (_, _, dims) in parts.items()}
-        self.shapes["layers"] = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((self.num_layers, *x.shape), x.dtype), self.shapes["layers"]
-        )
-        self.dims["layers"] = jax.tree.map(
-            lambda names: None if names is None else ("layers", *names), self.dims["layers"], is_leaf=_is_names
-        )
-
-    def init(self, seed: int) -> Params:
-        """Initial parameters, float32. Each depends only on the seed, the index of its layer and its path in the module,
-        so they are bitwise the same on every mesh."""
-        key = jax.random.key(seed)
-        embed, layers, head = (jax.random.fold_in(key, part) for part in range(3))
-        layer_keys = jax.vmap(lambda index: jax.random.fold_in(layers, index))(jnp.arange(self.num_layers))
-        return {
-            "embed": self._values("embed", embed),
-            "layers": jax.vmap(lambda key: self._values("layers", key))(layer_keys),
-            "head": self._values("head", head),
-        }
-
-    def module(self, part: str, params: Params) -> Any:
-        """The module of a part ("embed", "layers": one block, "head") with these parameters."""
-        return nnx.merge(self._graphs[part], nnx.State(params))
-
-    def embed(
-        self, params: Params, tokens: Int[Array, "batch seq"], info: TokenInfo, part: VocabularyPart = WHOLE
-    ) -> jax.Array:
-        """Activations of tokens.
-
-        Args:
-          params: with the part "embed".
-          part: of the vocabulary, that the embedding in `params` holds; for explicit models.
-        """
-        return self.module("embed", params["embed"])(tokens, info, *([part] if self.explicit else []))
-
-    def block(self, params: Params, x: Float[Array, "batch seq embed"], info: TokenInfo) -> jax.Array:
-        """One block with the parameters of one layer."""
-        return self.module("layers", params)(x, info)
-
-    def head(self, params: Params, x: Float[Array, "batch seq embed"], part: VocabularyPart = WHOLE) -> jax.Array:
-        """Logits; `params` with the parts "embed" and "head", `part` as in `embed`."""
-        embed = self.module("embed", params["embed"])
-        return self.module("head", params["head"])(x, embed, *([part] if self.explicit else []))
-
-    def _values(self, part: str, key: jax.Array) -> Params:
-        params = nnx.to_pure_dict(nnx.state(_build(self._build[part], key), nnx.Param))
-        return jax.tree.map(lambda x: x.astype(jnp.float32), params)
+def build_part(part: PartOfModel, rngs: nnx.Rngs, layer: int = 0) -> nnx.Module | linen.Module:
+    """The module of a part, as `Stack` takes it."""
+    if isinstance(part, linen.Module):
+        return part
+    return part(rngs, layer) if takes_layer(part) else part(rngs)
 
 
-def _inspect(part: str, build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Params, Params]:
-    """The graph, shapes and dimension names of a module, found without making its weights."""
-    module = nnx.eval_shape(lambda: _build(build, jax.random.key(0)))
-    # With two filters it returns three; its type says a tuple of any length.
-    graph, params, others = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
-    if found := [f"{'/'.join(map(str, path))} ({type(v).__name__})" for path, v in nnx.to_flat_state(others)]:
-        raise ConfigError(
-            f"model: {part} holds state that is not an nnx.Param: {', '.join(found)}. Only parameters are trained and "
-            f"saved: running statistics and dropout are not supported"
-        )
-    for path, v in nnx.to_flat_state(params):
-        if v.get_metadata().get("linen_meta_type") is linen.Partitioned:
-            raise ConfigError(
-                f"model: {part}/{'/'.join(map(str, path))} names its dimensions with flax.linen.with_partitioning, "
-                f"whose names are mesh axes: use flax.linen.with_logical_partitioning"
-            )
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), nnx.to_pure_dict(params))
-    names = {path: v.get_metadata().get("out_sharding") for path, v in nnx.to_flat_state(params)}
-    return graph, shapes, nnx.traversals.unflatten_mapping(names)
-
-
-def _build(build: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.Module:
-    # Flax would look for mesh axes of these names, but they are names of dimensions.
-    with nnx.use_eager_sharding(False):
-        module = build(nnx.Rngs(key))
-    for _, node in nnx.iter_graph(module):
-        if isinstance(node, nnx.bridge.ToNNX):  # it keeps its keys, which it needed only to make the weights
-            node.to_nnx__rngs = None
-    return module
-
-
-def _is_names(x: Any) -> bool:
-    return x is None or isinstance(x, tuple)
+def takes_layer(build: Build) -> bool:
+    """Whether the function has a second positional parameter that must be given, or one named `layer`."""
+    try:
+        parameters = list(inspect.signature(build).parameters.values())
+    except ValueError:  # a builtin
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1 and (positional[1].default is inspect.Parameter.empty or positional[1].name == "layer")

@@ -15,11 +15,15 @@ class LayerPlacement:
 
     Every virtual stage gets the same number of layers, and the first `num_layers mod PV` of them get one more. All stages
     run the same program, so the others compute one layer more than they have, and its result is thrown away.
+
+    `num_present`: how many of the layers, from the first on, are there; default: all. A repeated pattern of blocks that is cut
+    short lacks some in its last repetition.
     """
 
     num_layers: int
     num_stages: int = 1
     num_chunks: int = 1
+    num_present: int | None = None
 
     @property
     def layers_per_chunk(self) -> int:
@@ -40,6 +44,8 @@ class LayerPlacement:
         first = np.cumsum(counts) - counts
         index = np.arange(self.layers_per_chunk)
         table = np.where(index < counts[:, None], first[:, None] + index, NONE)
+        if self.num_present is not None:
+            table = np.where(table < self.num_present, table, NONE)
         return table.reshape(self.num_chunks, self.num_stages, -1).swapaxes(0, 1)
 
     @property

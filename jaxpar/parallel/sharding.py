@@ -86,6 +86,7 @@ def param_layout(
     explicit: bool,
     zero_stage: int,
     num_chunks: int = 1,
+    num_layers: int | None = None,
 ) -> ParamLayout:
     """Applies the table to one parameter.
 
@@ -96,6 +97,7 @@ def param_layout(
       zero_stage: from 1 on, the parameter is split over dp and cp at rest. From 2 on, it is never split over them
         along the layers, because layers are then gathered or reduced one at a time.
       num_chunks: chunks (virtual stages) of each pipeline stage.
+      num_layers: of the stack, if this parameter has fewer (see `LayerPlacement`).
 
     Raises:
       ConfigError: a name is missing or unknown, or a dimension does not divide by the axes that split it.
@@ -105,7 +107,10 @@ def param_layout(
     assert dims is not None
     step_split = tuple(_axes_of_dimension(name, shape, dims, i, rules, mesh_shape) for i in range(len(dims)))
     repeated = _repeated_heads(shape, dims, rules, mesh_shape) if explicit else None
-    placement = LayerPlacement(shape[0], mesh_shape["pp"], num_chunks) if dims[:1] == ("layers",) else None
+    placement = None
+    if dims[:1] == ("layers",):
+        present = None if num_layers in (None, shape[0]) else shape[0]
+        placement = LayerPlacement(num_layers or shape[0], mesh_shape["pp"], num_chunks, present)
     moves = placement is not None and not placement.is_contiguous
     at_rest = tuple(() if moves and dim == "layers" else axes for dim, axes in zip(dims, step_split, strict=True))
 
@@ -142,6 +147,8 @@ def place_layers(param: jax.Array, layout: ParamLayout) -> jax.Array:
     padded = jnp.take(param, np.maximum(layers, 0), axis=0)
     real = (layers != NONE).reshape(-1, *[1] * (param.ndim - 1))
     padded = padded if real.all() else jnp.where(real, padded, 0)
+    if placement.num_stages == 1:
+        return padded
     if dimension is None:
         mine = len(layers) // placement.num_stages
         return lax.dynamic_slice_in_dim(vary(padded, ("pp",)), lax.axis_index("pp") * mine, mine)
@@ -183,7 +190,14 @@ def reduce_grad(grad: jax.Array, layout: ParamLayout) -> jax.Array:
 
 
 def layout_tree(
-    shapes: Any, dims: Any, mesh: Mesh | AbstractMesh, *, explicit: bool, zero_stage: int, num_chunks: int = 1
+    shapes: Any,
+    dims: Any,
+    mesh: Mesh | AbstractMesh,
+    *,
+    explicit: bool,
+    zero_stage: int,
+    num_chunks: int = 1,
+    num_layers: int | None = None,
 ) -> Any:
     """Applies `param_layout` to a tree of ShapeDtypeStructs and the matching tree of dimension names (tuples or None).
 
@@ -196,7 +210,14 @@ def layout_tree(
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         try:
             return param_layout(
-                name, shape.shape, names, mesh.shape, explicit=explicit, zero_stage=zero_stage, num_chunks=num_chunks
+                name,
+                shape.shape,
+                names,
+                mesh.shape,
+                explicit=explicit,
+                zero_stage=zero_stage,
+                num_chunks=num_chunks,
+                num_layers=num_layers,
             )
         except ConfigError as error:
             problems.extend(error.problems)

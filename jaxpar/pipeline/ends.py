@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpar.backward import in_float32
-from jaxpar.models.protocol import FunctionalModel, Params, TokenInfo
+from jaxpar.models.functional import FunctionalModel
+from jaxpar.models.protocol import Params, TokenInfo
 from jaxpar.parallel.collectives import (
     MASKED,
     WHOLE,
@@ -31,6 +32,7 @@ from jaxpar.parallel.collectives import (
     vocabulary_columns,
     zeros,
 )
+from jaxpar.parallel.randomness import TokenKey
 
 Batch = Mapping[str, jax.Array]
 Grads = dict[int, jax.Array]  # by index of the parameter's leaf
@@ -45,6 +47,7 @@ class EmbeddingAndLoss:
       gather: ("embed" or "head", its parameters as held) → as the model computes with them. Linear.
       reduce: ("embed" or "head", its gradients) → float32, as they are summed over microbatches. Linear.
       constrain: tells XLA how to split activations.
+      train: False in an evaluation.
       float32_grads: as in `jaxpar.backward.take_apart`.
       token_parts, vocabulary_parts: the number of parts. At most one of them is above 1, and `vocabulary_parts` only for
         explicit models.
@@ -57,6 +60,7 @@ class EmbeddingAndLoss:
     gather: Callable[[str, Any], Any]
     reduce: Callable[[str, Grads], Grads]
     constrain: Callable[[jax.Array], jax.Array]
+    train: bool = True
     float32_grads: bool = False
     token_parts: int = 1
     vocabulary_parts: int = 1
@@ -182,7 +186,8 @@ class EmbeddingAndLoss:
         return WHOLE if self.vocabulary_parts == 1 else VocabularyPart(index, self.vocabulary_parts)
 
     def _embed(self, gathered: Params, batch: Batch, part: VocabularyPart) -> jax.Array:
-        x = self.constrain(self.model.embed(gathered, batch["tokens"], token_info(batch), part))
+        info = token_info(self.model, batch, train=self.train)
+        x = self.constrain(self.model.embed(gathered, batch["tokens"], info, part))
         return vary(x, ("pp", "dp", "cp"))
 
     def _token_losses(self, gathered: Params, x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -204,9 +209,8 @@ class EmbeddingAndLoss:
     def _split_tokens(self, x: jax.Array, batch: Batch) -> tuple[jax.Array, Batch]:
         """Splits both into parts of the tokens, [parts, ...]. (sp splits x, but not the batch.)"""
         ways = batch["tokens"].shape[1] // x.shape[1]
-        return split_tokens(x, self.token_parts, 1), jax.tree.map(
-            lambda a: split_tokens(a, self.token_parts, ways), dict(batch)
-        )
+        needed = {name: split_tokens(batch[name], self.token_parts, ways) for name in ("targets", "weights")}
+        return split_tokens(x, self.token_parts, 1), needed
 
     def _gathered(self, outer: Params, index: Any = 0, *names: str) -> Params:
         """The parameters `names` of `outer` (default: both), as the model computes with them. Of those with a vocabulary,
@@ -244,9 +248,11 @@ class EmbeddingAndLoss:
         return carry, {name: jax.tree.map(merge, grads, self.param_layouts[name]) for name, grads in stacked.items()}
 
 
-def token_info(batch: Batch) -> TokenInfo:
-    """Without "segment_ids", tokens attend across documents."""
-    return TokenInfo(batch["positions"], batch.get("segment_ids"))
+def token_info(model: FunctionalModel, batch: Batch, *, train: bool, layer: Any = None) -> TokenInfo:
+    """What the model is told of a microbatch. Without "segment_ids", tokens attend across documents."""
+    random = TokenKey(batch["random"], *batch["tokens"].shape) if "random" in batch else None
+    inputs = {name: batch[name] for name in model.inputs}
+    return TokenInfo(batch["positions"], batch.get("segment_ids"), layer, inputs, random, train)
 
 
 def split_tokens(x: jax.Array, parts: int, ways: int) -> jax.Array:

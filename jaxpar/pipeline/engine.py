@@ -49,6 +49,7 @@ class _Carry(NamedTuple):
     pending: SavedValues
     outputs: jax.Array  # [places, ...]: on the last stage, outputs that wait for the loss
     loss: jax.Array
+    auxiliary: dict[str, jax.Array]
     grads: Any
 
 
@@ -72,9 +73,10 @@ class Engine:
         x, info = zeros(self.example), self._microbatch(vary(jnp.int32(0), ("pp",)))
         self.layers = Layers(functions.layers, schedule, recompute or Recompute(), params["layers"], x, info)
 
-    def loss_and_grads(self) -> tuple[jax.Array, Any]:
-        """(loss, grads) of the whole batch: the sum over the microbatches and tokens of this device of loss times weight;
-        grads float32, like `params` after `LayerFunctions.reduce`."""
+    def loss_and_grads(self) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        """(loss, auxiliary outputs, grads) of the whole batch: the sum over the microbatches and tokens of this device of loss
+        times weight; the sums of the auxiliary outputs of its layers; grads float32, like `params` after
+        `LayerFunctions.reduce`."""
         sizes = self.schedule.buffers.sizes
         loss, outer_grads, _ = jax.eval_shape(lambda: self._head(zeros(self.example, 1), jnp.int32(0), jnp.int32(0)))
         layer_grads = jax.eval_shape(lambda: self.layers.zero_grads(self.params["layers"]))
@@ -85,11 +87,12 @@ class Engine:
             pending=self.layers.pending(sizes.get("pending", 1)),
             outputs=zeros(self.example, sizes["outputs"]),
             loss=zeros(loss),
+            auxiliary=jax.tree.map(zeros, self.layers.auxiliary),
             grads=jax.tree.map(zeros, {**outer_grads, "layers": layer_grads}),
         )
         for segment in self.schedule.segments:
             carry = self._scan(self._tick, carry, segment)[0]
-        return carry.loss, carry.grads
+        return carry.loss, carry.auxiliary, carry.grads
 
     def evaluate(self) -> tuple[jax.Array, jax.Array]:
         """(losses, weights) of each token, [microbatches, parts, batch, any] each, with a table that only runs
@@ -98,7 +101,7 @@ class Engine:
         carry = zeros(self.example, sizes["from_below"])
 
         def tick(from_below: jax.Array, row: Row, segment: Segment) -> tuple[jax.Array, Any]:
-            y, _ = self._forward(from_below, self.layers.no_buffers(), row, segment)
+            y, _, _ = self._forward(from_below, self.layers.no_buffers(), row, segment)
             leaving = self._chunk_and_microbatch(row["F"][self.last])[1]
             losses = self._when("head", segment, row, lambda: self._token_losses(y, leaving))
             return self._pass_up(from_below, y, row), losses
@@ -120,10 +123,12 @@ class Engine:
 
     def _tick(self, carry: _Carry, row: Row, segment: Segment) -> tuple[_Carry, None]:
         if segment.forward:
-            y, kept = self._forward(carry.from_below, carry.kept, row, segment)
+            y, found, kept = self._forward(carry.from_below, carry.kept, row, segment)
+            is_active = row["F"][self.stage] != IDLE
+            auxiliary = {name: carry.auxiliary[name] + jnp.where(is_active, x, 0) for name, x in found.items()}
             from_below = self._pass_up(carry.from_below, y, row)
             outputs = _put(carry.outputs, y, row["outputs_write"][self.last])
-            carry = carry._replace(from_below=from_below, kept=kept, outputs=outputs)
+            carry = carry._replace(from_below=from_below, kept=kept, outputs=outputs, auxiliary=auxiliary)
         if segment.backward:
             carry = self._backward_slot(carry, row, segment)
         if segment.weight:
@@ -132,7 +137,7 @@ class Engine:
 
     def _forward(
         self, from_below: jax.Array, kept: SavedValues, row: Row, segment: Segment
-    ) -> tuple[jax.Array, SavedValues]:
+    ) -> tuple[jax.Array, dict[str, jax.Array], SavedValues]:
         chunk, microbatch = self._chunk_and_microbatch(row["F"][self.stage])
         entering = self._chunk_and_microbatch(row["F"][0])[1]
         x = self._when("embed", segment, row, lambda: self._embed(entering))

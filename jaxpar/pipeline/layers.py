@@ -5,8 +5,8 @@ keeps goes straight to its place among the microbatches in flight, and its gradi
 exists twice.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,8 @@ class LayerFunctions:
     """How a layer computes, and how its parameters and gradients travel.
 
     Attributes:
-      block: (one layer's parameters, x, info) → x.
+      block: (one layer's parameters, x, info, the layer's index or None) → (x, auxiliary outputs by name). An auxiliary
+        output is a float32 scalar, a sum over this device's tokens.
       gather: (stacked layers as the engine holds them) → as `block` takes them, stacked. Linear.
       reduce: ({index of a leaf: gradient of stacked layers}) → the same, float32, as it is summed over microbatches.
         Linear.
@@ -35,15 +36,33 @@ class LayerFunctions:
       overlap_grad_reduce: reduce a layer's gradients while the next one computes.
       num_real: int [chunks], how many layers each chunk of this stage has; the others are padding and do nothing. None:
         no padding.
+      layer_index: int [chunks, layers of a chunk], the index of each layer of this stage. None: blocks do not need it.
+      auxiliary_weights: of the auxiliary outputs in the loss.
     """
 
-    block: Callable[[Any, jax.Array, Any], jax.Array]
+    block: Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
     gather: Callable[[Any], Any]
     reduce: Callable[[dict[int, jax.Array]], dict[int, jax.Array]]
     float32_grads: bool = False
     overlap_param_gather: bool = False
     overlap_grad_reduce: bool = False
     num_real: jax.Array | None = None
+    layer_index: jax.Array | None = None
+    auxiliary_weights: Mapping[str, float] = field(default_factory=dict)
+
+
+class LayerInfo(NamedTuple):
+    """What a group of layers is told.
+
+    Attributes:
+      item: info of the `Item`.
+      is_real: bool [layers of the group], which are not padding. None: all.
+      layer: int [layers of the group], their indices. None: blocks do not need them.
+    """
+
+    item: Any
+    is_real: jax.Array | None
+    layer: jax.Array | None
 
 
 class Item(NamedTuple):
@@ -90,6 +109,11 @@ class Layers:
             for run in recompute.layer_runs(per_chunk)
         ]
 
+    @property
+    def auxiliary(self) -> dict[str, Any]:
+        """Avals of the auxiliary outputs."""
+        return self._runs[0].pullback.more if self._runs else {}
+
     def kept(self, num_places: int) -> SavedValues:
         """Buffers for what `forward` keeps."""
         space = HOST if self._offload else DEVICE
@@ -108,14 +132,15 @@ class Layers:
         leaves, tree = jax.tree.flatten(self._functions.gather(params))
         return jax.tree.unflatten(tree, [zeros(g) for g in self._functions.reduce(dict(enumerate(leaves))).values()])
 
-    def forward(self, item: Item, x: jax.Array, kept: Place) -> tuple[jax.Array, SavedValues]:
-        """(the chunk's output, the buffers with what its backward pass needs). If there are no buffers, nothing is
-        kept."""
-        result = []
+    def forward(self, item: Item, x: jax.Array, kept: Place) -> tuple[jax.Array, dict[str, jax.Array], SavedValues]:
+        """(the chunk's output, its auxiliary outputs, the buffers with what its backward pass needs). If there are no
+        buffers, nothing is kept."""
+        result, auxiliary = [], {name: zeros(aval) for name, aval in self.auxiliary.items()}
         for run, buffers in zip(self._runs, kept.buffers, strict=True):
-            x, buffers = run.forward(item, x, buffers, kept.index)
+            x, found, buffers = run.forward(item, x, buffers, kept.index)
+            auxiliary = {name: total + found[name] for name, total in auxiliary.items()}
             result.append(buffers)
-        return x, result
+        return x, auxiliary, result
 
     def backward(
         self, item: Item, y_grad: jax.Array, grads: Any, kept: Place, pending: Place
@@ -159,8 +184,7 @@ class _RunOfLayers:
         self._functions, self._per_chunk = functions, per_chunk
         self._run_first, self._size, self.count = run.first, run.size, run.count
         self._splits_weights, self._offload = splits_weights, offload
-        is_padded = functions.num_real is not None
-        group = _group(functions.block, run.size, is_padded=is_padded, unrolled=splits_weights)
+        group = _group(functions, run.size, unrolled=splits_weights)
         params, info = self._params(example, 0), self._info(example, 0)
         self.pullback: Pullback = take_apart(
             group,
@@ -172,22 +196,25 @@ class _RunOfLayers:
             float32_grads=functions.float32_grads,
         )
 
-    def forward(self, item: Item, x: jax.Array, kept: list[jax.Array], index: Any) -> tuple[jax.Array, list[jax.Array]]:
+    def forward(
+        self, item: Item, x: jax.Array, kept: list[jax.Array], index: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array], list[jax.Array]]:
         def fetch(i: Any) -> Any:
             return self._params(item, i)
 
         def compute(carry: Any, i: Any, params: Any) -> tuple[Any, Any]:
-            x, kept = carry
-            x, values = self.pullback.forward(params, x, self._info(item, i))
-            return (x, kept), values
+            x, auxiliary, kept = carry
+            x, found, values = self.pullback.forward(params, x, self._info(item, i))
+            return (x, jax.tree.map(jnp.add, auxiliary, found), kept), values
 
         def store(carry: Any, i: Any, values: Any) -> Any:
-            x, kept = carry
-            return x, _put(kept, values, index, i)
+            x, auxiliary, kept = carry
+            return x, auxiliary, _put(kept, values, index, i)
 
         gathers = self._functions.overlap_param_gather
         overlap = Overlap(prefetch=gathers, defer=self._offload, in_pairs=gathers)
-        return overlapped_loop((x, kept), self.count, fetch, compute, store, overlap)
+        auxiliary = jax.tree.map(zeros, self.pullback.more)
+        return overlapped_loop((x, auxiliary, kept), self.count, fetch, compute, store, overlap)
 
     def backward(
         self, item: Item, y_grad: jax.Array, grads: Any, kept: _RunPlace, pending: _RunPlace
@@ -249,12 +276,15 @@ class _RunOfLayers:
         group = self._functions.gather(stacked)
         return group if self._size > 1 else jax.tree.map(lambda p: p[0], group)
 
-    def _info(self, item: Item, i: Any) -> Any:
-        """info; where there is padding, (info, which layers of group i are real)."""
-        if self._functions.num_real is None:
-            return item.info
-        index = self._run_first + i * self._size + jnp.arange(self._size)
-        return item.info, index < self._functions.num_real[item.chunk]
+    def _info(self, item: Item, i: Any) -> LayerInfo:
+        num_real, layer_index = self._functions.num_real, self._functions.layer_index
+        is_real = index = None
+        if num_real is not None:
+            is_real = self._run_first + i * self._size + jnp.arange(self._size) < num_real[item.chunk]
+        if layer_index is not None:
+            first = self._run_first + i * self._size
+            index = lax.dynamic_slice_in_dim(layer_index[item.chunk], first, self._size)
+        return LayerInfo(item.info, is_real, index)
 
     def _accumulate(self, item: Item, grads: Any, found: dict[int, jax.Array], i: Any) -> Any:
         totals, tree = jax.tree.flatten(grads)
@@ -295,31 +325,50 @@ def _in_order(totals: list[jax.Array], found: dict[int, jax.Array]) -> None:
             found[leaf], totals[leaf] = g, total
 
 
-def _group(
-    block: Callable, size: int, *, is_padded: bool, unrolled: bool
-) -> Callable[[Any, jax.Array, Any], jax.Array]:
-    """`size` layers as one function of their parameters, x, and what `_RunOfLayers._info` returns."""
-    if size == 1 and not is_padded:
-        return block
+def _group(functions: LayerFunctions, size: int, *, unrolled: bool) -> Callable[[Any, jax.Array, LayerInfo], tuple]:
+    """`size` layers as one function of their parameters, x and info → (x, auxiliary outputs)."""
 
-    def layer(params: Any, x: jax.Array, info: Any, is_real: Any) -> jax.Array:
-        y = block(params, x, info)
-        return y if is_real is None else jnp.where(is_real, y, x)
+    def layer(params: Any, x: jax.Array, item: Any, is_real: Any, index: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        y, auxiliary = functions.block(params, x, item, index)
+        if is_real is not None:
+            y, auxiliary = jnp.where(is_real, y, x), {name: jnp.where(is_real, a, 0) for name, a in auxiliary.items()}
+        for name, weight in functions.auxiliary_weights.items():
+            if weight:
+                y = with_gradient_of(y, auxiliary[name] * weight)
+        return y, auxiliary
 
-    def group(params: Any, x: jax.Array, info: Any) -> jax.Array:
-        is_real: Any = None
-        if is_padded:
-            info, is_real = info
+    def group(params: Any, x: jax.Array, info: LayerInfo) -> tuple[jax.Array, dict[str, jax.Array]]:
+        of_layers = info.is_real, info.layer
         if size == 1:
-            return layer(params, x, info, is_real[0])
+            return layer(params, x, info.item, *jax.tree.map(lambda a: a[0], of_layers))
         if unrolled:  # W is looked for among products outside of loops
+            found = []
             for i in range(size):
-                one, one_is_real = jax.tree.map(lambda p, i=i: p[i], (params, is_real))
-                x = layer(one, x, info, one_is_real)
-            return x
-        return lax.scan(lambda x, each: (layer(each[0], x, info, each[1]), None), x, (params, is_real))[0]
+                one, own = jax.tree.map(lambda p, i=i: p[i], (params, of_layers))
+                x, auxiliary = layer(one, x, info.item, *own)
+                found.append(auxiliary)
+            return x, jax.tree.map(lambda *a: sum(a), *found)
+        x, stacked = lax.scan(lambda x, each: layer(each[0], x, info.item, *each[1]), x, (params, of_layers))
+        return x, jax.tree.map(lambda a: a.sum(0), stacked)
 
     return group
+
+
+@jax.custom_vjp
+def with_gradient_of(y: jax.Array, loss: jax.Array) -> jax.Array:
+    """y. Backward, the gradient of the scalar `loss` comes along, as if it had been added to the loss."""
+    return y
+
+
+def _forward_with_gradient_of(y: jax.Array, loss: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return y, loss
+
+
+def _backward_with_gradient_of(loss: jax.Array, y_grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return y_grad, vary(jnp.ones_like(loss), varying_axes(loss))
+
+
+with_gradient_of.defvjp(_forward_with_gradient_of, _backward_with_gradient_of)
 
 
 def _put(buffers: Sequence[jax.Array], values: Sequence[jax.Array], index: Any, i: Any) -> list[jax.Array]:

@@ -97,9 +97,9 @@ class StepLog:
             "tokens_per_second": rate,
             "mfu": mfu,
             **figures,
-            **({"loss_scale": numbers["loss_scale"]} if "loss_scale" in numbers else {}),
             **more,
         }
+        row = {**{name: value for name, value in numbers.items() if name not in row}, **row}
         self._report.step(row)
         for writer in self._writers:
             writer.write(row)

@@ -1,6 +1,11 @@
 """One training step: loss and gradients on any mesh, the optimizer, and the state that a step advances."""
 
-from jaxpar.step.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grads
+from jaxpar.step.loss_and_grads import (
+    StepSetup,
+    build_evaluate,
+    build_loss_and_grads,
+    build_loss_auxiliary_and_grads,
+)
 from jaxpar.step.train_step import State, build_train_step, init_state, state_shardings
 
 __all__ = [
@@ -8,6 +13,7 @@ __all__ = [
     "StepSetup",
     "build_evaluate",
     "build_loss_and_grads",
+    "build_loss_auxiliary_and_grads",
     "build_train_step",
     "init_state",
     "state_shardings",

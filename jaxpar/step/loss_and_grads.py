@@ -24,10 +24,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpar.attention import AttentionSettings, attention_settings
 from jaxpar.backward.recompute import Recompute
-from jaxpar.models.protocol import FunctionalModel, Params
+from jaxpar.models import FunctionalModel
+from jaxpar.models.protocol import Params
 from jaxpar.parallel.collectives import manual, rank_and_size, sum_over, varying_axes
 from jaxpar.parallel.mesh import AXES, REPLICA_AXES, TENSOR_AXES
 from jaxpar.parallel.placement import LayerPlacement
+from jaxpar.parallel.randomness import token_keys
 from jaxpar.parallel.sharding import (
     BATCH_SPEC,
     EXPLICIT_RULES,
@@ -137,23 +139,28 @@ class StepSetup:
             grads = {i: reduce_grad(grad.astype(self.reduce_dtype), layouts[i]) for i, grad in grads.items()}
         return {i: grad.astype(jnp.float32) for i, grad in grads.items()}
 
-    def stage_functions(self, schedule: Schedule, params: Params, batch: Batch) -> StageFunctions:
+    def stage_functions(
+        self, schedule: Schedule, params: Params, batch: Batch, *, train: bool = True
+    ) -> StageFunctions:
         """The model as the engine wants it.
 
         Args:
           params: from `engine_params`.
           batch: in microbatches.
+          train: False in an evaluation.
         """
         model, split_sequence = self.model, not self.model.explicit and self.mesh.shape["sp"] > 1
 
         def constrain(x: jax.Array) -> jax.Array:
             return lax.with_sharding_constraint(x, P(None, "sp")) if split_sequence else x
 
-        def block(layer: Params, x: jax.Array, batch: Batch) -> jax.Array:
-            return constrain(model.module("layers", layer)(x, token_info(batch)))
+        def block(layer: Params, x: jax.Array, batch: Batch, index: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            y, auxiliary = model.block_and_auxiliary(layer, x, token_info(model, batch, train=train, layer=index))
+            return constrain(y), {name: (batch["weights"] * a).sum() for name, a in auxiliary.items()}
 
         placement = LayerPlacement(model.num_layers, schedule.num_stages, schedule.num_chunks)
         is_split = any(layout.gather for layout in jax.tree.leaves(self.param_layouts["layers"]))
+        stage = rank_and_size("pp")[0]
         layers = LayerFunctions(
             block,
             partial(self.gather, "layers"),
@@ -161,10 +168,12 @@ class StepSetup:
             float32_grads=self.float32_grads,
             overlap_param_gather=self.zero_stage == 3 and is_split and self.overlap_param_gather,
             overlap_grad_reduce=self.zero_stage > 1 and is_split and self.overlap_grad_reduce,
-            num_real=jnp.asarray(placement.counts)[rank_and_size("pp")[0]] if placement.is_padded else None,
+            num_real=jnp.asarray(placement.counts)[stage] if placement.is_padded else None,
+            layer_index=jnp.asarray(placement.table, jnp.int32)[stage] if model.needs_layer else None,
+            auxiliary_weights=model.auxiliary,
         )
         ends = EmbeddingAndLoss(
-            model, self.param_layouts, self.gather, self.reduce, constrain, float32_grads=self.float32_grads
+            model, self.param_layouts, self.gather, self.reduce, constrain, train, float32_grads=self.float32_grads
         )
         skips = model.explicit or all(self.mesh.shape[axis] == 1 for axis in TENSOR_AXES)
         return StageFunctions(self._in_parts(ends, params, batch), layers, skips)
@@ -192,10 +201,18 @@ class StepSetup:
         size = nbytes(logits.shape) // math.prod(self.mesh.shape[axis] for axis in axes)
         return replace(ends, token_parts=least_parts(size, MAX_LOGITS_BYTES, x.shape[1]))
 
-    def microbatches(self, batch: Batch, schedule: Schedule) -> Batch:
-        """[rows, ...] → [microbatches, rows of one, ...], of the arrays that the model needs."""
+    def microbatches(self, batch: Batch, schedule: Schedule, seed: jax.Array | None = None) -> Batch:
+        """[rows, ...] → [microbatches, rows of one, ...], of the arrays that the model needs.
+
+        Args:
+          seed: of the model's random numbers, uint32 [2]. None: 0.
+        """
         needed = {key: x for key, x in batch.items() if key != "segment_ids" or self.within_documents}
-        return jax.tree.map(lambda x: x.reshape(schedule.num_microbatches, -1, *x.shape[1:]), needed)
+        split = jax.tree.map(lambda x: x.reshape(schedule.num_microbatches, -1, *x.shape[1:]), needed)
+        if self.model.is_random:
+            seed = jnp.zeros(2, jnp.uint32) if seed is None else seed
+            split["random"] = token_keys(seed, *split["tokens"].shape)
+        return split
 
     def on_mesh(self, local: Callable, out_specs: Any, num_scalars: int = 0) -> Callable:
         """Runs `local`, a function of (params, batch, …scalars), on every device with the device's part of each. A scalar
@@ -218,35 +235,61 @@ class StepSetup:
 
 
 def build_loss_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.Array, Params]]:
-    """Returns (params, batch, loss_scale=None) → (loss, grads), to be called inside `jax.jit`.
+    """Returns (params, batch, loss_scale=None, seed=None) → (loss, grads), to be called inside `jax.jit`, as
+    `build_loss_auxiliary_and_grads` does, without the auxiliary outputs."""
+    whole = build_loss_auxiliary_and_grads(setup)
+
+    def loss_and_grads(
+        params: Params, batch: Batch, loss_scale: Any = None, seed: Any = None
+    ) -> tuple[jax.Array, Params]:
+        loss, _, grads = whole(params, batch, loss_scale, seed)
+        return loss, grads
+
+    return loss_and_grads
+
+
+def build_loss_auxiliary_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.Array, dict[str, jax.Array], Params]]:
+    """Returns (params, batch, loss_scale=None, seed=None) → (loss, auxiliary, grads), to be called inside `jax.jit`.
 
     params: float32, each split by its layout's rest_spec; grads likewise.
     batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `loss_mask` float32, each [global_batch, seq],
       split by `jaxpar.parallel.sharding.BATCH_SPEC`.
     loss_scale: float32 scalar that multiplies the loss during the backward pass.
-    loss: float32, nats a token: the sum over all valid tokens of the global batch, divided by their number.
+    seed: uint32 [2], data of a `jax.random` key, for a model that draws random numbers. None: always the same numbers.
+    loss: float32, nats a token: the sum over all valid tokens of the global batch, divided by their number. To it are added the
+      auxiliary outputs, times their weights.
+    auxiliary: {name: float32} of the model's auxiliary outputs: the sum over blocks, averaged over the valid tokens.
     """
 
-    def local(params: Params, batch: Batch, loss_scale: jax.Array | None) -> tuple[jax.Array, Params]:
+    def local(
+        params: Params, batch: Batch, loss_scale: jax.Array | None, seed: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array], Params]:
         scale = jnp.float32(1) if loss_scale is None else loss_scale
         tokens = sum_over(batch["loss_mask"].sum(), REPLICA_AXES)
         weights = batch["loss_mask"] * (scale / jnp.maximum(tokens, 1))
         schedule = setup.schedule_of(len(weights))
-        rows = setup.microbatches({**batch, "weights": weights}, schedule)
+        rows = setup.microbatches({**batch, "weights": weights}, schedule, seed)
         engine_params = setup.engine_params(params)
         functions = setup.stage_functions(schedule, engine_params, rows)
-        loss, grads = Engine(schedule, functions, engine_params, rows, setup.recompute).loss_and_grads()
+        loss, auxiliary, grads = Engine(schedule, functions, engine_params, rows, setup.recompute).loss_and_grads()
         grads = setup.grads_to_rest(params, grads)
         if loss_scale is not None:
             grads = jax.tree.map(lambda x: x / scale, grads)
-        return sum_over(loss, varying_axes(loss)) / scale, grads
+        loss = sum_over(loss, varying_axes(loss)) / scale
+        auxiliary = {name: sum_over(x, varying_axes(x)) / scale for name, x in auxiliary.items()}
+        for name, weight in setup.model.auxiliary.items():
+            loss += weight * auxiliary[name]
+        return loss, auxiliary, grads
 
-    on_mesh = setup.on_mesh(local, (P(), setup.rest_specs), num_scalars=1)
+    out_specs = P(), dict.fromkeys(setup.model.auxiliary, P()), setup.rest_specs
+    on_mesh = setup.on_mesh(local, out_specs, num_scalars=2)
 
-    def loss_and_grads(params: Params, batch: Batch, loss_scale: Any = None) -> tuple[jax.Array, Params]:
-        return on_mesh(params, batch, loss_scale)
+    def loss_auxiliary_and_grads(
+        params: Params, batch: Batch, loss_scale: Any = None, seed: Any = None
+    ) -> tuple[jax.Array, dict[str, jax.Array], Params]:
+        return on_mesh(params, batch, loss_scale, seed)
 
-    return loss_and_grads
+    return loss_auxiliary_and_grads
 
 
 def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.Array]]:
@@ -261,7 +304,7 @@ def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.
         schedule = forward_only(table.num_stages, table.num_microbatches, table.num_chunks)
         rows = setup.microbatches({**batch, "weights": batch["loss_mask"]}, schedule)
         engine_params = setup.engine_params(params)
-        functions = setup.stage_functions(schedule, engine_params, rows)
+        functions = setup.stage_functions(schedule, engine_params, rows, train=False)
         losses, weights = Engine(schedule, functions, engine_params, rows).evaluate()
         loss = (losses * weights).sum()
         if not setup.model.explicit:

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpar.models.protocol import FunctionalModel
+from jaxpar.models import FunctionalModel
 from jaxpar.parallel.collectives import DEVICE, put_in
 from jaxpar.step.loss_scale import DynamicLossScale
 
@@ -79,7 +79,7 @@ def init_state(
 
 
 def build_train_step(
-    loss_and_grads: Callable[..., tuple[jax.Array, Any]],
+    loss_auxiliary_and_grads: Callable[..., tuple[jax.Array, dict[str, jax.Array], Any]],
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     loss_scale: LossScale = None,
@@ -95,13 +95,13 @@ def build_train_step(
 
     Metrics, all float32 scalars: `loss` (nats a token), `grad_norm` (global, before clipping; each parameter counts
     once), `learning_rate`, `tokens` (valid tokens in the global batch), `skipped` (1 if the update was not applied, else
-    0), and `loss_scale` (the one that the step used) if it is dynamic.
+    0), `loss_scale` (the one that the step used) if it is dynamic, and the model's auxiliary outputs by their names.
     """
     dynamic = loss_scale if isinstance(loss_scale, DynamicLossScale) else None
 
     def train_step(state: State, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
         scale = scale_of(state, loss_scale)
-        loss, grads = loss_and_grads(state["params"], batch, scale)
+        loss, auxiliary, grads = loss_auxiliary_and_grads(state["params"], batch, scale, seed_of(state))
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         if offload:
@@ -111,6 +111,7 @@ def build_train_step(
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         updated = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
         metrics = {
+            **auxiliary,
             "loss": loss,
             "grad_norm": grad_norm,
             # A skipped step does not advance the schedule.
@@ -126,6 +127,11 @@ def build_train_step(
         return state, metrics
 
     return train_step
+
+
+def seed_of(state: State) -> jax.Array:
+    """The seed of the next step's random numbers, uint32 [2]."""
+    return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"]))
 
 
 def scale_of(state: State, loss_scale: LossScale) -> jax.Array | None:
