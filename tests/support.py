@@ -252,7 +252,10 @@ class Step:
 
     @functools.cached_property
     def compiled(self) -> Any:
-        return jax.jit(self.function).lower(*self.shapes).compile(compiler_options=QUICK)
+        shapes = (
+            (*self.shapes, None, jax.ShapeDtypeStruct((2,), np.uint32)) if self.setup.model.is_random else self.shapes
+        )
+        return jax.jit(self.function).lower(*shapes).compile(compiler_options=QUICK)
 
     def initial_params(self, model: FunctionalModel, seed: int) -> Any:
         # Compiled as for a user: with other options the last bits differ, though they still agree between meshes.
@@ -262,8 +265,9 @@ class Step:
         evaluate = jax.jit(build_evaluate(self.setup), compiler_options=QUICK)
         return jax.tree.map(np.asarray, evaluate(*self._placed(params, batch)))
 
-    def __call__(self, params: Any, batch: Any) -> tuple[np.ndarray, Any]:
-        return jax.tree.map(np.asarray, self.compiled(*self._placed(params, batch)))
+    def __call__(self, params: Any, batch: Any, seed: Any = None) -> tuple[np.ndarray, Any]:
+        more = () if seed is None else (None, seed)
+        return jax.tree.map(np.asarray, self.compiled(*self._placed(params, batch), *more))
 
     def _placed(self, params: Any, batch: Any) -> tuple[Any, Any]:
         return jax.device_put(params, self.shardings), BatchLayout(*batch["tokens"].shape, self.mesh).put_on_mesh(batch)

@@ -176,3 +176,89 @@ def test_kinds_of_blocks(sizes, options):
 def test_linen_modules_with_dimensions_by_path(sizes):
     assert case(linen_stack)[0].period == 2
     check(linen_stack, sizes)
+
+
+def dropout_stack():
+    return linen_stack(rate=0.1)
+
+
+class DropoutBlock(nnx.Module):
+    """Dropout of both sorts: with the module's own stream, and with `info.rngs`."""
+
+    def __init__(self, rngs):
+        self.block = Block(rngs)
+        self.own, self.given = nnx.Dropout(0.1, rngs=rngs), nnx.Dropout(0.1, broadcast_dims=(1,))
+
+    def __call__(self, x, info):
+        return x + self.own(self.block(x, info)) + self.given(x, rngs=info.rngs)
+
+
+class DropoutEmbedding(nnx.Module):
+    def __init__(self, rngs):
+        self.embedding, self.dropout = TokenAndPosition(rngs), nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, tokens, info):
+        return self.dropout(self.embedding(tokens, info))
+
+
+class Head(nnx.Module):
+    def __init__(self, rngs):
+        self.logits = nnx.Linear(EMBED, VOCAB, use_bias=False, kernel_init=named(normal, ("embed", "vocab")), rngs=rngs)
+
+    def __call__(self, x, embed):
+        return self.logits(x)
+
+
+def nnx_dropout_stack():
+    return jaxpar.Stack(DropoutEmbedding, DropoutBlock, Head, 4)
+
+
+SEED = np.array([3, 7], np.uint32)
+
+
+@functools.cache
+def on_one_device(build):
+    model = FunctionalModel(build())
+    params, batch = random_params(model), make_batch()
+    step = Step(model, (1, 1, 1, 1, 1))
+    return model, params, batch, step(params, batch, SEED)
+
+
+@pytest.mark.parametrize("build", [dropout_stack, nnx_dropout_stack])
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((2, 2, 1, 2, 2), {}),
+        ((1, 2, 2, 1, 1), {"schedule": "zb1p", "recompute": Recompute("full", "uniform", 1)}),
+        *slow(
+            ((1, 1, 1, 1, 4), {"recompute": Recompute("full", "uniform", 2), "schedule": "gpipe"}),
+            ((2, 2, 1, 1, 1), {"schedule": "interleaved_1f1b", "num_chunks": 2, "zero_stage": 3}),
+        ),
+    ],
+)
+def test_dropout_is_the_same_on_every_layout(build, sizes, options):
+    if build is dropout_stack and options.get("num_chunks", 1) > 1:
+        pytest.skip("two repetitions of two blocks cannot be cut into four chunks")
+    model, params, batch, expected = on_one_device(build)
+    loss, grads = Step(model, sizes, **options)(params, batch, SEED)
+    assert_parity(loss, grads, *expected)
+
+
+def test_dropout_depends_on_the_seed_and_is_off_in_an_evaluation():
+    model, params, batch, (loss, _) = on_one_device(nnx_dropout_stack)
+    step = Step(model, (1, 1, 1, 1, 1))
+    assert abs(step(params, batch, SEED + 1)[0] - loss) > 1e-4
+    evaluated = step.evaluate(params, batch)
+    without = Step(FunctionalModel(jaxpar.Stack(TokenAndPosition, TwiceBlock, Head, 4)), (1, 1, 1, 1, 1))
+    bare = {**params, "embed": params["embed"]["embedding"]}
+    np.testing.assert_allclose(evaluated["loss"], without.evaluate(bare, batch)["loss"], rtol=1e-5)
+
+
+class TwiceBlock(nnx.Module):
+    """`DropoutBlock` without dropout."""
+
+    def __init__(self, rngs):
+        self.block = Block(rngs)
+
+    def __call__(self, x, info):
+        return x + self.block(x, info) + x
