@@ -62,10 +62,11 @@ class BlockNeeds:
             "documents": self.documents,
             "a window": self.mask == "window",
             "a soft cap": self.soft_cap,
-            f"keys of size {self.head_dim} and values of size {self.value_dim}": self.value_dim is not None,
+            f"values of size {self.value_dim}": self.value_dim is not None,
         }
-        extras = [text for text, there in possible.items() if there]
-        return f"{masked} blocks{' with ' * bool(extras)}{' and '.join(extras)} in {self.dtype}"
+        *extras, last = [text for text, there in possible.items() if there] or [""]
+        listed = f"{', '.join(extras)}{' and ' * bool(extras)}{last}"
+        return f"{masked} blocks{' with ' * bool(listed)}{listed} in {self.dtype}"
 
 
 class Queries(NamedTuple):
