@@ -3,6 +3,8 @@
 It needs more memory than the ring, and one large transfer instead of many. No computation overlaps that transfer.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -41,7 +43,8 @@ def _backward(spec: AttentionSpec, ring: Ring, residuals, grad: jax.Array):
     for blocks in _local_blocks(spec, ring.size, rank, query.shape[1], documents=segments is not None):
         grads = attend_backward(spec, queries, gathered, blocks, output_grads, grads)
     assert grads is not None
-    key_grad, value_grad = (lax.psum_scatter(x, ring.axis, scatter_dimension=1, tiled=True) for x in in_float32(grads[1:]))
+    scatter = functools.partial(lax.psum_scatter, axis_name=ring.axis, scatter_dimension=1, tiled=True)
+    key_grad, value_grad = map(scatter, in_float32(grads[1:]))
     keys_grad = Keys(key_grad.astype(keys.key.dtype), value_grad.astype(keys.value.dtype), None)
     return grads.query.astype(query.dtype), keys_grad
 

@@ -69,8 +69,9 @@ def attention(
     ranks = _ranks(axis, known=in_force is not None)
     if ranks.size > 1:
         _check_split(query.shape[1], ranks, order, known=in_force is not None)
-    axes = ({axis} if axis else set()).union(*(varying_axes(x) for x in (query, key, value, segment_ids) if x is not None))
-    arrays = jax.tree.map(lambda x: vary(x, tuple(sorted(axes))), (query, key, value, segment_ids))
+    arrays: tuple = query, key, value, segment_ids
+    axes = {axis for axis in (axis,) if axis}.union(*map(varying_axes, jax.tree.leaves(arrays)))
+    arrays = jax.tree.map(lambda x: vary(x, tuple(sorted(axes))), arrays)
     exchanged = ranks.size > 1 and order == "contiguous"
     if exchanged:
         arrays = to_zigzag(arrays, ranks.axis)

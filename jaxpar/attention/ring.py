@@ -136,7 +136,8 @@ def _pack(ring: Ring, keys: Keys) -> tuple[Any, jax.Array | None]:
 
 def _unpack(travelling: tuple[Any, jax.Array | None], keys: Keys) -> Keys:
     key_value, segments = travelling
-    return Keys(*(key_value if isinstance(key_value, tuple) else _part(key_value, keys)), segments)
+    key, value = key_value if isinstance(key_value, tuple) else _part(key_value, keys)
+    return Keys(key, value, segments)
 
 
 def _join(key: jax.Array, value: jax.Array) -> jax.Array:

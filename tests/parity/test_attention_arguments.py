@@ -11,7 +11,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from support import QUICK, TOLERANCE, relative_error, slow
 
-from jaxpar.attention import AttentionSettings, attention, attention_settings, blockwise, reference_attention, zigzag_order
+from jaxpar.attention import (
+    AttentionSettings,
+    attention,
+    attention_settings,
+    blockwise,
+    reference_attention,
+    zigzag_order,
+)
 from jaxpar.attention.order import from_zigzag, to_zigzag
 
 BATCH, SEQ, HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 2, 48, 4, 2, 8, 12
@@ -61,8 +68,8 @@ def arrays(value_dim=HEAD_DIM):
     """(query, key, value, gradient of the output), and the document of each token."""
     rng = np.random.default_rng(5)
     sizes = (HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, value_dim), (HEADS, value_dim)
-    segments = (rng.random((BATCH, SEQ)) < 0.1).cumsum(-1)
-    return *(jnp.asarray(rng.normal(size=(BATCH, SEQ, *s)), jnp.float32) for s in sizes), jnp.asarray(segments, jnp.int32)
+    values = [jnp.asarray(rng.normal(size=(BATCH, SEQ, *size)), jnp.float32) for size in sizes]
+    return *values, jnp.asarray((rng.random((BATCH, SEQ)) < 0.1).cumsum(-1), jnp.int32)
 
 
 def with_gradients(attend, packed=False, **arguments):
@@ -194,7 +201,7 @@ def test_an_axis_that_the_mesh_does_not_have(axis):
     mesh, spec = Mesh(np.array(jax.devices()[:2]), ("context",)), P(None, "context")
     run = with_gradients(attention, axis=axis, order="zigzag")
     spread = jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 5, out_specs=(spec,) * 4)
-    with pytest.raises(ValueError, match=rf"axis='{axis}' is not an axis of the mesh, whose axes are context: write axis="):
+    with pytest.raises(ValueError, match=rf"axis='{axis}' is not an axis of the mesh, whose axes are context: write"):
         jax.jit(spread).lower(*arrays())
 
 

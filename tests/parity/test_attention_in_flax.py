@@ -133,9 +133,10 @@ def test_without_order(make):
 def test_any_number_of_batch_dimensions():
     apply, params = linen()
     x = arrays()[0]
-    wanted = apply(params, x, attention_fn=CAUSAL)
-    np.testing.assert_allclose(apply(params, x[None, :, None], attention_fn=CAUSAL)[0, :, 0], wanted, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(apply(params, x[0], attention_fn=CAUSAL), wanted[0], rtol=1e-5, atol=1e-6)
+    attend = functools.partial(apply, params, attention_fn=CAUSAL)
+    wanted = attend(x)
+    np.testing.assert_allclose(attend(x[None, :, None])[0, :, 0], wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(attend(x[0]), wanted[0], rtol=1e-5, atol=1e-6)
 
 
 def test_the_layers_dtype_is_that_of_the_output():

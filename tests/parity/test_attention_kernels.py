@@ -189,7 +189,9 @@ def test_what_the_user_reads():
     assert "set data.reset_attention_mask: false, if" in slow
     assert "set actor.model.cp_comm_type: a2a" in line(stand_ins.A100, documents=False, mask="shifted")
     both = line(stand_ins.H100, soft_cap=True, value_dim=64)
-    assert both.startswith("attention: tokamax: causal blocks with documents, a soft cap and values of size 64 in bfloat16")
+    assert both.startswith(
+        "attention: tokamax: causal blocks with documents, a soft cap and values of size 64 in bfloat16"
+    )
     slow = line(stand_ins.A100, soft_cap=True)
     assert "(cuDNN cannot: a soft cap; tokamax cannot: " in slow
     assert "; set " not in slow  # without documents cuDNN could not either
