@@ -165,10 +165,13 @@ def test_what_flax_has_and_this_attention_does_not(layer, call, message):
         apply(params, arrays()[0], attention_fn=CAUSAL, **call)
 
 
-def test_a_bias_and_other_lengths():
+def test_other_things_that_it_does_not_have():
     x = jnp.ones((1, 4, 2, 8))
     with pytest.raises(ValueError, match="a bias is an array"):
         flax_attention(x, x, x, bias=jnp.zeros((1, 2, 4, 4)))
+    for name in ("qk_attn_weights_einsum", "attn_weights_value_einsum"):
+        with pytest.raises(ValueError, match=f"{name}_cls is not supported"):
+            flax_attention(x, x, x, **{name: jnp.einsum})
     with pytest.raises(ValueError, match="2 queries, 4 keys and 4 values"):
         flax_attention(x[:, :2], x, x, causal=False)
     assert flax_attention(x, x, x, dropout_rate=0.5, deterministic=True).shape == x.shape
