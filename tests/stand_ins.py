@@ -95,10 +95,19 @@ _cudnn.defvjp(_cudnn_forward, _cudnn_backward)
 # keys gets anything. Weights of the backward pass are exp(score - highest) / sum.
 
 
-def tokamax_forward(query: Any, key: Any, value: Any, *, mask: Any, logits_scale: float, return_residuals: bool) -> Any:
+def tokamax_forward(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mask: Any,
+    logits_scale: float,
+    logits_soft_cap: float | None,
+    return_residuals: bool,
+) -> Any:
     assert return_residuals
     allowed = _tokamax_mask(mask, query, key)
-    scores = _scores(query, key, logits_scale, allowed)
+    scores = _scores(query, key, logits_scale, allowed, logits_soft_cap)
     highest = scores.max(-1)
     total = jnp.exp(scores - highest[..., None]).sum(-1)
     has_keys = jnp.broadcast_to(allowed.any(-1), highest.shape)
@@ -109,13 +118,25 @@ def tokamax_forward(query: Any, key: Any, value: Any, *, mask: Any, logits_scale
 
 
 def tokamax_backward(
-    statistics: Any, output: Any, grad: Any, query: Any, key: Any, value: Any, *, mask: Any, logits_scale: float
+    statistics: Any,
+    output: Any,
+    grad: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mask: Any,
+    logits_scale: float,
+    logits_soft_cap: float | None,
 ) -> Any:
     highest, total = statistics
     assert highest.dtype == total.dtype == jnp.float32
-    scores = _scores(query, key, logits_scale, _tokamax_mask(mask, query, key))
+    scores = _scores(query, key, logits_scale, _tokamax_mask(mask, query, key), logits_soft_cap)
     weights = jnp.exp(scores - highest[..., None]) / total[..., None]
-    return _gradients(weights, logits_scale, query, key, value, output, grad)
+    slope: Any = logits_scale  # of a score that has a weight
+    if logits_soft_cap is not None:
+        slope *= 1 - jnp.where(weights > 0, scores / logits_soft_cap, 0) ** 2
+    return _gradients(weights, slope, query, key, value, output, grad)
 
 
 def _tokamax_mask(mask: Any, query: Any, key: Any) -> jax.Array:
@@ -132,10 +153,11 @@ def _tokamax_mask(mask: Any, query: Any, key: Any) -> jax.Array:
 # What both compute.
 
 
-def _scores(query: Any, key: Any, scale: float, mask: Any) -> jax.Array:
+def _scores(query: Any, key: Any, scale: float, mask: Any, soft_cap: float | None = None) -> jax.Array:
     """Float32 [b, h, q, s]; a masked score has no weight."""
     key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
     scores = jnp.einsum("bqhd,bshd->bhqs", query, key, preferred_element_type=jnp.float32) * scale
+    scores = scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
     return jnp.where(mask, scores, -1e30)
 
 
@@ -145,13 +167,13 @@ def _output(weights: Any, value: Any, dtype: Any) -> jax.Array:
 
 
 def _gradients(
-    weights: Any, scale: float, query: Any, key: Any, value: Any, output: Any, grad: Any
+    weights: Any, slope: Any, query: Any, key: Any, value: Any, output: Any, grad: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     group = query.shape[2] // key.shape[2]
     wide_key, wide_value = (jnp.repeat(x, group, axis=2).astype(jnp.float32) for x in (key, value))
     delta = jnp.einsum("bqhd,bqhd->bhq", grad, output, preferred_element_type=jnp.float32)
     weights_grad = jnp.einsum("bqhd,bshd->bhqs", grad.astype(jnp.float32), wide_value)
-    scores_grad = weights * (weights_grad - delta[..., None]) * scale
+    scores_grad = weights * (weights_grad - delta[..., None]) * slope
     by_group = lambda x: x.reshape(*x.shape[:2], -1, group, x.shape[-1]).sum(3)  # noqa: E731
     return (
         jnp.einsum("bhqs,bshd->bqhd", scores_grad, wide_key).astype(query.dtype),

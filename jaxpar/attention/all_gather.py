@@ -3,44 +3,48 @@
 It needs more memory than the ring, and one large transfer instead of many. No computation overlaps that transfer.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxpar.attention.blocks import Blocks, attend, attend_backward, output_grads_of
+from jaxpar.attention.ring import Ring
 from jaxpar.attention.types import AttentionSpec, Grads, Keys, Partial, Queries, in_float32, tie_to_data
 
 
-def all_gather_attention(spec: AttentionSpec, size: int, query: jax.Array, keys: Keys) -> jax.Array:
-    """Output [b, q, k, g, d] of the local queries over the keys of all `size` ranks of the cp axis."""
-    return _attention(spec, size, query, keys)
+def all_gather_attention(spec: AttentionSpec, ring: Ring, query: jax.Array, keys: Keys) -> jax.Array:
+    """Output [b, q, k, g, v] of the local queries over the keys of all ranks of `ring`, whose stride is 1."""
+    return _attention(spec, ring, query, keys)
 
 
-def _output(spec: AttentionSpec, size: int, query: jax.Array, keys: Keys) -> jax.Array:
-    return _forward(spec, size, query, keys)[0]
+def _output(spec: AttentionSpec, ring: Ring, query: jax.Array, keys: Keys) -> jax.Array:
+    return _forward(spec, ring, query, keys)[0]
 
 
-def _forward(spec: AttentionSpec, size: int, query: jax.Array, keys: Keys):
-    rank, segments = tie_to_data((lax.axis_index("cp"), keys.segments), query)
-    queries, gathered = Queries(query, segments), _gather(keys._replace(segments=segments))
+def _forward(spec: AttentionSpec, ring: Ring, query: jax.Array, keys: Keys):
+    rank, segments = tie_to_data((lax.axis_index(ring.axis), keys.segments), query)
+    queries, gathered = Queries(query, segments), _gather(ring, keys._replace(segments=segments))
     partial: Partial | None = None
-    for blocks in _local_blocks(spec, size, rank, query.shape[1], documents=segments is not None):
+    for blocks in _local_blocks(spec, ring.size, rank, query.shape[1], documents=segments is not None):
         partial = attend(spec, queries, gathered, blocks, partial)
     assert partial is not None
     output = partial.output.astype(query.dtype)
     return output, (query, keys, output, partial.lse)
 
 
-def _backward(spec: AttentionSpec, size: int, residuals, grad: jax.Array):
+def _backward(spec: AttentionSpec, ring: Ring, residuals, grad: jax.Array):
     query, keys, output, lse = residuals
-    rank, segments = tie_to_data((lax.axis_index("cp"), keys.segments), query)
-    queries, gathered = Queries(query, segments), _gather(keys._replace(segments=segments))
+    rank, segments = tie_to_data((lax.axis_index(ring.axis), keys.segments), query)
+    queries, gathered = Queries(query, segments), _gather(ring, keys._replace(segments=segments))
     output_grads = output_grads_of(grad, output, lse)
     grads: Grads | None = None
-    for blocks in _local_blocks(spec, size, rank, query.shape[1], documents=segments is not None):
+    for blocks in _local_blocks(spec, ring.size, rank, query.shape[1], documents=segments is not None):
         grads = attend_backward(spec, queries, gathered, blocks, output_grads, grads)
     assert grads is not None
-    key_grad, value_grad = (lax.psum_scatter(x, "cp", scatter_dimension=1, tiled=True) for x in in_float32(grads[1:]))
+    scatter = functools.partial(lax.psum_scatter, axis_name=ring.axis, scatter_dimension=1, tiled=True)
+    key_grad, value_grad = map(scatter, in_float32(grads[1:]))
     keys_grad = Keys(key_grad.astype(keys.key.dtype), value_grad.astype(keys.value.dtype), None)
     return grads.query.astype(query.dtype), keys_grad
 
@@ -49,9 +53,9 @@ _attention = jax.custom_vjp(_output, nondiff_argnums=(0, 1))
 _attention.defvjp(_forward, _backward)
 
 
-def _gather(keys: Keys) -> Keys:
+def _gather(ring: Ring, keys: Keys) -> Keys:
     """[b, 2·size chunks, ...], chunks in the order of the ranks."""
-    return jax.tree.map(lambda x: lax.all_gather(x, "cp", axis=1, tiled=True), keys)
+    return jax.tree.map(lambda x: lax.all_gather(x, ring.axis, axis=1, tiled=True), keys)
 
 
 def _local_blocks(spec: AttentionSpec, size: int, rank: jax.Array, seq: int, *, documents: bool) -> list[Blocks]:

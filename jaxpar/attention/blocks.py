@@ -57,7 +57,7 @@ def attend(spec: AttentionSpec, queries: Queries, keys: Keys, blocks: Blocks, pa
     if blocks.starts is None:
         more = _block_forward(spec, queries, keys, blocks.offset)
         return more if partial is None else merge_partials(partial, more)
-    return _scan_blocks(add_block, empty_partial(queries.query) if partial is None else partial, blocks)
+    return _scan_blocks(add_block, empty_partial(queries.query, keys.value) if partial is None else partial, blocks)
 
 
 def attend_backward(
@@ -95,7 +95,7 @@ def _scan_blocks(add_block: Any, total: Any, blocks: Blocks) -> Any:
 def _block_forward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -> Partial:
     kernel = kernel_for(spec, queries, keys, offset)
     compute = lambda: kernel.forward(spec, queries, keys, offset)  # noqa: E731
-    return _if_documents_overlap(queries, keys, offset, compute, lambda: empty_partial(queries.query))
+    return _if_documents_overlap(queries, keys, offset, compute, lambda: empty_partial(queries.query, keys.value))
 
 
 def _block_backward(

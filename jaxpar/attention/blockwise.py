@@ -50,7 +50,7 @@ def forward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -
         merged = merge_partials(before, more, TOKEN_AXIS)
         return jax.tree.map(lambda x, part: write_tokens(x, part, query_start, TOKEN_AXIS), partial, merged)
 
-    steps = _TileSteps(_tile_forward, lambda queries, _: empty_partial(queries.query, TOKEN_AXIS), add)
+    steps = _TileSteps(_tile_forward, lambda queries, keys: empty_partial(queries.query, keys.value, TOKEN_AXIS), add)
     partial = _accumulate_tiles(spec, _heads_first(queries), _heads_first(keys), offset, steps)
     return Partial(jnp.moveaxis(partial.output, TOKEN_AXIS, 1), partial.lse)
 
@@ -161,8 +161,10 @@ def tile_size(tokens: int, *, masked: bool) -> int:
 
 
 def _scores(spec: AttentionSpec, queries: Queries, keys: Keys, distance: jax.Array | None):
-    """Scaled scores of a tile, float32 [b, k, g, q, s], and its mask [b or 1, 1, 1, q, s] or None."""
+    """Scores of a tile, scaled and capped, float32 [b, k, g, q, s], and its mask [b or 1, 1, 1, q, s] or None."""
     scores = _product("bkgqd,bksd->bkgqs", queries.query, keys.key[:, :, 0]) * spec.scale
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     if distance is None and queries.segments is None:
         return scores, None
     indices_matter = distance is not None
@@ -195,7 +197,10 @@ def _tile_backward(spec: AttentionSpec, queries: Queries, keys: Keys, distance, 
     scores, mask = _scores(spec, queries, keys, distance)
     weights = _masked(mask, jnp.exp(scores - output_grads.lse[..., None]), 0)
     weights_grad = _product("bkgqd,bksd->bkgqs", output_grads.grad, keys.value[:, :, 0])
-    scores_grad = (weights * (weights_grad - output_grads.delta[..., None]) * spec.scale).astype(queries.query.dtype)
+    scores_grad = weights * (weights_grad - output_grads.delta[..., None]) * spec.scale
+    if spec.soft_cap is not None:
+        scores_grad *= 1 - (scores / spec.soft_cap) ** 2  # the derivative of tanh
+    scores_grad = scores_grad.astype(queries.query.dtype)
     weights = weights.astype(queries.query.dtype)
     return Grads(
         query=_product("bkgqs,bksd->bkgqd", scores_grad, keys.key[:, :, 0]),

@@ -26,9 +26,7 @@ def kernel_for(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset
     Raises:
       ConfigError: the settings name a kernel that cannot compute such a block.
     """
-    query = queries.query
-    documents = queries.segments is not None and keys.segments is not None
-    needs = BlockNeeds(str(query.dtype), query.shape[-1], documents, _mask(spec, offset))
+    needs = _needs(spec, queries, keys, offset)
     name, why = choose(spec.backend, needs)
     spec.backend.choices[f"{NAMES[name]}: {needs}"] = why
     return KERNELS[name]
@@ -68,7 +66,8 @@ def _advice(backend: Backend, needs: BlockNeeds) -> list[str]:
     if capability is None:
         return []
     advice = [] if needs.dtype in LOW_PRECISION else ["set actor.model.precision: bf16"]
-    if capability[0] not in tokamax.ARCHITECTURES:  # so only cuDNN is left
+    cudnn_could = not needs.soft_cap and needs.value_dim is None
+    if capability[0] not in tokamax.ARCHITECTURES and cudnn_could:  # so only cuDNN is left
         if needs.documents:
             advice.append(
                 "set data.reset_attention_mask: false, if tokens may attend to the documents before their own"
@@ -76,6 +75,18 @@ def _advice(backend: Backend, needs: BlockNeeds) -> list[str]:
         if needs.mask == "shifted":
             advice.append("set actor.model.cp_comm_type: a2a")
     return advice
+
+
+def _needs(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -> BlockNeeds:
+    head_dim, value_dim = queries.query.shape[-1], keys.value.shape[-1]
+    return BlockNeeds(
+        str(queries.query.dtype),
+        head_dim,
+        queries.segments is not None and keys.segments is not None,
+        _mask(spec, offset),
+        spec.soft_cap is not None,
+        None if value_dim == head_dim else value_dim,
+    )
 
 
 def _mask(spec: AttentionSpec, offset: Offset) -> Literal["causal", "window", "shifted"] | None:

@@ -36,6 +36,10 @@ def problem(backend: Backend, needs: BlockNeeds) -> str | None:
     largest = 128 if capability < (9, 0) else 256
     if needs.head_dim > largest or needs.head_dim % 8:
         return f"head_dim {needs.head_dim} is not a multiple of 8 up to {largest}"
+    if needs.value_dim is not None:  # jax 0.10.2 has it for cuDNN 9.10 and later, and counts on 9.8 elsewhere
+        return f"values of size {needs.value_dim} with keys of size {needs.head_dim}"
+    if needs.soft_cap:
+        return "a soft cap"
     if needs.documents:
         return "documents"
     return "the order of queries and keys is shifted" if needs.mask == "shifted" else None

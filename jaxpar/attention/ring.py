@@ -28,24 +28,25 @@ from jaxpar.attention.types import AttentionSpec, Keys, Queries, in_float32, tie
 
 @dataclass(frozen=True)
 class Ring:
-    """`size` ranks of the cp axis, `stride` apart. A ring of one does not communicate."""
+    """`size` ranks of the manual mesh axis `axis`, `stride` apart. A ring of one does not communicate."""
 
     size: int = 1
     stride: int = 1
+    axis: str = "cp"
 
     @property
     def rank(self) -> jax.Array | int:
-        return lax.axis_index("cp") // self.stride if self.size > 1 else 0
+        return lax.axis_index(self.axis) // self.stride if self.size > 1 else 0
 
     def pass_on(self, tree: Any, hop: int) -> Any:
         """Sends `tree` to the rank `hop` further along the ring."""
         ranks = self.size * self.stride
         pairs = [(rank, (rank + hop * self.stride) % ranks) for rank in range(ranks)]
-        return jax.tree.map(lambda x: lax.ppermute(x, "cp", pairs), tree) if hop % self.size else tree
+        return jax.tree.map(lambda x: lax.ppermute(x, self.axis, pairs), tree) if hop % self.size else tree
 
 
 def ring_attention(spec: AttentionSpec, ring: Ring, query: jax.Array, keys: Keys) -> jax.Array:
-    """Output [b, q, k, g, d] of the local queries over the keys of all ranks of the ring.
+    """Output [b, q, k, g, v] of the local queries over the keys of all ranks of the ring.
 
     The local queries have the segments of the local keys.
     """
@@ -64,7 +65,7 @@ def _forward(spec: AttentionSpec, ring: Ring, query: jax.Array, keys: Keys):
         travelling, partial = carry
         coming = ring.pass_on(travelling, hop)
         blocks = _blocks_at_stop(spec, ring, rank, stop, seq)
-        partial = attend(spec, queries, _unpack(travelling), blocks, partial)
+        partial = attend(spec, queries, _unpack(travelling, keys), blocks, partial)
         return coming, partial if ring.size == 1 else in_float32(partial)
 
     _, partial = _visit_stops(_stops(spec, ring, seq), step, (_pack(ring, keys._replace(segments=segments)), None))
@@ -82,18 +83,19 @@ def _backward(spec: AttentionSpec, ring: Ring, residuals, grad: jax.Array):
         travelling, query_grad, keys_grads = carry
         coming, blocks = ring.pass_on(travelling, hop), _blocks_at_stop(spec, ring, rank, stop, seq)
         before = None if query_grad is None else zero_grads(queries, keys)._replace(query=query_grad)
-        grads = attend_backward(spec, queries, _unpack(travelling), blocks, output_grads, before)
+        grads = attend_backward(spec, queries, _unpack(travelling, keys), blocks, output_grads, before)
         if ring.size == 1:
             return coming, grads.query, grads[1:]
         arrived = 0 if keys_grads is None else ring.pass_on(keys_grads, last_hop)
         grads = in_float32(grads)
-        return coming, grads.query, arrived + jnp.stack(grads[1:])
+        return coming, grads.query, arrived + _join(grads.key, grads.value)
 
     carry = _pack(ring, keys._replace(segments=segments)), None, None
     _, query_grad, keys_grads = _visit_stops(stops, step, carry)
     if ring.size > 1:
         sent = keys_grads.astype(jnp.result_type(keys.key, keys.value))
         keys_grads = ring.pass_on(sent, ring.size - stops[-1])  # the rest of the way home
+        keys_grads = _part(keys_grads, keys)
     keys_grad = Keys(keys_grads[0].astype(keys.key.dtype), keys_grads[1].astype(keys.value.dtype), None)
     return query_grad.astype(query.dtype), keys_grad
 
@@ -129,12 +131,26 @@ def _stops(spec: AttentionSpec, ring: Ring, seq: int) -> list[int]:
 
 def _pack(ring: Ring, keys: Keys) -> tuple[Any, jax.Array | None]:
     """One array to send: XLA has one permute in flight at a time, so the work would not hide a second one."""
-    return (keys.key, keys.value) if ring.size == 1 else jnp.stack([keys.key, keys.value]), keys.segments
+    return (keys.key, keys.value) if ring.size == 1 else _join(keys.key, keys.value), keys.segments
 
 
-def _unpack(travelling: tuple[Any, jax.Array | None]) -> Keys:
+def _unpack(travelling: tuple[Any, jax.Array | None], keys: Keys) -> Keys:
     key_value, segments = travelling
-    return Keys(key_value[0], key_value[1], segments)
+    key, value = key_value if isinstance(key_value, tuple) else _part(key_value, keys)
+    return Keys(key, value, segments)
+
+
+def _join(key: jax.Array, value: jax.Array) -> jax.Array:
+    """[2, b, s, k, d], or [b, s, k, d + v] if a value's size differs from a key's."""
+    return jnp.stack([key, value]) if key.shape == value.shape else jnp.concatenate([key, value], -1)
+
+
+def _part(joined: jax.Array, keys: Keys) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `_join`, for a key and a value of the shapes of `keys`."""
+    if keys.key.shape == keys.value.shape:
+        return joined[0], joined[1]
+    head_dim = keys.key.shape[-1]
+    return joined[..., :head_dim], joined[..., head_dim:]
 
 
 def _blocks_at_stop(spec: AttentionSpec, ring: Ring, rank: Any, stop: Any, seq: int) -> Blocks:

@@ -33,24 +33,29 @@ class AttentionSettings:
         "a2a+p2p": "a2a" inside groups of neighbouring ranks, a ring across the groups.
       a2a_size: ranks per group of "a2a+p2p".
       backend: what computes a block.
+      calls: once a program has been traced, an entry for each call of `attention` in it: the kind of exchange.
     """
 
     cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
     a2a_size: int = 1
     backend: Backend = Backend()
+    calls: list[str] = field(default_factory=list, compare=False)
 
 
-DEFAULT = AttentionSettings()
-_current: ContextVar[AttentionSettings] = ContextVar("attention settings", default=DEFAULT)
+_current: ContextVar[AttentionSettings | None] = ContextVar("attention settings", default=None)
 
 
-def current_settings() -> AttentionSettings:
+def current_settings() -> AttentionSettings | None:
+    """The settings in force. None: outside of `attention_settings`, where `attention` is used as a library."""
     return _current.get()
 
 
 @contextmanager
 def attention_settings(settings: AttentionSettings) -> Iterator[None]:
-    """Applies `settings` to calls of `jaxpar.attention.attention` that are traced inside."""
+    """Applies `settings` to calls of `jaxpar.attention.attention` that are traced inside.
+
+    A sequence that is split is then in zigzag order, unless a call says otherwise.
+    """
     token = _current.set(settings)
     try:
         yield

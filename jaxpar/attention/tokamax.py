@@ -46,6 +46,8 @@ def problem(backend: Backend, needs: BlockNeeds) -> str | None:
         return f"{needs.dtype} is not bfloat16 or float16"
     if needs.head_dim > 256:
         return f"head_dim {needs.head_dim} is more than 256"
+    if needs.value_dim is not None and needs.value_dim > 256:
+        return f"values of size {needs.value_dim} are larger than 256"
     if find_spec("tokamax") is None:
         return "it is not installed: pip install 'jaxpar[cuda12]'"
     return None
@@ -53,14 +55,14 @@ def problem(backend: Backend, needs: BlockNeeds) -> str | None:
 
 def forward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset) -> Partial:
     query, ranges = queries.query, _ranges(spec, queries, keys, offset)
-    forward = functools.partial(_library().forward, logits_scale=spec.scale, return_residuals=True)
+    forward = functools.partial(_library().forward, **_score_options(spec), return_residuals=True)
     output, (highest, total) = _one_call(spec.backend, forward, ranges, merge_heads(query), keys.key, keys.value)
     lse = highest + jnp.log(total)
     if ranges.is_empty is not None:
         # What the kernel leaves there is not defined.
         output = jnp.where(jnp.moveaxis(ranges.is_empty, 1, 2)[..., None], 0, output)
         lse = jnp.where(ranges.is_empty, MASKED, lse)
-    return Partial(output.reshape(query.shape), split_heads(lse, query))
+    return Partial(output.reshape(*query.shape[:-1], -1), split_heads(lse, query))
 
 
 def backward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset, output_grads: OutputGrads) -> Grads:
@@ -68,11 +70,15 @@ def backward(spec: AttentionSpec, queries: Queries, keys: Keys, offset: Offset, 
     lse = join_statistics(output_grads.lse)
     statistics = lse, jnp.ones_like(lse)  # the kernel's weights are exp(score - highest) / total
     output, grad = (merge_heads(x.astype(query.dtype)) for x in (output_grads.output, output_grads.grad))
-    backward = functools.partial(_library().backward, logits_scale=spec.scale)
+    backward = functools.partial(_library().backward, **_score_options(spec))
     query_grad, key_grad, value_grad = _one_call(
         spec.backend, backward, ranges, statistics, output, grad, merge_heads(query), keys.key, keys.value
     )
     return Grads(query_grad.reshape(query.shape), key_grad, value_grad)
+
+
+def _score_options(spec: AttentionSpec) -> dict[str, Any]:
+    return {"logits_scale": spec.scale, "logits_soft_cap": spec.soft_cap}
 
 
 class _Ranges(NamedTuple):
@@ -166,14 +172,16 @@ def _library() -> Any:
     def backward(*args: Any, **options: Any) -> Any:
         defaults = {
             "bias": None, "precision": (jax.lax.DotAlgorithmPreset.DEFAULT,) * 2, "logits_dtype": jnp.dtype(jnp.float32),
-            "logits_soft_cap": None, "dropout_mask": None, "dropout_rate": 0.0, "paging_info": None, "q_indices": None,
+            "dropout_mask": None, "dropout_rate": 0.0, "paging_info": None, "q_indices": None,
             "k_indices": None, "normalize_output": True,
         }  # fmt: skip
         found = PallasMosaicGpuFlashAttentionVjp()(*args, **defaults, **options)
         return found["q"], found["k"], found["v"]
 
     def forward(*args: Any, **options: Any) -> Any:
-        return PallasMosaicGpuFlashAttention()(*args, **options)
+        # With a small soft cap tokamax would not subtract the largest score, and exp(score) overflows float16.
+        stable = {} if options["logits_soft_cap"] is None else {"use_stable_softmax": True}
+        return PallasMosaicGpuFlashAttention(**stable)(*args, **options)
 
     return SimpleNamespace(Mask=base.Mask, forward=forward, backward=backward)
 

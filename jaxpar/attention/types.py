@@ -1,7 +1,7 @@
 """Types and small helpers that the implementations of attention share.
 
-Dimensions: b batch, q query tokens, s key tokens, k kv heads, g query heads per kv head, d head_dim. Tokens are
-dimension 1, but the last one of the statistics of a query (`lse` and `delta`), as kernels have them.
+Dimensions: b batch, q query tokens, s key tokens, k kv heads, g query heads per kv head, d head_dim of query and key, v
+size of a value (mostly the same). Tokens are dimension 1, but the last one of the statistics of a query (`lse` and `delta`), as kernels have them.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,18 @@ if it is not. None: the indices do not matter, and only tokens of other document
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Which keys a query may attend to, the scale of the scores, and the backend that computes them."""
+    """Which keys a query may attend to, how scores are made, and the backend that computes them.
+
+    Attributes:
+      scale: of the products of query and key.
+      soft_cap: scaled scores become soft_cap * tanh(scores / soft_cap), before they are masked. None: they stay.
+    """
 
     causal: bool
     window: int | None
     scale: float
     backend: Backend
+    soft_cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -35,20 +41,32 @@ class BlockNeeds:
 
     Attributes:
       dtype: of query, key and value.
+      head_dim: of query and key.
       documents: whether tokens attend only to their own document.
       mask: None; "causal" and "window" (causal too): of a block whose first query is its first key; "shifted": any other
         causal order or window, or one that differs between ranks.
+      soft_cap: whether scores are capped.
+      value_dim: the size of a value, if it differs from `head_dim`. None: it does not.
     """
 
     dtype: str
     head_dim: int
     documents: bool
     mask: Literal["causal", "window", "shifted"] | None
+    soft_cap: bool = False
+    value_dim: int | None = None
 
     def __str__(self) -> str:
         masked = {None: "unmasked", "window": "causal", "shifted": "shifted"}.get(self.mask, self.mask)
-        extras = [text for text, there in (("documents", self.documents), ("a window", self.mask == "window")) if there]
-        return f"{masked} blocks{' with ' * bool(extras)}{' and '.join(extras)} in {self.dtype}"
+        possible = {
+            "documents": self.documents,
+            "a window": self.mask == "window",
+            "a soft cap": self.soft_cap,
+            f"values of size {self.value_dim}": self.value_dim is not None,
+        }
+        *extras, last = [text for text, there in possible.items() if there] or [""]
+        listed = f"{', '.join(extras)}{' and ' * bool(extras)}{last}"
+        return f"{masked} blocks{' with ' * bool(listed)}{listed} in {self.dtype}"
 
 
 class Queries(NamedTuple):
@@ -60,22 +78,22 @@ class Keys(NamedTuple):
     """Keys with their values: what the cp ranks send each other."""
 
     key: jax.Array  # [b, s, k, d]
-    value: jax.Array  # [b, s, k, d]
+    value: jax.Array  # [b, s, k, v]
     segments: jax.Array | None  # [b, s]
 
 
 class Partial(NamedTuple):
     """Attention over some of the keys: the normalized output and the log-sum-exp of the scores."""
 
-    output: jax.Array  # [b, q, k, g, d], float32; of a single block in the query's dtype, if a kernel made it
+    output: jax.Array  # [b, q, k, g, v], float32; of a single block in the query's dtype, if a kernel made it
     lse: jax.Array  # float32 [b, k, g, q]
 
 
 class OutputGrads(NamedTuple):
     """What the backward pass of every block of these queries needs. Kernels make `delta` themselves, from `output`."""
 
-    grad: jax.Array  # of the output [b, q, k, g, d]
-    output: jax.Array  # over all keys [b, q, k, g, d]
+    grad: jax.Array  # of the output [b, q, k, g, v]
+    output: jax.Array  # over all keys [b, q, k, g, v]
     lse: jax.Array  # over all keys, float32 [b, k, g, q]
     delta: jax.Array  # row sums of grad · output, float32 [b, k, g, q]
 
@@ -85,15 +103,16 @@ class Grads(NamedTuple):
 
     query: jax.Array  # [b, q, k, g, d]
     key: jax.Array  # [b, s, k, d]
-    value: jax.Array  # [b, s, k, d]
+    value: jax.Array  # [b, s, k, v]
 
 
-def empty_partial(query: jax.Array, token_axis: int = 1) -> Partial:
+def empty_partial(query: jax.Array, value: jax.Array, token_axis: int = 1) -> Partial:
     """Attention over no keys at all: the neutral element of `merge_partials`. `token_axis`: of the query."""
     axes, shape = varying_axes(query), list(query.shape[:-1])
     shape.append(shape.pop(token_axis))
     lse = jnp.full(shape, MASKED, jnp.float32)
-    return Partial(vary(jnp.zeros(query.shape, jnp.float32), axes), vary(lse, axes))
+    output = jnp.zeros((*query.shape[:-1], value.shape[-1]), jnp.float32)
+    return Partial(vary(output, axes), vary(lse, axes))
 
 
 def zero_grads(queries: Queries, keys: Keys) -> Grads:

@@ -108,6 +108,20 @@ def test_attention(device, kernel, kind):
         check(run(device, with_gradients(attention, **KINDS[kind]), *values, segments), expected(kind))
 
 
+@pytest.mark.parametrize("arguments", [{"soft_cap": 2.0}, {"scale": 0.2}], ids=["soft cap", "scale"])
+@pytest.mark.parametrize("value_dim", [64, HEAD_DIM])
+def test_other_scores_and_values(device, arguments, value_dim):
+    """By tokamax, which alone has them."""
+    skip_unless_able(device, "tokamax")
+    (query, key, value, grad), segments = arrays()
+    values = query, key, value[..., :value_dim], grad[..., :value_dim]
+    with jax.default_matmul_precision("highest"):
+        reference = jax.jit(with_gradients(reference_attention, packed=True, **arguments))
+        wanted = reference(*(x.astype(jnp.float32) for x in values), segments)
+    with attention_settings(AttentionSettings(backend=Backend("tokamax", device))):
+        check(run(device, with_gradients(attention, packed=True, **arguments), *values, segments), wanted)
+
+
 @pytest.mark.parametrize(
     ("kernel", "kind", "known"),
     [("cudnn", "causal", True), ("tokamax", "causal", True), ("tokamax", "packed", True)]

@@ -129,9 +129,13 @@ def test_what_auto_takes():
         (stand_ins.H100, {"documents": True}, "tokamax"),
         (stand_ins.H100, {"head_dim": 512}, "xla"),
         (stand_ins.H100, {"head_dim": 20}, "tokamax"),
+        (stand_ins.H100, {"soft_cap": True}, "tokamax"),
+        (stand_ins.H100, {"head_dim": 192, "value_dim": 128}, "tokamax"),
+        (stand_ins.H100, {"value_dim": 512}, "xla"),
         (stand_ins.A100, {}, "cudnn"),
         (stand_ins.A100, {"head_dim": 256}, "xla"),
         (stand_ins.A100, {"documents": True}, "xla"),
+        (stand_ins.A100, {"soft_cap": True}, "xla"),
         (stand_ins.FakeGpu("10.0"), {}, "cudnn"),
         (stand_ins.FakeGpu("10.0"), {"documents": True}, "xla"),
     ):
@@ -184,5 +188,12 @@ def test_what_the_user_reads():
     assert slow.startswith("attention: SLOW, in plain JAX: causal blocks with documents in bfloat16 (cuDNN cannot: doc")
     assert "set data.reset_attention_mask: false, if" in slow
     assert "set actor.model.cp_comm_type: a2a" in line(stand_ins.A100, documents=False, mask="shifted")
+    both = line(stand_ins.H100, soft_cap=True, value_dim=64)
+    assert both.startswith(
+        "attention: tokamax: causal blocks with documents, a soft cap and values of size 64 in bfloat16"
+    )
+    slow = line(stand_ins.A100, soft_cap=True)
+    assert "(cuDNN cannot: a soft cap; tokamax cannot: " in slow
+    assert "; set " not in slow  # without documents cuDNN could not either
     named = line(stand_ins.H100, "xla")
     assert "SLOW, in plain JAX" in named and "(attention_backend: xla; set auto)" in named

@@ -427,8 +427,8 @@ def test_pallas_kernels_by_name_and_shapes():
 def test_tokamax_attention():
     query, key, row = "bf16[1024,8,64]{2,1,0}", "bf16[512,4,64]{2,1,0}", "f32[8,1024]{1,0}"
 
-    def flops(scope, results, *more, batch=""):
-        shapes = [x.replace("[", f"[{batch}", 1) for x in (query, key, key, *more)]
+    def flops(scope, results, *more, batch="", value=key):
+        shapes = [x.replace("[", f"[{batch}", 1) for x in (query, key, value, *more)]
         found = count(call("mosaic_gpu_v2", results, shapes, "{}", f"jit(f)/{scope}/jit(kernel_call)/x/mpmd_map"))
         assert found.uncounted == [] and found.flops == found.kernel_flops
         return found.flops
@@ -439,6 +439,10 @@ def test_tokamax_attention():
     assert flops("tokamax_forward", f"({query}, {row}, {row})", batch="3,") == 6 * product
     assert flops("transpose(jvp(tokamax_backward))", query, query, row) == 3 * product  # dq
     assert flops("transpose(jvp(tokamax_backward))", f"({query}, {query})", query, row) == 4 * product  # dk, dv
+    wide, output = (x.replace("64]", "128]") for x in (key, query))  # a product with it counts twice
+    assert flops("tokamax_forward", f"({output}, {row}, {row})", value=wide) == (1 + 2) * product
+    assert flops("tokamax_backward", query, output, row, value=wide) == (2 + 2) * product
+    assert flops("tokamax_backward", f"({query}, {output})", output, row, value=wide) == (2 + 2 * 2) * product
     other = count(call("mosaic_gpu_v2", query, [query, key, key], "{}", "jit(f)/mine/mpmd_map"))
     assert other.flops == 0 and other.uncounted == [
         "custom call mosaic_gpu_v2: its FLOPs are not known (1 time per step)"

@@ -101,9 +101,11 @@ def tokamax_attention_flops(instruction: Instruction, operands: Sequence[Array])
     is_kernel = (custom_call_target(instruction) or "").startswith("mosaic_gpu")
     if not kind or not is_kernel or len(operands) < 3 or any(len(array.dims) < 3 for array in operands[:3]):
         return None
-    (*batch, queries, heads, dim), keys = operands[0].dims, operands[1].dims[-3]
-    products = 2 if kind[1] == "forward" else 4 if len(instruction.result) > 1 else 3
-    return 2 * products * math.prod(batch) * heads * queries * keys * dim * (0.5 if kind[2] else 1)
+    (*batch, queries, heads, dim), keys, value_dim = operands[0].dims, operands[1].dims[-3], operands[2].dims[-1]
+    scores = 1 if kind[1] == "forward" else 2  # products with keys or queries; the others are with values or outputs
+    others = 2 if kind[1] == "backward" and len(instruction.result) > 1 else 1
+    per_pair = scores * dim + others * value_dim
+    return 2 * per_pair * math.prod(batch) * heads * queries * keys * (0.5 if kind[2] else 1)
 
 
 def _mha(backward: bool) -> KernelFlops:
