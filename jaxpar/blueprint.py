@@ -19,6 +19,7 @@ from jaxpar.config import Architecture, Config, ConfigError, MeshSizes, checks
 from jaxpar.config.keys import RECOMPUTE_MODULES
 from jaxpar.models import Decoder, FunctionalModel, UserModel
 from jaxpar.models.flops import flops_coefficients, model_flops_per_token
+from jaxpar.models.split_check import check_split_sequence
 from jaxpar.parallel.mesh import cross_host_warning
 from jaxpar.parallel.placement import LayerPlacement
 from jaxpar.parallel.sharding import layout_tree
@@ -53,6 +54,8 @@ class Blueprint:
         if problems := list(checks.schedule_problems(self.config.actor.model, self.model.num_layers)):
             raise ConfigError(problems)
         _ = self.param_layouts, self.schedule
+        if self.sizes.cp > 1:
+            check_split_sequence(self.model, self.sizes.cp, self.config.row_length)
 
     @cached_property
     def sizes(self) -> MeshSizes:

@@ -15,6 +15,7 @@ from jaxpar.attention.ring import Ring, ring_attention
 from jaxpar.attention.settings import AttentionSettings, current_settings
 from jaxpar.attention.types import AttentionSpec, Keys
 from jaxpar.parallel.collectives import manual, vary, varying_axes
+from jaxpar.parallel.mesh import AXES
 
 Order = Literal["zigzag", "contiguous"]
 
@@ -152,6 +153,10 @@ def _check_split(seq: int, ranks: Ring, order: Order | None, *, known: bool) -> 
             f"attention: the {ranks.size} ranks of {ranks.axis} hold parts of the sequence, and nothing says which: write "
             f'order="zigzag" if the tokens were put in jaxpar.attention.zigzag_order, or order="contiguous" if each rank '
             f"holds a consecutive part of the sequence"
+        )
+    if order == "contiguous" and known and get_abstract_mesh().axis_names == AXES:
+        raise ValueError(
+            'attention: order="contiguous", but in jaxpar\'s train step the tokens are in zigzag order: leave it out'
         )
     if order not in (None, "zigzag", "contiguous"):
         raise ValueError(f'attention: order={order!r} is neither "zigzag" nor "contiguous"')

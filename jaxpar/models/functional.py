@@ -58,7 +58,7 @@ class FunctionalModel:
             raise ConfigError(f"model: auxiliary: {reserved[0]!r} is the name of another metric: choose another")
         self.auxiliary = {name: weight for name, weight in self._taken.items() if weight is not None}
         tokens = jax.ShapeDtypeStruct((1, seq_length), jnp.int32)
-        self._tokens, self._info = tokens, _example_info(tokens, self.inputs)
+        self._tokens, self._info = tokens, example_info(tokens, self.inputs)
         extra = (WHOLE,) if self.explicit else ()
         self._embed = part_of("embed", model.embed, (tokens, self._info), lambda *args: (*args, *extra))
         x = jax.eval_shape(
@@ -284,7 +284,7 @@ def _as_model(model: Any) -> Any:
     )
 
 
-def _example_info(tokens: Any, inputs: Mapping[str, jax.ShapeDtypeStruct]) -> TokenInfo:
+def example_info(tokens: Any, inputs: Mapping[str, jax.ShapeDtypeStruct]) -> TokenInfo:
     extra: Any = {name: jax.ShapeDtypeStruct((*tokens.shape, *x.shape), x.dtype) for name, x in inputs.items()}
     return TokenInfo(tokens, tokens, inputs=extra)
 
