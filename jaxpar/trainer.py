@@ -1,12 +1,11 @@
 """The trainer and its training loop: what happens when. No maths."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxpar.attention import choice_lines
@@ -23,7 +22,8 @@ from jaxpar.data import (
     load_tokenizer,
     token_cache,
 )
-from jaxpar.models import Model
+from jaxpar.models import UserModel
+from jaxpar.models.assembled import assemble
 from jaxpar.models.hugging_face import has_weights, load_params
 from jaxpar.program import Program
 from jaxpar.run import runtime
@@ -45,7 +45,8 @@ class Trainer:
 
     Args:
       config: from `jaxpar.load_config`.
-      model: a `jaxpar.Model`, or a function of `nnx.Rngs` that builds a model that is not a stack of blocks. Default:
+      model: a `jaxpar.Stack` (or what has the members of `jaxpar.Model`); or, for a model that is not a stack of blocks, a
+        `jaxpar.Whole`, a Linen module, an nnx module with its weights, or a function of `nnx.Rngs` that builds one. Default:
         the built-in decoder with the config's architecture.
 
     Attributes:
@@ -55,7 +56,7 @@ class Trainer:
       ConfigError: lists every problem of the config for these devices and this model.
     """
 
-    def __init__(self, config: Config, model: Model | Callable[[nnx.Rngs], nnx.Module] | None = None):
+    def __init__(self, config: Config, model: UserModel | None = None):
         self.config = config
         runtime.start(config)
         self.program = Program(config, runtime.devices(config), model)
@@ -126,6 +127,15 @@ class Trainer:
         layout = self.program.batch_layout
         self._state, metrics = self.program.train_step(self.state, layout.put_on_mesh(layout.own_rows(batch)))
         return metrics
+
+    def module(self) -> Any:
+        """The model with the current parameters, float32, as a module of Flax, for evaluation.
+
+        Returns:
+          Of a whole model, the user's own module (if it is Linen, bound to its variables). Of a stack, a
+          `jaxpar.models.assembled.Assembled`: `module(tokens)` gives logits [batch, seq, vocab].
+        """
+        return assemble(self.program.blueprint.model, self.state["params"])
 
     def fit(self, profile: Steps | None = None) -> None:
         """Trains from the start, or from the checkpoint that `runner.resume_dir` names, to `max_steps` or `max_epochs`.

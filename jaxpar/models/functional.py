@@ -226,6 +226,18 @@ class FunctionalModel:
         _refuse_outside_of_blocks("head", found)
         return output
 
+    def modules(self, params: Params) -> tuple[Any, list[Any], Any]:
+        """(embedding, the blocks in order, head): the user's own modules with these parameters, for evaluation."""
+        info = replace(example_info(self._tokens, {}), train=False)
+
+        def block(layer: int) -> Any:
+            place, repeat = layer % self.period, layer // self.period
+            own = params["layers"][str(place)] if self.period > 1 else params["layers"]
+            return self._kinds[place].bind(jax.tree.map(lambda p: p[repeat], own), info)
+
+        blocks = [block(layer) for layer in range(self.num_blocks)]
+        return self._embed.bind(params["embed"], info), blocks, self._head.bind(params["head"], info)
+
     @cached_property
     def _asks_for(self) -> set[str]:
         """Which of "rngs" and "layer" has a say in what the model computes, found by tracing it."""

@@ -70,9 +70,7 @@ class Model(Protocol):
 
     Attributes:
       num_layers: number of blocks.
-      dims, names, auxiliary, inputs: (optional) as in `Stack`.
-      mixes_tokens_itself: (optional, default False) True says that blocks mix tokens without `jaxpar.attention` and are right
-        where each cp rank has a part of the sequence.
+      dims, names, auxiliary, inputs, mixes_tokens_itself: (optional) as in `Stack`.
       explicit_tensor_collectives: (optional, default False) True if the modules call the functions of
         `jaxpar.parallel.collectives` themselves. Embedding and head then also take a `VocabularyPart` as their last
         argument, and pass it on to these functions. False: XLA places the tensor collectives, guided by the names of
@@ -117,6 +115,7 @@ class Stack:
         blocks, averaged over the trained tokens, is reported, and weight times it is added to the loss. 0: only reported.
         None: dropped.
       inputs: {name: ShapeDtypeStruct of one token's} of arrays [rows, seq, …] that batches have in addition.
+      mixes_tokens_itself: the modules mix tokens without `jaxpar.attention`, and are right on a part of the sequence.
     """
 
     def __init__(
@@ -130,12 +129,14 @@ class Stack:
         names: Mapping[str, str | None] | None = None,
         auxiliary: Mapping[str, float | None] | None = None,
         inputs: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+        mixes_tokens_itself: bool = False,
     ):
         pattern = list(blocks) if isinstance(blocks, Sequence) else [blocks]
         if num_layers is None and not isinstance(blocks, Sequence):
             raise ValueError("Stack: num_layers is missing: how many blocks are there?")
         self.num_layers = len(pattern) if num_layers is None else num_layers
         self.dims, self.names, self.auxiliary, self.inputs = dims, names, auxiliary, inputs
+        self.mixes_tokens_itself = mixes_tokens_itself
         self._embed, self._pattern, self._head = embed, pattern, head
 
     def embed(self, rngs: nnx.Rngs) -> nnx.Module | linen.Module:
@@ -154,7 +155,7 @@ class Whole:
     Args:
       module: a Linen module, a function of `nnx.Rngs` that builds an nnx or Linen module, or an nnx module with its weights,
         from which training then starts. It maps (tokens, info) to logits [batch, seq, vocab].
-      dims, names, inputs: as in `Stack`. Paths begin with embed.
+      dims, names, inputs, mixes_tokens_itself: as in `Stack`. Paths begin with embed.
     """
 
     num_layers = 0
@@ -166,8 +167,9 @@ class Whole:
         dims: Mapping[str, tuple[str | None, ...]] | None = None,
         names: Mapping[str, str | None] | None = None,
         inputs: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+        mixes_tokens_itself: bool = False,
     ):
-        self.dims, self.names, self.inputs = dims, names, inputs
+        self.dims, self.names, self.inputs, self.mixes_tokens_itself = dims, names, inputs, mixes_tokens_itself
         self._module = module
 
     def embed(self, rngs: nnx.Rngs) -> nnx.Module | linen.Module:
