@@ -10,24 +10,14 @@ from jaxtyping import Array, Float
 
 from jaxpar.attention import choice_lines
 from jaxpar.checkpoint.checkpoints import Checkpoints
+from jaxpar.checkpoint.run_state import RunState, warn
 from jaxpar.config import Config, ConfigError
-from jaxpar.data import (
-    BatchLoader,
-    BatchOrder,
-    DocumentCost,
-    DocumentSource,
-    PackedSource,
-    build_dynamic_loader,
-    build_loader,
-    load_tokenizer,
-    token_cache,
-)
 from jaxpar.models import UserModel
 from jaxpar.models.assembled import assemble
-from jaxpar.models.hugging_face import has_weights, load_params
+from jaxpar.models.weights import Source
 from jaxpar.program import Program
 from jaxpar.run import runtime
-from jaxpar.run.evaluation import Evaluation
+from jaxpar.run.datasets import open_evaluation, open_training_data
 from jaxpar.run.metrics import metrics_writers
 from jaxpar.run.profile import Profiler, Steps
 from jaxpar.run.progress import reporter
@@ -48,43 +38,75 @@ class Trainer:
       model: a `jaxpar.Stack` (or what has the members of `jaxpar.Model`); or, for a model that is not a stack of blocks, a
         `jaxpar.Whole`, a Linen module, an nnx module with its weights, or a function of `nnx.Rngs` that builds one. Default:
         the built-in decoder with the config's architecture.
+      params: weights to start from, of any float dtype: a tree like `trainer.state["params"]` of numpy or jax arrays, or a
+        function that returns one parameter, of one layer: `params("layers/3/attention/query")`, `params("embed/table")`.
+        The function is called once for each parameter and layer that this process's devices hold, when the weights are
+        first needed. A checkpoint that `runner.resume_dir` finds wins over them.
+      replace_stored: take `params` although the folder actor.model.model_path has weights too.
 
     Attributes:
       program: the jitted functions with mesh, layouts and schedule, see `jaxpar.program.Program`.
 
     Raises:
-      ConfigError: lists every problem of the config for these devices and this model.
+      ConfigError: lists every problem of the config for these devices and this model, or of the tree `params`.
     """
 
-    def __init__(self, config: Config, model: UserModel | None = None):
+    def __init__(
+        self,
+        config: Config,
+        model: UserModel | None = None,
+        params: Source | None = None,
+        *,
+        replace_stored: bool = False,
+    ):
         self.config = config
         runtime.start(config)
         self.program = Program(config, runtime.devices(config), model)
-        self._state: State | None = None
+        self._run_state = RunState(self.program, params, replace_stored=replace_stored)
 
     @property
     def state(self) -> State:
-        """The current `step`, `params`, `opt_state`, `rng`; created on first use. The next step consumes it."""
-        if self._state is None:
-            self._state = self.program.init(self._stored_params())
-        return self._state
+        """The current `step`, `params`, `opt_state`, `rng`. The next step consumes it.
+
+        On first use, it is that of the checkpoint that `runner.resume_dir` names. If it names none or `auto` finds none,
+        it is that of step 0, and a warning says if `auto` has found none and the weights are random.
+
+        Raises:
+          ConfigError: the checkpoint does not fit, or `params` do not.
+        """
+        return self._run_state.get()
+
+    def restore(self, path: str | Path | None = None) -> int:
+        """Takes the state of a checkpoint, to be used without training data. A collective call.
+
+        `fit` begins where it would have begun without this call: `runner.resume_dir` says where.
+
+        Args:
+          path: a folder global_step_N, or that of an experiment or its checkpoints, of which the newest complete
+            checkpoint is taken. Default: what `runner.resume_dir` says, else this experiment.
+
+        Returns:
+          Its step.
+
+        Raises:
+          ConfigError: there is no complete checkpoint, or its state does not fit this model and optimizer.
+          CheckpointError: a file is damaged or cannot be read.
+        """
+        checkpoints = Checkpoints(self.config)
+        found, notes = checkpoints.find_to_use(path)
+        warn(notes)
+        if found is None:
+            raise ConfigError(f"restore: no complete checkpoint in {checkpoints.folder}: give the path of one")
+        self._run_state.restore(checkpoints, found, to_train=False)
+        return int(self.state["step"])
 
     @property
     def warnings(self) -> list[str]:
         """What the user should be told once about this run, in addition to `config.notes`."""
         warnings, path = list(self.program.blueprint.warnings), self.config.actor.model.model_path
-        if self.program.blueprint.architecture and path and not has_weights(path):
+        if self.program.blueprint.architecture and path and self._run_state.is_random:
             warnings.append(f"actor.model.model_path: {path} has no weights: training starts from random weights")
         return warnings
-
-    def _stored_params(self) -> Any:
-        """The weights in the folder actor.model.model_path; None if it has none."""
-        program, path = self.program, self.config.actor.model.model_path
-        if program.blueprint.architecture is None or path is None or not has_weights(path):
-            return None
-        return load_params(
-            path, program.blueprint.architecture, program.blueprint.model.shapes, program.state_shardings["params"]
-        )
 
     def loss_and_grads(self, batch: Mapping[str, Any]) -> tuple[Float[Array, ""], Any]:
         """Loss and gradients of one global batch at the current parameters, on the mesh, without an update. They are those of
@@ -100,7 +122,7 @@ class Trainer:
           grads is a float32 tree like `trainer.state["params"]`.
 
         Raises:
-          ValueError: a key or shape is wrong, or `segment_ids` are, see `jaxpar.parallel.batch.BatchLayout.own_rows`.
+          ValueError: the batch is wrong, see `jaxpar.parallel.batch.BatchLayout.own_rows`.
         """
         layout, scale = self.program.batch_layout, scale_of(self.state, self.program.blueprint.loss_scale)
         placed = layout.put_on_mesh(layout.own_rows(batch))
@@ -110,10 +132,11 @@ class Trainer:
         """log p(target) of each token at the current parameters, without gradients: float32, in nats.
 
         Args:
-          batch: as in `loss_and_grads`.
+          batch: as in `loss_and_grads`; all of it may be masked.
         """
         layout = self.program.batch_layout
-        return -self.program.evaluate(self.state["params"], layout.put_on_mesh(layout.own_rows(batch)))["token_losses"]
+        rows = layout.put_on_mesh(layout.own_rows(batch, trained=False))
+        return -self.program.evaluate(self.state["params"], rows)["token_losses"]
 
     def train_step(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Takes one optimizer step.
@@ -125,7 +148,12 @@ class Trainer:
           The metrics of `jaxpar.step.train_step.build_train_step`.
         """
         layout = self.program.batch_layout
-        self._state, metrics = self.program.train_step(self.state, layout.put_on_mesh(layout.own_rows(batch)))
+        rows = layout.put_on_mesh(layout.own_rows(batch))
+        return self._train_step(rows)
+
+    def _train_step(self, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        state, metrics = self.program.train_step(self.state, rows)
+        self._run_state.set(state)
         return metrics
 
     def module(self) -> Any:
@@ -159,49 +187,6 @@ class Trainer:
             raise Interrupted(run.step, run.last_step, signal_number)
         run.report.say(f"done: step {run.step}, checkpoint in {run.checkpoints.folder}")
 
-    def _open_data(self) -> BatchLoader:
-        config, program = self.config, self.program
-        folder = self._token_cache("train_data_paths")
-        num_epochs = config.runner.max_epochs if config.runner.max_epochs > 0 else None
-        order = BatchOrder(config.actor.global_batch_size, config.data.seed, config.data.shuffle, num_epochs)
-        workers = config.data.num_workers
-        if config.runner.enable_dynamic_batch_size:
-            documents, cost = DocumentSource(folder, config.row_length), DocumentCost(*program.blueprint.document_flops)
-            return build_dynamic_loader(
-                documents, order, dp=program.mesh.shape["dp"], ranks=program.dp_ranks, cost=cost, num_workers=workers
-            )
-        samples = PackedSource.read(
-            folder, config.runner.seq_length, across_documents=not config.data.reset_attention_mask
-        )
-        return build_loader(samples, order, rows=program.batch_layout.rows, num_workers=workers)
-
-    def _token_cache(self, key: str) -> Path:
-        config = self.config
-        tokenizer = load_tokenizer(config.actor.tokenizer.tokenizer_model)
-        architecture = self.program.blueprint.architecture
-        if architecture and tokenizer.vocab_size > architecture.vocab_size:
-            raise ConfigError(
-                f"actor.tokenizer.tokenizer_model: {tokenizer.name} has {tokenizer.vocab_size} tokens, but the model's "
-                f"vocab_size is {architecture.vocab_size}: use the model's own tokenizer, or increase vocab_size"
-            )
-        return token_cache(
-            getattr(config.data, key),
-            setting=f"data.{key}",
-            tokenizer=tokenizer,
-            text_key=config.data.text_key,
-            cache_dir=Path(config.runner.output_dir) / "token_cache",
-        )
-
-    def _open_evaluation(self) -> Evaluation | None:
-        runner, paths = self.config.runner, self.config.data.val_data_paths
-        if not paths or runner.val_check_interval <= 0:
-            return None
-        across = not self.config.data.reset_attention_mask
-        samples = PackedSource.read(
-            self._token_cache("val_data_paths"), self.config.row_length, across_documents=across
-        )
-        return Evaluation(self.program, samples, runner.limit_val_batches)
-
 
 class _TrainingRun:
     """One call of `Trainer.fit`, from opening the data to the last checkpoint.
@@ -216,7 +201,7 @@ class _TrainingRun:
         self._trainer, self._watchdog, self._runner = trainer, watchdog, trainer.config.runner
         config, first_process = trainer.config, jax.process_index() == 0
         watchdog.enter(0, "opening the data")
-        self._loader, self._evaluation = trainer._open_data(), trainer._open_evaluation()
+        self._loader, self._evaluation = open_training_data(trainer.program), open_evaluation(trainer.program)
         self.checkpoints = Checkpoints(config)
         self.report = reporter(first_process, self._runner.log_interval)
         watchdog.enter(0, "restoring")
@@ -230,7 +215,7 @@ class _TrainingRun:
         self._writers = metrics_writers(config, self.step) if first_process else []
         self._log = StepLog(config, trainer.program, self.report, self._writers)
         folder = config.output_path / "profile"
-        self._profiler = Profiler(profile, folder, lambda: jax.block_until_ready(trainer._state), self.report.say)
+        self._profiler = Profiler(profile, folder, lambda: jax.block_until_ready(trainer.state), self.report.say)
         self._val_loss: float | None = None  # of the parameters after `step`, if they were evaluated
 
     def train(self) -> int:
@@ -261,15 +246,11 @@ class _TrainingRun:
         return signal_number
 
     def _resume(self) -> None:
-        program = self._trainer.program
-        found, notes = self.checkpoints.find()
+        position, notes = self._trainer._run_state.start_training(self.checkpoints)
         for note in notes:
             self.report.say(note)
-        if found:
-            state, position = self.checkpoints.restore(found, program.state_shapes, program.state_shardings)
-            self._trainer._state = state
+        if position:
             self._loader.set_state(position)
-            self.report.say(f"resumed from {found}")
 
     def _train_step(self) -> None:
         """Dispatches the next step and reports the one before it."""
@@ -278,8 +259,8 @@ class _TrainingRun:
         batch = next(self._loader)
         self._watchdog.enter(number, "training")
         with self._profiler.step(number):
-            trainer, program = self._trainer, self._trainer.program
-            trainer._state, metrics = program.train_step(trainer.state, program.batch_layout.put_on_mesh(batch))
+            program = self._trainer.program
+            metrics = self._trainer._train_step(program.batch_layout.put_on_mesh(batch))
             if number == self._first_step:  # the step has just been traced
                 for line in choice_lines(program.attention_choices):
                     self.report.say(line)

@@ -130,13 +130,40 @@ class Checkpoints:
             )
         return str(found) if found else None, []
 
-    def restore(self, path: Path, shapes: Any, shardings: Any) -> tuple[Any, dict[str, int]]:
+    def find_to_use(self, wanted: str | Path | None = None) -> tuple[Path | None, list[str]]:
+        """Finds a checkpoint to use without training. A collective call.
+
+        Args:
+          wanted: a folder as `runner.resume_dir` takes it, or "auto". None: what `runner.resume_dir` says, and if that is
+            null, "auto".
+
+        Returns:
+          (folder, notes) as `find`; None if this experiment has no complete checkpoint.
+
+        Raises:
+          ConfigError: `wanted` has no complete checkpoint.
+        """
+        path, notes = decide_on_process_0(lambda: self._find_to_use(wanted))
+        return Path(path) if path else None, notes
+
+    def _find_to_use(self, wanted: str | Path | None) -> tuple[str | None, list[str]]:
+        wanted = wanted or self._config.runner.resume_dir or "auto"
+        if wanted == "auto":
+            last, notes = newest(self.folder)
+            return str(last) if last else None, notes
+        found = resolve(Path(wanted))
+        if reason := why_torn(found):
+            raise CheckpointError(f"{found} is torn: {reason}: choose another checkpoint")
+        return str(found), []
+
+    def restore(self, path: Path, shapes: Any, shardings: Any, *, to_train: bool = True) -> tuple[Any, dict[str, int]]:
         """Reads a checkpoint that any layout may have written; each device reads its own slices. A collective call.
 
         Args:
-          path: from `find`.
+          path: from `find` or `find_to_use`.
           shapes: tree of the shapes and dtypes of this run's state.
           shardings: tree of its shardings.
+          to_train: whether its position in the data must make sense in this run.
 
         Returns:
           (state, position): the state on this run's devices, and the position in the data for `BatchLoader.set_state`.
@@ -147,7 +174,9 @@ class Checkpoints:
         """
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         manifest = decide_on_process_0(lambda: read_manifest(path))
-        self._check(path, manifest, target)
+        problems = self._position_problems(path, manifest) if to_train else []
+        if problems := [*problems, *_tree_problems(path, manifest, target)]:
+            raise ConfigError(problems)
         if self._config.runner.verify_checkpoint:
             advice = "resume from an earlier checkpoint with runner.resume_dir"
             found = damages(path, jax.process_index(), jax.process_count())
@@ -159,8 +188,18 @@ class Checkpoints:
                 state = manager.restore(step_of(path), args=ocp.args.Composite(state=StateRestore(target)))
         return state["state"], {"batch": manifest["data"]["batch"]}
 
-    def _check(self, path: Path, manifest: dict[str, Any], target: Any) -> None:
-        """Raises ConfigError unless the checkpoint fits this run's config and model."""
+    def position(self, path: Path) -> dict[str, int]:
+        """A checkpoint's position in the data, as from `restore`. A collective call.
+
+        Raises:
+          ConfigError: it means something else in this run.
+        """
+        manifest = decide_on_process_0(lambda: read_manifest(path))
+        if problems := self._position_problems(path, manifest):
+            raise ConfigError(problems)
+        return {"batch": manifest["data"]["batch"]}
+
+    def _position_problems(self, path: Path, manifest: dict[str, Any]) -> list[str]:
         problems = []
         batch, stored_batch = self._config.actor.global_batch_size, manifest["data"]["global_batch_size"]
         if batch != stored_batch:
@@ -177,19 +216,7 @@ class Checkpoints:
                 f"position counts {'documents' if stored else 'sequences'}: set it to {stored}, or set "
                 f"runner.resume_dir: null for a new run"
             )
-        stored_tree = manifest["tree"]
-        own_tree = {name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in named_leaves(target)}
-        different = sorted(
-            name for name in stored_tree.keys() | own_tree.keys() if stored_tree.get(name) != own_tree.get(name)
-        )
-        for name in different[:3]:
-            problems.append(
-                f"runner.resume_dir: {name} is {stored_tree.get(name, 'missing')} in {path} and "
-                f"{own_tree.get(name, 'missing')} in the model of this config ({len(different)} differences in all): "
-                f"resume with the config that it was written with, or set runner.resume_dir: null for a new run"
-            )
-        if problems:
-            raise ConfigError(problems)
+        return problems
 
     def _open_to_write(self) -> ocp.CheckpointManager:
         if self._manager is None:
@@ -235,6 +262,27 @@ class Checkpoints:
             if len(reason) > 400:  # TensorStore's messages end with the file and the system's error
                 reason = f"{reason[:60]} … {reason[-300:]}"
             raise CheckpointError(f"cannot {verb} a checkpoint in {path or self.folder}: {reason}: {kept}") from error
+
+
+def _tree_problems(path: Path, manifest: dict[str, Any], target: Any) -> list[str]:
+    """A line for each of the first arrays that have another shape or dtype in the checkpoint."""
+    stored_tree = manifest["tree"]
+    own_tree = {name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in named_leaves(target)}
+    different = sorted(
+        name for name in stored_tree.keys() | own_tree.keys() if stored_tree.get(name) != own_tree.get(name)
+    )
+    count = f"{len(different)} differences in all"
+    parts = sorted({name.partition("/")[0] for name in different})
+    if "params" in parts:
+        where, advice = "the model of this config", "resume with the config that it was written with"
+    else:
+        where, count = "this run", f"{count}, all in {' and '.join(parts)}: the parameters are the same"
+        advice = "resume with the settings of actor.optim and actor.model.precision that it was written with"
+    return [
+        f"runner.resume_dir: {name} is {stored_tree.get(name, 'missing')} in {path} and {own_tree.get(name, 'missing')} in "
+        f"{where} ({count}): {advice}, or set runner.resume_dir: null for a new run"
+        for name in different[:3]
+    ]
 
 
 class _Keep(PreservationPolicy):

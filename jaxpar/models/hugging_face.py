@@ -6,10 +6,8 @@ https://huggingface.co/docs/safetensors.
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from safetensors.numpy import save_file
 
 from jaxpar.config import Architecture, ConfigError
 from jaxpar.models.protocol import Params
+from jaxpar.models.weights import Problems, fill_params, named_params
 
 # jaxpar's parameter → (Hugging Face's name, jaxpar's dimensions, Hugging Face's dimensions). Letters: e embed, h heads or
 # kv heads, d head_dim, m mlp, v vocab. A word is one dimension: "hd e" has two, and the first merges heads and head_dim.
@@ -74,14 +73,9 @@ def load_params(path: str | Path, architecture: Architecture, shapes: Params, sh
     """
     parameters, where = _parameters(shapes), f"actor.model.model_path: {path}"
     stored = _open_tensors(Path(path).expanduser(), where)
-    problems = _find_problems(stored, parameters, architecture)
-    if problems:
-        raise ConfigError([f"{where}: {problem}" for problem in problems])
-    arrays = [
-        jax.make_array_from_callback(parameter.value.shape, sharding, partial(parameter.read, stored))
-        for parameter, sharding in zip(parameters, jax.tree.leaves(shardings), strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+    _find_problems(stored, parameters, architecture, where).check()
+    by_name = {parameter.name: parameter for parameter in parameters}
+    return fill_params(shapes, shardings, lambda name, layer, index: by_name[name].read(stored, layer, index))
 
 
 def save_params(path: str | Path, params: Params, architecture: Architecture, dtype: str = "bfloat16") -> None:
@@ -155,14 +149,9 @@ class _Parameter:
         value = value.reshape([math.prod(self.sizes[letter] for letter in word) for word in self.stored_dims])
         return np.ascontiguousarray(value[tuple(map(slice, self.stored_shape(architecture)))])
 
-    def read(self, stored: Mapping[str, Any], index: Any) -> np.ndarray:
-        """The shard of one device in float32, given its slice of each dimension."""
-        own = index[-len(self.dims) :]
-        if len(own) == len(index):
-            return self._read_one(stored[self.pattern], own)
-        return np.stack([self._read_one(stored[self.pattern.format(layer)], own) for layer in self.layers[index[0]]])
-
-    def _read_one(self, tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, tensors: Mapping[str, Any], layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of the parameter in float32, given its slice of each dimension; of one layer if it has layers."""
+        tensor = tensors[self.pattern.format(layer)]
         sizes, letters = self.sizes, "".join(self.stored_dims)
         bounds = {letter: part.indices(sizes[letter])[:2] for letter, part in zip(self.dims, index, strict=True)}
         wanted, shape, cut = list[tuple[int, int]](), list[int](), list[slice]()
@@ -180,7 +169,7 @@ class _Parameter:
 
 
 def _parameters(tree: Params) -> list[_Parameter]:
-    named = {jax.tree_util.keystr(key, simple=True, separator="/"): x for key, x in jax.tree.leaves_with_path(tree)}
+    named = named_params(tree)
     if unknown := [name for name in named if name not in NAMES]:
         raise ConfigError(
             f"actor.model.model_path: only supported for the built-in decoder, which has no {', '.join(unknown)}"
@@ -209,12 +198,11 @@ def _open_tensors(folder: Path, where: str) -> dict[str, Any]:
     return stored
 
 
-def _find_problems(stored: Mapping[str, Any], parameters: list[_Parameter], architecture: Architecture) -> list[str]:
-    found: dict[tuple[str, str], list[str]] = {}  # (name with * for the layer, problem) → names
-
-    def report(name: str, problem: str) -> None:
-        found.setdefault((re.sub(r"\.\d+\.", ".*.", name), problem), []).append(name)
-
+def _find_problems(
+    stored: Mapping[str, Any], parameters: list[_Parameter], architecture: Architecture, where: str
+) -> Problems:
+    problems = Problems(where)
+    report = problems.report
     shapes = {name: list(tensor.get_shape()) for name, tensor in stored.items()}
     unexpected = {name for name in stored if not name.endswith("rotary_emb.inv_freq")}  # a constant in old files
     for parameter in parameters:
@@ -232,14 +220,11 @@ def _find_problems(stored: Mapping[str, Any], parameters: list[_Parameter], arch
     table, head = NAMES["embed/table"][0], NAMES["head/weight"][0]
     if architecture.tie_word_embeddings and {table, head} <= stored.keys():  # some checkpoints hold both
         unexpected.discard(head)
-        if not found and not np.array_equal(stored[table][:], stored[head][:]):
+        if not problems.lines and not np.array_equal(stored[table][:], stored[head][:]):
             report(head, f"differs from {table}: set actor.model.tie_word_embeddings: False")
     for name in sorted(unexpected):
         report(name, f"{shapes[name]} is unexpected: the architecture in config.json has no such weight")
-    return [
-        f"{names[0]}{f' (and {len(names) - 1} more layers)' if names[1:] else ''} {problem}"
-        for (_, problem), names in found.items()
-    ]
+    return problems
 
 
 def _on_every_device(value: jax.Array, layer: int | None, dtype: str) -> jax.Array:

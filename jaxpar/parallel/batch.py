@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -13,6 +14,7 @@ from jaxpar.parallel.zigzag import zigzag_order
 DTYPES = {
     "tokens": np.int32, "targets": np.int32, "loss_mask": np.float32, "segment_ids": np.int32, "positions": np.int32
 }  # fmt: skip
+HINTS = {"tokens": "", "targets": ": where there is no target, set loss_mask to 0 and the target to any token"}
 
 
 class BatchLayout:
@@ -69,12 +71,16 @@ class BatchLayout:
         rows = self.shape[0] * num_rows // len(self.rows)
         return BatchLayout(rows, self.shape[1], self._mesh, within_documents=self._within_documents)
 
-    def own_rows(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def own_rows(self, batch: Mapping[str, Any], *, trained: bool = True) -> dict[str, np.ndarray]:
         """Checks a user's global batch, adds defaults, and cuts it down to this process's rows.
 
+        Args:
+          trained: whether its loss is asked for, which needs targets that are not masked.
+
         Raises:
-          ValueError: a key is unknown or missing, a shape is not `shape`, a document is in two parts, or documents are
-            given that attention would ignore.
+          ValueError: a key is unknown or missing, a shape is not `shape`, a dtype is of another kind, a token is negative,
+            `loss_mask` has a weight that is negative or not finite or has too little weight in all, a document is in two
+            parts, or documents are given that attention would ignore.
         """
         if unknown := sorted(batch.keys() - DTYPES.keys()):
             raise ValueError(f"batch: unknown keys {', '.join(unknown)}; known: {', '.join(DTYPES)}")
@@ -85,18 +91,23 @@ class BatchLayout:
                 "batch: segment_ids are given, but data.reset_attention_mask is False, so tokens attend across documents: "
                 "leave them out, or set data.reset_attention_mask: True"
             )
-        for key, array in batch.items():
-            if np.shape(array) != self.shape:
+        given = {key: np.asarray(array) for key, array in batch.items()}
+        for key, array in given.items():
+            if array.shape != self.shape:
                 raise ValueError(
-                    f"batch: {key} is {np.shape(array)}, but a global batch has the shape (rows, tokens) {self.shape}"
+                    f"batch: {key} is {array.shape}, but a global batch has the shape (rows, tokens) {self.shape}"
                 )
+            _check_dtype(key, array.dtype)
+        for key in ("tokens", "targets"):
+            _check_entries(key, given[key], given[key] < 0, "is not a token" + HINTS[key])
         defaults = {
-            "loss_mask": np.ones(self.shape),
-            "segment_ids": np.zeros(self.shape),
+            "loss_mask": np.ones(self.shape, bool),
+            "segment_ids": np.zeros(self.shape, int),
             "positions": np.broadcast_to(np.arange(self.shape[1]), self.shape),
         }
-        whole = {**defaults, **batch}
-        _check_documents(np.asarray(whole["segment_ids"]), np.asarray(whole["loss_mask"]))
+        whole = {**defaults, **given}
+        _check_mask(whole["loss_mask"], trained)
+        _check_documents(whole["segment_ids"], whole["loss_mask"])
         return {key: np.asarray(whole[key], dtype)[self.rows] for key, dtype in DTYPES.items()}
 
 
@@ -107,6 +118,42 @@ def number_documents(segment_ids: np.ndarray) -> np.ndarray:
     """
     starts = segment_ids[:, 1:] != segment_ids[:, :-1]
     return np.pad(np.cumsum(starts, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
+
+
+def _check_dtype(key: str, dtype: np.dtype) -> None:
+    """Raises ValueError for a dtype of another kind than that of `DTYPES`: a cast could lose something."""
+    if DTYPES[key] is np.int32:
+        allowed, name = np.issubdtype(dtype, np.integer), "an integer dtype"
+    else:  # bfloat16 is no np.floating
+        allowed, name = jnp.issubdtype(dtype, jnp.floating) or dtype.kind in "biu", "a float, integer or bool dtype"
+    if not allowed:
+        raise ValueError(f"batch: {key} is {dtype}, expected {name}")
+
+
+def _check_entries(key: str, array: np.ndarray, wrong: np.ndarray, problem: str) -> None:
+    """Raises ValueError about the first entry of `array` [rows, seq] that is wrong."""
+    if wrong.any():
+        row, token = np.argwhere(wrong)[0]
+        more = f" ({wrong.sum()} such entries in all)" if wrong.sum() > 1 else ""
+        raise ValueError(f"batch: {key}: row {row}, token {token} is {array[row, token]}, which {problem}{more}")
+
+
+def _check_mask(mask: np.ndarray, trained: bool) -> None:
+    """Raises ValueError unless `mask` [rows, seq] has weights that the loss can be divided by."""
+    weights = mask.astype(np.float64)
+    _check_entries(
+        "loss_mask", mask, ~(np.isfinite(weights) & (weights >= 0)), "is not a weight: it must be finite, and 0 or more"
+    )
+    if not trained:
+        return
+    total = weights.sum()
+    if total == 0:
+        raise ValueError("batch: loss_mask is 0 everywhere, so nothing would be trained on")
+    if total < 1:  # the loss is divided by max(total, 1)
+        raise ValueError(
+            f"batch: loss_mask has a sum of {total:.6g}, but the loss is a mean only from 1 on: multiply the mask by "
+            f"{1 / total:.6g} or more, which changes no mean"
+        )
 
 
 def _check_documents(segment_ids: np.ndarray, loss_mask: np.ndarray) -> None:

@@ -7,15 +7,31 @@ import jax.numpy as jnp
 import pytest
 import user_models
 from flax import nnx
-from support import Case, Step, check_step, equal_trees, make_batch, make_mesh, mesh_id, random_params, reference, slow
+from support import (
+    DECODER,
+    PADDED_VOCAB,
+    Case,
+    Step,
+    check_step,
+    equal_trees,
+    make_batch,
+    make_mesh,
+    mesh_id,
+    random_params,
+    reference,
+    slow,
+)
 from test_pipeline_work import kept_bytes
 
 import jaxpar
 from jaxpar.attention import reference_attention
 from jaxpar.backward.recompute import Recompute
+from jaxpar.blueprint import Blueprint
 from jaxpar.config import ConfigError
-from jaxpar.models import FunctionalModel
+from jaxpar.models import Decoder, FunctionalModel
 from jaxpar.parallel.sharding import layout_tree
+from jaxpar.program import Program
+from jaxpar.run.datasets import open_tokens
 
 # A check fails in XLA's partitioner ("sub-axis size must be > 1"), and the process ends.
 THREE_STAGES = pytest.mark.skipif(
@@ -217,6 +233,30 @@ def test_a_module_instead_of_a_function_that_builds_it():
         FunctionalModel(module)
     with pytest.raises(ConfigError, match="str lacks members"):
         FunctionalModel("GPT")
+
+
+CONFIG = {
+    "cluster": {"num_gpus_per_node": 4},
+    "runner": {"seq_length": 32, "max_steps": 1},
+    "actor": {"micro_batch_size": 1, "global_batch_size": 4, "optim": {"lr": 1e-3}, "model": {"precision": "fp32"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [user_models.GPT, user_models.LinenGPT, no_stack])
+def test_a_tokenizer_with_more_tokens_than_the_model(build):
+    """The byte tokenizer has 258 tokens, these models have 256. An index that is too large would not be noticed."""
+    config = jaxpar.config_from_dict({**CONFIG, "data": {"train_data_paths": ["python:this"]}})
+    program = Program(config, jax.devices()[:4], build())
+    assert program.blueprint.vocab_size == user_models.VOCAB
+    with pytest.raises(
+        ConfigError, match="byte has 258 tokens, but the model's head has logits for 256: use the model's"
+    ):
+        open_tokens(program, "train_data_paths")
+
+
+def test_vocab_size_of_a_model_with_its_own_collectives():
+    blueprint = Blueprint(jaxpar.config_from_dict(CONFIG), 4, Decoder(DECODER))
+    assert blueprint.vocab_size == PADDED_VOCAB
 
 
 @pytest.mark.parametrize(("build", "message"), [(no_stack, "pipeline"), (user_models.GPT, "layers")])

@@ -18,6 +18,7 @@ from jaxpar.checkpoint.checkpoints import Checkpoints
 from jaxpar.checkpoint.manifest import read_manifest
 from jaxpar.cli import app
 from jaxpar.data import PackedSource
+from jaxpar.run.datasets import open_tokens, open_training_data
 
 RESUMED = ["zero3", "pp4-tp2", "all", "cp4", "sp4"]  # all except zero3 use ZeRO stage 1
 MATRIX = ["one", "zero3", "all", "pp4-tp2", "interleaved", "cp4"]
@@ -43,7 +44,7 @@ def test_three_and_three_steps_are_bitwise_six(tmp_path):
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
     assert_same_state(whole, halves)
     with pytest.raises(AssertionError):  # shows that a loss of the moments would be noticed
-        assert_same_state(whole, jaxpar.Trainer(whole.config))
+        assert_same_state(whole, jaxpar.Trainer(config(tmp_path / "whole", *run, "runner.resume_dir=null")))
 
 
 @pytest.mark.slow
@@ -78,12 +79,10 @@ def test_each_layout_reads_each_others_checkpoint(tmp_path):
                 jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(saved[writer]), strict=True
             ):
                 np.testing.assert_array_equal(a, b, err_msg=f"{writer} → {reader}: {jax.tree_util.keystr(key)}")
-            trainer._state = state
-            loader = trainer._open_data()
+            loader = open_training_data(trainer.program)
             loader.set_state({"batch": read_manifest(path)["data"]["batch"]})
             batch = trainer.program.batch_layout.put_on_mesh(next(loader))
-            trainer._state, step_metrics = trainer.program.train_step(trainer.state, batch)
-            next_losses.append(float(step_metrics["loss"]))
+            next_losses.append(float(trainer._train_step(batch)["loss"]))
             loader.close()
         np.testing.assert_allclose(next_losses, next_losses[0], rtol=0, atol=1e-5, err_msg=writer)
 
@@ -131,7 +130,7 @@ def test_evaluation_takes_each_validation_token_once(tmp_path):
     run = [*COMMON, *layout("dp4"), f"data.val_data_paths=[{held_out(tmp_path)}]"]
     run += ["runner.val_check_interval=2"]
     trainer = fit(tmp_path, "runner.max_steps=2", *run)
-    source = PackedSource.read(trainer._token_cache("val_data_paths"), 32)
+    source = PackedSource.read(open_tokens(trainer.program, "val_data_paths"), 32)
     assert len(source) % 16  # the last batch is partly empty
     nats = tokens = 0.0
     for index in range(len(source)):
@@ -254,8 +253,8 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def restore(trainer: jaxpar.Trainer, path: Path) -> dict:
-    program = trainer.program
-    return Checkpoints(trainer.config).restore(path, program.state_shapes, program.state_shardings)[0]
+    assert trainer.restore(path) == int(path.name.rpartition("_")[2])
+    return trainer.state
 
 
 def found(folder: Path, *overrides: str) -> tuple[int, str]:

@@ -159,6 +159,7 @@ def test_the_example_has_the_same_gradients_on_pp2_tp2_cp2():
                 f"actor.model.pipeline_model_parallel_size={pipeline}",
                 f"actor.model.context_parallel_size={context}",
                 "actor.model.sequence_parallel=False",
+                "runner.resume_dir=null",
                 f"cluster.num_gpus_per_node={tensor * pipeline * context}",
             ],
         )

@@ -96,7 +96,7 @@ def test_resume_from_a_path_and_its_mistakes(tmp_path):
 
 
 def test_loss_and_grads_takes_a_users_batch(tmp_path):
-    trainer = jaxpar.Trainer(jaxpar.load_config(QUICKSTART, [*SMALL, *layout("all")]))
+    trainer = jaxpar.Trainer(jaxpar.load_config(QUICKSTART, ["runner.resume_dir=null", *SMALL, *layout("all")]))
     tokens = np.random.default_rng(0).integers(0, 258, (16, 32))
     loss, grads = trainer.loss_and_grads({"tokens": tokens, "targets": tokens})
     explicit = {
@@ -111,11 +111,12 @@ def test_loss_and_grads_takes_a_users_batch(tmp_path):
     assert log_probs.shape == (16, 32) and -log_probs.mean() == pytest.approx(float(loss), rel=1e-6)
     assert jax.tree.structure(grads) == jax.tree.structure(trainer.state["params"])
     masked = explicit | {"loss_mask": np.zeros((16, 32))}
-    assert trainer.loss_and_grads(masked)[0] == 0  # not NaN
+    np.testing.assert_array_equal(trainer.log_probs(masked), log_probs)
     for batch, words in [
         ({"tokens": tokens}, "targets missing"),
         ({"tokens": tokens, "targets": tokens[:8]}, "targets is (8, 32)"),
         ({"tokens": tokens, "targets": tokens, "mask": tokens}, "unknown keys mask"),
+        (masked, "loss_mask is 0 everywhere"),
     ]:
         with pytest.raises(ValueError, match=words.replace("(", r"\(").replace(")", r"\)")):
             trainer.loss_and_grads(batch)
@@ -189,7 +190,8 @@ def test_a_hugging_face_folder_gives_architecture_and_weights(tmp_path):
         del values["actor"]["model"][key]
     values["actor"]["model"] |= {"model_path": str(folder), "precision": "fp32"}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(values))
-    trainer = jaxpar.Trainer(jaxpar.load_config(tmp_path / "own.yaml", ["runner.seq_length=32", *layout("cp4")]))
+    overrides = ["runner.seq_length=32", "runner.resume_dir=null", *layout("cp4")]
+    trainer = jaxpar.Trainer(jaxpar.load_config(tmp_path / "own.yaml", overrides))
     assert trainer.program.blueprint.architecture.hidden_size == 32
     loss, _ = trainer.loss_and_grads(batch)
     assert abs(float(loss) - float(expected)) < 1e-5

@@ -1,6 +1,7 @@
 """Which tokens each cp rank holds, and how the config's settings reach attention."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import make_mesh
@@ -54,7 +55,7 @@ def test_documents_are_numbered_in_their_order():
 
 def test_a_document_in_two_parts_is_refused():
     layout = BatchLayout(2, 4, make_mesh((1, 1, 1, 1, 1)))
-    batch = {"tokens": np.zeros((2, 4)), "targets": np.zeros((2, 4))}
+    batch = {"tokens": np.zeros((2, 4), int), "targets": np.zeros((2, 4), int)}
     split = [[0, 1, 2, 0], [1, 1, 1, 1]]
     layout.own_rows({**batch, "segment_ids": split, "loss_mask": [[0, 1, 1, 0], [1, 1, 1, 1]]})  # 0 is padding
     with pytest.raises(ValueError, match="row 0 has document 0 in 2 separate parts"):
@@ -65,9 +66,38 @@ def test_a_document_in_two_parts_is_refused():
 
 def test_documents_that_attention_would_ignore_are_refused():
     layout = BatchLayout(1, 4, make_mesh((1, 1, 1, 1, 1)), within_documents=False)
-    batch = {"tokens": np.zeros((1, 4)), "targets": np.zeros((1, 4))}
+    batch = {"tokens": np.zeros((1, 4), int), "targets": np.zeros((1, 4), int)}
     layout.own_rows(batch)
     for one in (layout, layout.resized(2)):
         shape = one.shape
         with pytest.raises(ValueError, match="segment_ids are given, but data.reset_attention_mask is False"):
-            one.own_rows({key: np.zeros(shape) for key in ("tokens", "targets", "segment_ids")})
+            one.own_rows({key: np.zeros(shape, int) for key in ("tokens", "targets", "segment_ids")})
+
+
+def test_batches_that_would_train_on_something_wrong_are_refused():
+    layout, tokens = BatchLayout(2, 3, make_mesh((1, 1, 1, 1, 1))), np.ones((2, 3), int)
+    batch = {"tokens": tokens, "targets": tokens}
+
+    def refused(**changed: object) -> str:
+        with pytest.raises(ValueError, match="batch: ") as caught:
+            layout.own_rows({**batch, **changed})
+        return str(caught.value).removeprefix("batch: ")
+
+    for key in ("tokens", "targets", "segment_ids", "positions"):
+        assert refused(**{key: np.ones((2, 3))}) == f"{key} is float64, expected an integer dtype"
+        assert refused(**{key: np.ones((2, 3), bool)}) == f"{key} is bool, expected an integer dtype"
+    assert refused(tokens=[[0, 1, 2], [3, -1, -5]]) == (
+        "tokens: row 1, token 1 is -1, which is not a token (2 such entries in all)"
+    )
+    assert "row 0, token 2 is -100, which is not a token: where there is no" in refused(targets=[[0, 1, -100], [1] * 3])
+    for weight in (-1.0, np.nan, np.inf):
+        assert refused(loss_mask=[[1, 1, 1], [1, 1, weight]]).startswith(
+            f"loss_mask: row 1, token 2 is {weight}, which"
+        )
+    assert refused(loss_mask=np.full((2, 3), "1")) == "loss_mask is <U1, expected a float, integer or bool dtype"
+    assert refused(loss_mask=np.zeros((2, 3))) == "loss_mask is 0 everywhere, so nothing would be trained on"
+    assert refused(loss_mask=np.full((2, 3), 0.125)).startswith("loss_mask has a sum of 0.75, but")
+    layout.own_rows({**batch, "loss_mask": np.zeros((2, 3))}, trained=False)
+    for dtype in (bool, np.int8, np.float16, jnp.bfloat16):
+        rows = layout.own_rows({**batch, "loss_mask": np.eye(2, 3).astype(dtype)})
+        assert rows["loss_mask"].dtype == np.float32 and rows["loss_mask"].sum() == 2

@@ -1,0 +1,67 @@
+"""Opens the training and validation data that a config names."""
+
+from pathlib import Path
+
+from jaxpar.config import ConfigError
+from jaxpar.data import (
+    BatchLoader,
+    BatchOrder,
+    DocumentCost,
+    DocumentSource,
+    PackedSource,
+    build_dynamic_loader,
+    build_loader,
+    load_tokenizer,
+    token_cache,
+)
+from jaxpar.program import Program
+from jaxpar.run.evaluation import Evaluation
+
+
+def open_training_data(program: Program) -> BatchLoader:
+    """This process's rows of each global batch of `data.train_data_paths`. Raises ConfigError as `open_tokens`."""
+    config, folder = program.blueprint.config, open_tokens(program, "train_data_paths")
+    num_epochs = config.runner.max_epochs if config.runner.max_epochs > 0 else None
+    order = BatchOrder(config.actor.global_batch_size, config.data.seed, config.data.shuffle, num_epochs)
+    workers = config.data.num_workers
+    if config.runner.enable_dynamic_batch_size:
+        documents, cost = DocumentSource(folder, config.row_length), DocumentCost(*program.blueprint.document_flops)
+        return build_dynamic_loader(
+            documents, order, dp=program.mesh.shape["dp"], ranks=program.dp_ranks, cost=cost, num_workers=workers
+        )
+    samples = PackedSource.read(folder, config.runner.seq_length, across_documents=not config.data.reset_attention_mask)
+    return build_loader(samples, order, rows=program.batch_layout.rows, num_workers=workers)
+
+
+def open_evaluation(program: Program) -> Evaluation | None:
+    """The validation loss on `data.val_data_paths`; None if there are none. Raises ConfigError as `open_tokens`."""
+    config = program.blueprint.config
+    if not config.data.val_data_paths or config.runner.val_check_interval <= 0:
+        return None
+    across = not config.data.reset_attention_mask
+    samples = PackedSource.read(open_tokens(program, "val_data_paths"), config.row_length, across_documents=across)
+    return Evaluation(program, samples, config.runner.limit_val_batches)
+
+
+def open_tokens(program: Program, key: str) -> Path:
+    """The folder with the tokens of the files in `data.<key>`.
+
+    Raises:
+      ConfigError: the tokenizer has more tokens than the model, or the data are wrong (`jaxpar.data.DataError`).
+    """
+    blueprint = program.blueprint
+    config, tokenizer = blueprint.config, load_tokenizer(blueprint.config.actor.tokenizer.tokenizer_model)
+    if tokenizer.vocab_size > blueprint.vocab_size:
+        own = "vocab_size is" if blueprint.architecture else "head has logits for"
+        more = "increase vocab_size" if blueprint.architecture else "give the embedding and the head more tokens"
+        raise ConfigError(
+            f"actor.tokenizer.tokenizer_model: {tokenizer.name} has {tokenizer.vocab_size} tokens, but the model's {own} "
+            f"{blueprint.vocab_size}: use the model's own tokenizer, or {more}"
+        )
+    return token_cache(
+        getattr(config.data, key),
+        setting=f"data.{key}",
+        tokenizer=tokenizer,
+        text_key=config.data.text_key,
+        cache_dir=Path(config.runner.output_dir) / "token_cache",
+    )
