@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jaxpar.config import Config, ConfigError, MeshSizes, config_from_dict, load_config
 
 if TYPE_CHECKING:
-    from jaxpar.models import Model, Stack, TokenInfo, Whole
+    from jaxpar.models import Model, Stack, TokenInfo, Whole, suggest_dims
     from jaxpar.parallel.mesh import build_mesh
     from jaxpar.trainer import Trainer
 
@@ -27,6 +27,7 @@ __all__ = [
     "build_mesh",
     "config_from_dict",
     "load_config",
+    "suggest_dims",
 ]
 
 _WITH_JAX = {
@@ -35,6 +36,7 @@ _WITH_JAX = {
     "Stack": "jaxpar.models",
     "TokenInfo": "jaxpar.models",
     "Trainer": "jaxpar.trainer",
+    "suggest_dims": "jaxpar.models",
     "Whole": "jaxpar.models",
 }
 

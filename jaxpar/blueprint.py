@@ -17,9 +17,8 @@ from jaxpar.attention import AttentionSettings, Backend
 from jaxpar.backward.recompute import Recompute
 from jaxpar.config import Architecture, Config, ConfigError, MeshSizes, checks
 from jaxpar.config.keys import RECOMPUTE_MODULES
-from jaxpar.models import Decoder, FunctionalModel, TokenInfo, UserModel
+from jaxpar.models import Decoder, FunctionalModel, UserModel
 from jaxpar.models.flops import flops_coefficients, model_flops_per_token
-from jaxpar.models.protocol import Params
 from jaxpar.models.split_check import check_split_sequence
 from jaxpar.parallel.mesh import cross_host_warning
 from jaxpar.parallel.placement import LayerPlacement
@@ -93,15 +92,7 @@ class Blueprint:
     @cached_property
     def vocab_size(self) -> int:
         """How many tokens the model knows: the built-in decoder's without padding; of a user's own model, its logits."""
-        if self.architecture:
-            return self.architecture.vocab_size
-
-        def logits(params: Params, tokens: jax.Array) -> jax.Array:
-            info = TokenInfo(positions=tokens, segment_ids=tokens)
-            return self.model.head(params, self.model.embed(params, tokens, info))
-
-        tokens = jax.ShapeDtypeStruct((1, self.config.row_length), jnp.int32)
-        return jax.eval_shape(logits, self.model.shapes, tokens).shape[-1]
+        return self.architecture.vocab_size if self.architecture else self.model.vocab_size
 
     @property
     def num_chunks(self) -> int:

@@ -52,7 +52,9 @@ class Program:
         _check_backend(config, devices[0].platform)
         self.mesh = build_mesh(blueprint.sizes, devices)
         within_documents = config.data.reset_attention_mask
-        self.batch_layout = BatchLayout(*blueprint.batch_shape, self.mesh, within_documents=within_documents)
+        self.batch_layout = BatchLayout(
+            *blueprint.batch_shape, self.mesh, within_documents=within_documents, inputs=blueprint.model.inputs
+        )
         optimizer, loss_scale = blueprint.optimizer, blueprint.loss_scale
         offload = config.actor.optim.optimizer_cpu_offload
         self.state_shapes, self.state_shardings = state_shardings(

@@ -62,6 +62,7 @@ class Trainer:
         self.config = config
         runtime.start(config)
         self.program = Program(config, runtime.devices(config), model)
+        params = self.program.blueprint.model.own_params if params is None else params
         self._run_state = RunState(self.program, params, replace_stored=replace_stored)
 
     @property

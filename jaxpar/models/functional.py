@@ -14,13 +14,13 @@ from jaxtyping import Array, Float, Int
 from jaxpar.config import ConfigError
 from jaxpar.models.dimensions import named_dimensions
 from jaxpar.models.parts import Auxiliary, Part, part_of
-from jaxpar.models.protocol import Model, Params, TokenInfo, Whole, takes_layer
+from jaxpar.models.protocol import Model, Params, Stack, TokenInfo, Whole, takes_layer
 from jaxpar.parallel.collectives import WHOLE, VocabularyPart
 from jaxpar.parallel.randomness import TokenKey
 
 EXAMPLE_TOKENS = 8
 METRICS = {"loss", "grad_norm", "learning_rate", "tokens", "skipped", "loss_scale", "step"}
-UserModel = Model | nnx.Module | linen.Module | Callable[[nnx.Rngs], nnx.Module | linen.Module]
+UserModel = Model | Stack | Whole | nnx.Module | linen.Module | Callable[[nnx.Rngs], nnx.Module | linen.Module]
 
 
 class FunctionalModel:
@@ -36,6 +36,8 @@ class FunctionalModel:
       explicit: the modules call the tensor collectives themselves.
       shapes: tree of ShapeDtypeStruct, the global shapes; layers are stacked, [num_layers, ...].
       dims: the same tree with a tuple of dimension names at each leaf, or None if a parameter has none.
+      width: size of the activations' last dimension; of a whole model, of the logits'.
+      own_params: the weights that a whole model came with; None: it is to be initialized.
       auxiliary: {name: weight in the loss} of the blocks' auxiliary outputs that are taken.
       inputs: {name: ShapeDtypeStruct of one token's} of a batch's additional arrays.
 
@@ -50,6 +52,7 @@ class FunctionalModel:
     def __init__(self, user_model: UserModel, seq_length: int = EXAMPLE_TOKENS):
         model: Model = _as_model(user_model)
         self.num_blocks = model.num_layers
+        self.own_params = model.own_params if isinstance(model, Whole) else None
         self.explicit = bool(getattr(model, "explicit_tensor_collectives", False))
         self.mixes_tokens_itself = bool(getattr(model, "mixes_tokens_itself", False))
         self.inputs: Mapping[str, jax.ShapeDtypeStruct] = getattr(model, "inputs", None) or {}
@@ -64,6 +67,7 @@ class FunctionalModel:
         x = jax.eval_shape(
             lambda *args: self._embed(*args, *extra, info=args[-1])[0], self._embed.shapes, tokens, self._info
         )
+        self.width = x.shape[-1]
         self._kinds = self._pattern_of_kinds(model, x)
         self._head = part_of(
             "head", model.head, (x, self._embed.shapes), lambda x, embed: (x, self._embed.bind(embed), *extra)
@@ -228,7 +232,7 @@ class FunctionalModel:
 
     def modules(self, params: Params) -> tuple[Any, list[Any], Any]:
         """(embedding, the blocks in order, head): the user's own modules with these parameters, for evaluation."""
-        info = replace(example_info(self._tokens, {}), train=False)
+        info = self._info
 
         def block(layer: int) -> Any:
             place, repeat = layer % self.period, layer // self.period
@@ -248,7 +252,8 @@ class FunctionalModel:
             layer_index: Any, embed_words: Any, block_words: Any, tokens: Any, info: TokenInfo, params: Params
         ) -> Any:
             rows, seq = tokens.shape
-            x = self.embed(params, tokens, replace(info, random=TokenKey(embed_words, rows, seq)))
+            info = replace(info, train=True, random=TokenKey(embed_words, rows, seq))
+            x = self.embed(params, tokens, info)
             info = replace(info, layer=layer_index, random=TokenKey(block_words, rows, seq))
             y, auxiliary = self.block_and_auxiliary(params["layers"], x, info) if self.num_blocks else (x, {})
             return y, auxiliary
@@ -266,6 +271,15 @@ class FunctionalModel:
         of_layer, of_embed, of_block, *_ = used
         asked = {"rngs": of_embed or of_block, "layer": of_layer or of_block}
         return {name for name, is_asked in asked.items() if is_asked}
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Size of the logits' last dimension."""
+
+        def logits(params: Params, tokens: Any, info: TokenInfo) -> jax.Array:
+            return self.head(params, self.embed(params, tokens, info))
+
+        return jax.eval_shape(logits, self.shapes, self._tokens, self._info).shape[-1]
 
     @property
     def is_random(self) -> bool:
@@ -298,7 +312,7 @@ def _as_model(model: Any) -> Any:
 
 def example_info(tokens: Any, inputs: Mapping[str, jax.ShapeDtypeStruct]) -> TokenInfo:
     extra: Any = {name: jax.ShapeDtypeStruct((*tokens.shape, *x.shape), x.dtype) for name, x in inputs.items()}
-    return TokenInfo(tokens, tokens, inputs=extra)
+    return TokenInfo(tokens, tokens, inputs=extra, train=False)
 
 
 def _refuse_outside_of_blocks(part: str, found: Auxiliary) -> None:

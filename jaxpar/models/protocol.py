@@ -5,10 +5,11 @@ tracing, so each weight is made on the device that keeps it and nowhere else. Di
 table in `jaxpar.parallel.sharding`. They stand on the parameter, or in `dims` (see `jaxpar.models.dimensions`).
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -24,7 +25,7 @@ PartOfModel = Build | linen.Module
 ACROSS_SEQUENCE = "jaxpar_mean_over_sequence"  # a name scope
 
 
-@partial(
+@functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["positions", "segment_ids", "layer", "inputs", "random"],
     meta_fields=["train"],
@@ -172,6 +173,13 @@ class Whole:
         self.dims, self.names, self.inputs, self.mixes_tokens_itself = dims, names, inputs, mixes_tokens_itself
         self._module = module
 
+    @property
+    def own_params(self) -> Params | None:
+        """The weights of an nnx module that is there already."""
+        if not isinstance(self._module, nnx.Module):
+            return None
+        return {"embed": nnx.to_pure_dict(nnx.state(self._module, nnx.Param)), "layers": {}, "head": {}}
+
     def embed(self, rngs: nnx.Rngs) -> nnx.Module | linen.Module:
         if isinstance(self._module, nnx.Module):
             return self._module
@@ -199,7 +207,9 @@ def build_part(part: PartOfModel, rngs: nnx.Rngs, layer: int = 0) -> nnx.Module 
 def takes_layer(build: Build) -> bool:
     """Whether the function has a second positional parameter that must be given, or one named `layer`."""
     try:
-        parameters = list(inspect.signature(build).parameters.values())
+        # The signature of a class of nnx is that of its metaclass.
+        function: Any = functools.partial(getattr(build, "__init__"), None) if isinstance(build, type) else build  # noqa: B009
+        parameters = list(inspect.signature(function).parameters.values())
     except ValueError:  # a builtin
         return False
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -29,10 +29,20 @@ class BatchLayout:
 
     Args:
       within_documents: whether tokens attend only to their own document (`data.reset_attention_mask`).
+      inputs: what the model takes for each token besides, {name: ShapeDtypeStruct of one token's}.
     """
 
-    def __init__(self, global_batch_size: int, seq_length: int, mesh: Mesh, *, within_documents: bool = True):
+    def __init__(
+        self,
+        global_batch_size: int,
+        seq_length: int,
+        mesh: Mesh,
+        *,
+        within_documents: bool = True,
+        inputs: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+    ):
         self.shape, self._within_documents = (global_batch_size, seq_length), within_documents
+        self._inputs = inputs or {}
         self._mesh, self.sharding = mesh, NamedSharding(mesh, BATCH_SPEC)
         self.order = zigzag_order(seq_length, mesh.shape["cp"])
         slices = self.sharding.addressable_devices_indices_map(self.shape).values()
@@ -41,7 +51,11 @@ class BatchLayout:
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape, dtype and sharding of each array of a batch."""
-        return {key: jax.ShapeDtypeStruct(self.shape, dtype, sharding=self.sharding) for key, dtype in DTYPES.items()}
+        one = {**{key: jax.ShapeDtypeStruct((), dtype) for key, dtype in DTYPES.items()}, **self._inputs}
+        return {
+            key: jax.ShapeDtypeStruct((*self.shape, *x.shape), x.dtype, sharding=self.sharding)
+            for key, x in one.items()
+        }
 
     def put_on_mesh(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Makes global arrays of this process's rows, and puts tokens in zigzag order.
@@ -57,11 +71,11 @@ class BatchLayout:
 
         def put(array: np.ndarray) -> jax.Array:
             def shard(index: Any) -> np.ndarray:
-                start, stop, _ = index[0].indices(self.shape[0])
+                start, stop, _ = index[0].indices(self.shape[0])  # (further dimensions are whole)
                 first = self.rows.index(start)  # the rows of a shard are consecutive
                 return array[first : first + stop - start, self.order[index[1]]]
 
-            return jax.make_array_from_callback(self.shape, self.sharding, shard)
+            return jax.make_array_from_callback((*self.shape, *array.shape[2:]), self.sharding, shard)
 
         numbered = {key: number_documents(ids) for key, ids in rows.items() if key == "segment_ids"}
         return {key: put(array) for key, array in {**rows, **numbered}.items()}
@@ -69,7 +83,9 @@ class BatchLayout:
     def resized(self, num_rows: int) -> "BatchLayout":
         """The same with `num_rows` rows on this process, and as many on each dp rank."""
         rows = self.shape[0] * num_rows // len(self.rows)
-        return BatchLayout(rows, self.shape[1], self._mesh, within_documents=self._within_documents)
+        return BatchLayout(
+            rows, self.shape[1], self._mesh, within_documents=self._within_documents, inputs=self._inputs
+        )
 
     def own_rows(self, batch: Mapping[str, Any], *, trained: bool = True) -> dict[str, np.ndarray]:
         """Checks a user's global batch, adds defaults, and cuts it down to this process's rows.
@@ -82,9 +98,12 @@ class BatchLayout:
             `loss_mask` has a weight that is negative or not finite or has too little weight in all, a document is in two
             parts, or documents are given that attention would ignore.
         """
-        if unknown := sorted(batch.keys() - DTYPES.keys()):
-            raise ValueError(f"batch: unknown keys {', '.join(unknown)}; known: {', '.join(DTYPES)}")
-        if missing := sorted({"tokens", "targets"} - batch.keys()):
+        if unknown := sorted(batch.keys() - DTYPES.keys() - self._inputs.keys()):
+            raise ValueError(
+                f"batch: unknown keys {', '.join(unknown)}; known: {', '.join([*DTYPES, *self._inputs])}; a model says with "
+                f"`inputs` what else it takes (see jaxpar.Stack)"
+            )
+        if missing := sorted({"tokens", "targets", *self._inputs} - batch.keys()):
             raise ValueError(f"batch: {' and '.join(missing)} missing")
         if "segment_ids" in batch and not self._within_documents:
             raise ValueError(
@@ -93,6 +112,9 @@ class BatchLayout:
             )
         given = {key: np.asarray(array) for key, array in batch.items()}
         for key, array in given.items():
+            if key in self._inputs:
+                _check_input(key, array, self._inputs[key], self.shape)
+                continue
             if array.shape != self.shape:
                 raise ValueError(
                     f"batch: {key} is {array.shape}, but a global batch has the shape (rows, tokens) {self.shape}"
@@ -108,7 +130,7 @@ class BatchLayout:
         whole = {**defaults, **given}
         _check_mask(whole["loss_mask"], trained)
         _check_documents(whole["segment_ids"], whole["loss_mask"])
-        return {key: np.asarray(whole[key], dtype)[self.rows] for key, dtype in DTYPES.items()}
+        return {key: np.asarray(whole[key], x.dtype)[self.rows] for key, x in self.shapes.items()}
 
 
 def number_documents(segment_ids: np.ndarray) -> np.ndarray:
@@ -128,6 +150,14 @@ def _check_dtype(key: str, dtype: np.dtype) -> None:
         allowed, name = jnp.issubdtype(dtype, jnp.floating) or dtype.kind in "biu", "a float, integer or bool dtype"
     if not allowed:
         raise ValueError(f"batch: {key} is {dtype}, expected {name}")
+
+
+def _check_input(key: str, array: np.ndarray, one: jax.ShapeDtypeStruct, rows_and_tokens: tuple[int, int]) -> None:
+    """Raises ValueError unless an additional array has what the model takes for each token."""
+    if array.shape != (*rows_and_tokens, *one.shape):
+        raise ValueError(f"batch: {key} is {array.shape}, but the model takes {(*rows_and_tokens, *one.shape)}")
+    if not np.can_cast(array.dtype, one.dtype, "same_kind"):
+        raise ValueError(f"batch: {key} is {array.dtype}, but the model takes {one.dtype}")
 
 
 def _check_entries(key: str, array: np.ndarray, wrong: np.ndarray, problem: str) -> None:

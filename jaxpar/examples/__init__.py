@@ -1,0 +1,1 @@
+"""Small complete programs: models of one's own on five axes."""

@@ -1,0 +1,38 @@
+"""The programs of jaxpar/examples: loss and gradients of each on a mesh with pp, tp and cp against one device."""
+
+import numpy as np
+import pytest
+from support import Step, assert_parity, make_batch, mesh_id, random_params, slow
+
+import jaxpar
+from jaxpar.examples import gemma, gpt2, moe, own_loop, vit
+from jaxpar.models import FunctionalModel
+from jaxpar.models.split_check import check_split_sequence
+
+SEED = np.array([1, 2], np.uint32)
+
+
+@pytest.mark.parametrize("example", [gpt2, gemma, moe], ids=["gpt2", "gemma", "moe"])
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 1, 2), *slow((2, 2, 1, 2, 2))], ids=mesh_id)
+def test_stacks(example, sizes):
+    model = FunctionalModel(example.build())
+    check_split_sequence(model, 2, 32)
+    params, batch = random_params(model), make_batch()
+    seed = SEED if model.is_random else None
+    expected = Step(model, (1, 1, 1, 1, 1))(params, batch, seed)
+    assert_parity(*Step(model, sizes)(params, batch, seed), *expected)
+
+
+def test_vit():
+    losses = []
+    for sizes in ({"tensor_model_parallel_size": 2, "context_parallel_size": 2}, {}):
+        trainer, rng = jaxpar.Trainer(vit.config(**sizes), vit.build()), np.random.default_rng(0)
+        losses.append([float(trainer.train_step(vit.images(rng, 32))["loss"]) for _ in range(15)])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert losses[0][-1] < 0.5 * losses[0][0]
+
+
+def test_own_loop():
+    losses = own_loop.train(12, own_loop.build_mesh(2, 4))
+    np.testing.assert_allclose(losses, own_loop.train(12, own_loop.build_mesh(1, 1)), rtol=1e-4)
+    assert losses[-1] < losses[0]
