@@ -103,7 +103,7 @@ def plain(data, tmp_path_factory) -> Plain:
     sizes = [f"runner.seq_length={LONGEST}", f"actor.micro_batch_size={DOCUMENTS}", "cluster.num_gpus_per_node=1"]
     config = jaxpar.load_config(
         QUICKSTART,
-        ["runner.resume_dir=null", "runner.resume_dir=null", *SMALL, *sizes, *[f"actor.model.{size}" for size in one]],
+        [*SMALL, "runner.resume_dir=null", *sizes, *[f"actor.model.{size}" for size in one]],
     )
     trainer, order = jaxpar.Trainer(config), build_loader(Numbers(), BatchOrder(DOCUMENTS, seed=config.data.seed))
     losses, tokens = [], []
