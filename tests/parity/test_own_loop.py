@@ -34,6 +34,7 @@ def test_the_loop_of_the_readme_has_the_losses_of_train_step(monkeypatch):
     assert all(x.is_deleted() for x in jax.tree.leaves(names["trainer"].state["params"]))
     params, opt_state = names["state"]
     shardings = jax.tree.map(lambda x: x.sharding, trainer.state["params"])
-    for tree in (params, opt_state[0].mu, opt_state[0].nu):
+    first_moments = names["optimizer"].init(trainer.state["params"])[0].mu
+    for tree in (params, opt_state[0].mu, opt_state[0].nu, first_moments):
         same = jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), tree, shardings)
         assert jax.tree.all(same), same

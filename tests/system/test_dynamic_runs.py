@@ -102,7 +102,8 @@ def plain(data, tmp_path_factory) -> Plain:
     one = ["pipeline_model_parallel_size=1", "context_parallel_size=1"]
     sizes = [f"runner.seq_length={LONGEST}", f"actor.micro_batch_size={DOCUMENTS}", "cluster.num_gpus_per_node=1"]
     config = jaxpar.load_config(
-        QUICKSTART, ["runner.resume_dir=null", *SMALL, *sizes, *[f"actor.model.{size}" for size in one]]
+        QUICKSTART,
+        [*SMALL, "runner.resume_dir=null", *sizes, *[f"actor.model.{size}" for size in one]],
     )
     trainer, order = jaxpar.Trainer(config), build_loader(Numbers(), BatchOrder(DOCUMENTS, seed=config.data.seed))
     losses, tokens = [], []
