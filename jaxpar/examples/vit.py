@@ -63,7 +63,7 @@ def images(rng: np.random.Generator, number: int) -> dict[str, np.ndarray]:
     """A batch: class token first, then 15 patches."""
     labels, patches = rng.integers(0, CLASSES, number), rng.normal(size=(number, PATCHES, PATCH)).astype(np.float32)
     patches[:, 0] = 0
-    patches[np.arange(number), 1 + labels * 4] += 2
+    patches[np.arange(number), 1 + labels * 4] += 6
     tokens = np.zeros((number, PATCHES), np.int32)
     is_class_token = np.arange(PATCHES) == 0
     targets, mask = np.where(is_class_token, labels[:, None], 0), np.broadcast_to(is_class_token, tokens.shape)
