@@ -19,7 +19,7 @@ from jaxpar.attention import AttentionSettings, Backend
 from jaxpar.backward.recompute import Recompute
 from jaxpar.config import Architecture, Config, ConfigError, MeshSizes, checks
 from jaxpar.config.keys import RECOMPUTE_MODULES
-from jaxpar.models import Decoder, FunctionalModel, Model
+from jaxpar.models import Decoder, FunctionalModel, Model, TokenInfo
 from jaxpar.models.flops import flops_coefficients, model_flops_per_token
 from jaxpar.parallel.mesh import cross_host_warning
 from jaxpar.parallel.placement import LayerPlacement
@@ -84,6 +84,27 @@ class Blueprint:
                 "intermediate_size, num_hidden_layers, num_attention_heads, …, or Trainer(config, model=…)"
             )
         return FunctionalModel(Decoder(self.architecture, tp_comm_overlap=self.config.actor.model.tp_comm_overlap))
+
+    @property
+    def user_model(self) -> UserModel | None:
+        """The user's own model, as it was given; None for the built-in decoder."""
+        return self._user_model
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Tokens that the model knows: of the built-in decoder without padding, of a user's own model its logits."""
+        if self.architecture:
+            return self.architecture.vocab_size
+
+        def logits(params: Any) -> jax.Array:
+            tokens = jnp.zeros((1, self.config.row_length), jnp.int32)
+            info = TokenInfo(tokens, tokens)
+            x = self.model.embed(params, tokens, info)
+            if self.model.num_layers:
+                x = self.model.block(jax.tree.map(lambda p: p[0], params["layers"]), x, info)
+            return self.model.head(params, x)
+
+        return jax.eval_shape(logits, self.model.shapes).shape[-1]
 
     @cached_property
     def num_params(self) -> int:
