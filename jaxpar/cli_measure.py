@@ -116,14 +116,12 @@ def check(config_path: ConfigPath, overrides: Overrides = None, model: ModelName
 
     count = config.num_configured_devices() or config.cluster.num_nodes * runtime.GPUS_PER_NODE
     own = None if model is None else NamedModel(model)
-    Blueprint(config, count, own and own.build(config)).check()
+    Blueprint(config, count, own.build(config) if own else None).check()
     own_layers = own is not None and own.takes_config
     small, notes = cut_down(config, count, own_model=own is not None, own_layers=own_layers)
     devices = jax.devices()[: small.num_configured_devices()]
-    report = compare_with_one_device(small, devices, own and own.build(small), notes=notes)
-    console = console_for_output()
-    for line in report.lines():
-        console.print(line, highlight=False, markup=False)
+    report = compare_with_one_device(small, devices, own.build(small) if own else None, notes=notes)
+    print("\n".join(report.lines()))
     if not report.passed:
         raise typer.Exit(1)
 

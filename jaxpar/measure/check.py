@@ -6,7 +6,6 @@ rank if the sequence is split, and so do positions from `jnp.arange`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +19,10 @@ from jaxpar.program import Program
 TOLERANCE = 1e-5  # relative, of the norm of a parameter's gradient, and of each of its layers
 # A gradient below this part of the largest one is rounding of sums that are zero, such as that of a key's bias.
 VANISHING = 1e-6
-ONE_DEVICE = {
+QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 12):  # later, XLA has no other way to make kernels for a CPU
+    QUICK["xla_cpu_use_fusion_emitters"] = False
+ONE_DEVICE: dict[str, Any] = {
     "cluster.num_nodes": 1,
     "cluster.num_gpus_per_node": 1,
     "actor.model.tensor_model_parallel_size": 1,
@@ -98,7 +100,7 @@ class CheckReport:
 
     @property
     def loss_error(self) -> float:
-        return abs(self.loss - self.expected_loss) / max(abs(self.expected_loss), np.finfo(np.float32).tiny)
+        return abs(self.loss - self.expected_loss) / max(abs(self.expected_loss), float(np.finfo(np.float32).tiny))
 
     @property
     def wrong(self) -> list[Difference]:
@@ -214,7 +216,7 @@ def compare_with_one_device(
     batch = {key: np.asarray(array)[: program.batch_layout.shape[0]] for key, array in batch.items()}
     with jax.default_matmul_precision("highest"):
         try:
-            params = jax.device_get(_noisy_params(alone))
+            params = _noisy_params(alone)
             expected_loss, expected = jax.device_get(_loss_and_grads(alone, params, batch))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -230,7 +232,7 @@ def compare_with_one_device(
         shape=program.batch_layout.shape,
         loss=float(loss),
         expected_loss=float(expected_loss),
-        differences=_differences(grads, expected),
+        differences=_differences(program, grads, expected),
         notes=[*notes, *changes],
         own_model=model is not None,
     )
@@ -253,20 +255,17 @@ def random_batch(program: Program) -> dict[str, np.ndarray]:
 
 
 def _noisy_params(program: Program) -> Any:
-    """Initial weights with noise, float32. A matrix gets noise of 1 / sqrt(its longest side), a vector of 0.2."""
+    """Initial weights with noise, float32 numpy arrays. A matrix gets noise of 1 / sqrt(its longest side), a vector of 0.2."""
+    rng = np.random.default_rng(1)
 
-    def noisy(path: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+    def noisy(path: Any, x: np.ndarray) -> np.ndarray:
         sides = x.shape[1:] if path[0].key == "layers" else x.shape
         deviation = 1 / max(sides) ** 0.5 if len(sides) > 1 else 0.2
-        return x + deviation * 3**0.5 * jax.random.uniform(key, x.shape, minval=-1, maxval=1)
+        return x + np.float32(deviation) * rng.standard_normal(x.shape, np.float32)
 
-    def init() -> Any:
-        params = program.blueprint.model.init(program.blueprint.config.actor.seed)
-        paths, tree = jax.tree_util.tree_flatten_with_path(params)
-        keys = jax.random.split(jax.random.key(1), len(paths))
-        return tree.unflatten(noisy(path, x, key) for (path, x), key in zip(paths, keys, strict=True))
-
-    return jax.jit(init, out_shardings=program.state_shardings["params"])()
+    init = jax.jit(program.blueprint.model.init, static_argnums=0, out_shardings=program.state_shardings["params"])
+    params = _compiled(init, program, program.blueprint.config.actor.seed)()
+    return jax.tree_util.tree_map_with_path(noisy, jax.device_get(params))
 
 
 def _loss_and_grads(program: Program, params: Any, batch: Mapping[str, np.ndarray]) -> tuple[jax.Array, Any]:
@@ -274,47 +273,64 @@ def _loss_and_grads(program: Program, params: Any, batch: Mapping[str, np.ndarra
     params = jax.tree.map(_put, params, program.state_shardings["params"])
     layout = program.batch_layout
     on_mesh = layout.put_on_mesh(layout.own_rows(batch))
-    # Making fast machine code for the CPU takes longer than running slow code once.
-    options = {"xla_backend_optimization_level": 0} if program.mesh.devices.flat[0].platform == "cpu" else None
-    return program.loss_and_grads.lower(params, on_mesh).compile(compiler_options=options)(params, on_mesh)
+    return _compiled(program.loss_and_grads, program, params, on_mesh)(params, on_mesh)
+
+
+def _compiled(function: Any, program: Program, *arguments: Any) -> Any:
+    """A jitted function, compiled for one call: to make fast machine code for a CPU takes longer than to run slow code."""
+    on_cpu = program.mesh.devices.flat[0].platform == "cpu"
+    return function.lower(*arguments).compile(compiler_options=QUICK if on_cpu else None)
 
 
 def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def _differences(grads: Any, expected: Any) -> list[Difference]:
-    measured = {}
-    for (path, grad), one in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        figures = _figures(grad, _put(one, grad.sharding), stacked=name.startswith("layers/"))
-        measured[name] = [np.asarray(figure, np.float64) for figure in figures]
-    largest = max(float(np.linalg.norm(norms)) for _, norms, _, _ in measured.values())
-
-    def difference(name: str) -> Difference:
-        errors, norms, largest_difference, largest_gradient = measured[name]
-        floor = max(VANISHING * largest, np.finfo(np.float32).tiny)
-        whole = float(np.linalg.norm(norms))
-        of_layers = errors / np.where(norms > floor, norms, max(largest, floor))
-        of_whole = float(np.linalg.norm(errors)) / (whole if whole > floor else max(largest, floor))
-        worst = int(np.argmax(np.nan_to_num(of_layers, nan=np.inf)))
-        return Difference(
-            name=name,
-            error=float(np.max([of_whole, of_layers[worst]])),
-            layer=worst if name.startswith("layers/") else None,
-            largest_difference=float(largest_difference),
-            largest_gradient=float(largest_gradient),
-            vanishing=whole <= floor,
-        )
-
-    order = ("embed", "layers", "head")
-    return [difference(name) for part in order for name in measured if name.partition("/")[0] == part]
+def _differences(program: Program, grads: Any, expected: Any) -> list[Difference]:
+    expected = jax.tree.map(lambda one, grad: _put(one, grad.sharding), expected, grads)
+    compared = _compiled(jax.jit(_figures), program, grads, expected)(grads, expected)
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(grads)
+    ]
+    figures = {name: [np.asarray(x, np.float64) for x in row] for name, row in zip(names, compared, strict=True)}
+    largest = max(float(np.linalg.norm(norms)) for _, norms, _, _ in figures.values())
+    return [
+        _difference(name, largest, *figures[name])
+        for part in ("embed", "layers", "head")
+        for name in figures
+        if name.partition("/")[0] == part
+    ]
 
 
-@partial(jax.jit, static_argnames="stacked")
-def _figures(grad: jax.Array, expected: jax.Array, *, stacked: bool) -> tuple[jax.Array, ...]:
-    """Norms of the difference and of the expected gradient, [layers] or [1]; the largest single numbers of both."""
-    difference = grad - expected
-    rows = (lambda x: x.reshape(x.shape[0], -1)) if stacked else (lambda x: x.reshape(1, -1))
-    norms = [jnp.sqrt(jnp.sum(jnp.square(rows(x)), axis=1)) for x in (difference, expected)]
-    return *norms, jnp.max(jnp.abs(difference)), jnp.max(jnp.abs(expected))
+def _figures(grads: Any, expected: Any) -> list[tuple[jax.Array, ...]]:
+    """For each parameter: norms of difference and expected gradient, [num_layers] or [1], and the largest number of both."""
+
+    def norms(path: Any, x: jax.Array) -> jax.Array:
+        axes = tuple(range(1, x.ndim)) if path[0].key == "layers" else None
+        return jnp.atleast_1d(jnp.sqrt(jnp.sum(jnp.square(x), axis=axes)))
+
+    def figures(path: Any, grad: jax.Array, one: jax.Array) -> tuple[jax.Array, ...]:
+        difference = grad - one
+        return norms(path, difference), norms(path, one), jnp.max(jnp.abs(difference)), jnp.max(jnp.abs(one))
+
+    paths = jax.tree_util.tree_leaves_with_path(grads)
+    return [figures(path, grad, one) for (path, grad), one in zip(paths, jax.tree.leaves(expected), strict=True)]
+
+
+def _difference(
+    name: str, largest: float, errors: np.ndarray, norms: np.ndarray, largest_difference: Any, largest_gradient: Any
+) -> Difference:
+    """Args: `largest`, the norm of the model's largest gradient; and the parameter's `_figures`."""
+    floor = max(VANISHING * largest, float(np.finfo(np.float32).tiny))
+    whole = float(np.linalg.norm(norms))
+    of_whole = float(np.linalg.norm(errors)) / (whole if whole > floor else max(largest, floor))
+    of_layers = errors / np.where(norms > floor, norms, max(largest, floor))
+    worst = int(np.argmax(np.nan_to_num(of_layers, nan=np.inf)))
+    return Difference(
+        name=name,
+        error=float(np.max([of_whole, of_layers[worst]])),
+        layer=worst if name.startswith("layers/") else None,
+        largest_difference=float(largest_difference),
+        largest_gradient=float(largest_gradient),
+        vanishing=whole <= floor,
+    )

@@ -19,7 +19,6 @@ from typing import Any, cast
 
 from flax import nnx
 
-import jaxpar
 from jaxpar.blueprint import UserModel
 from jaxpar.config import Config, ConfigError
 from jaxpar.config.errors import did_you_mean
@@ -178,6 +177,6 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
-    not_theirs = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(Path(jaxpar.__file__).parent), "<")
+    not_theirs = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(Path(__file__).parents[1]), "<")
     own = [frame for frame in frames if not frame.filename.startswith(not_theirs)] or frames
     return f"{text} ({own[-1].filename}:{own[-1].lineno})"
