@@ -120,7 +120,7 @@ def check(config_path: ConfigPath, overrides: Overrides = None, model: ModelName
     own_layers = own is not None and own.takes_config
     small, notes = cut_down(config, count, own_model=own is not None, own_layers=own_layers)
     devices = jax.devices()[: small.num_configured_devices()]
-    report = compare_with_one_device(small, devices, own.build(small) if own else None, notes=notes)
+    report = compare_with_one_device(small, devices, own.build(small) if own else None, notes=notes, each_axis=True)
     print("\n".join(report.lines()))
     if not report.passed:
         raise typer.Exit(1)

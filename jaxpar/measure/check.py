@@ -5,18 +5,20 @@ rank if the sequence is split, and so do positions from `jnp.arange`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxpar.blueprint import UserModel
-from jaxpar.config import Config, ConfigError, MeshSizes, config_from_dict
+from jaxpar.config import Config, ConfigError, config_from_dict
+from jaxpar.measure.check_report import CheckReport, Difference
 from jaxpar.program import Program
 
-TOLERANCE = 1e-5  # relative, of the norm of a parameter's gradient, and of each of its layers
 # A gradient below this part of the largest one is rounding of sums that are zero, such as that of a key's bias.
 VANISHING = 1e-6
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
@@ -41,106 +43,6 @@ ONE_DEVICE: dict[str, Any] = {
     "actor.model.offload_activations": False,
     "actor.optim.zero_stage": 0,
 }
-
-
-class LayoutError(Exception):
-    """The layout does not compute what one device computes. `report` has the figures."""
-
-    def __init__(self, report: "CheckReport"):
-        self.report = report
-        super().__init__("\n".join(report.lines()))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far the gradient of one parameter is from that of one device.
-
-    Attributes:
-      name: path of the parameter, such as "layers/mlp/up".
-      error: norm of the difference over norm of the gradient: of the whole parameter, or of the worst layer if that is more.
-      layer: index of the worst layer; None if the parameter is not stacked.
-      largest_difference, largest_gradient: absolute values of single numbers.
-      vanishing: the gradient is zero but for rounding, and `error` is relative to the largest gradient of the model.
-    """
-
-    name: str
-    error: float
-    layer: int | None
-    largest_difference: float
-    largest_gradient: float
-    vanishing: bool
-
-    def __str__(self) -> str:
-        layer = "" if self.layer is None else f", worst in layer {self.layer}"
-        return (
-            f"{self.name}: relative {self.error:.1e}{layer}; a number differs by up to {self.largest_difference:.1e}, where the "
-            f"largest is {self.largest_gradient:.1e}"
-        )
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """A layout beside one device.
-
-    Attributes:
-      num_microbatches, shape: of the batch, (rows, tokens of a row).
-      loss, expected_loss: on the layout and on one device, nats a token.
-      differences: one for each parameter: the embedding's, the layers', the head's.
-      notes: what is not as in the config.
-    """
-
-    sizes: MeshSizes
-    num_microbatches: int
-    shape: tuple[int, int]
-    loss: float
-    expected_loss: float
-    differences: list[Difference]
-    notes: list[str]
-    own_model: bool
-
-    @property
-    def loss_error(self) -> float:
-        return abs(self.loss - self.expected_loss) / max(abs(self.expected_loss), float(np.finfo(np.float32).tiny))
-
-    @property
-    def wrong(self) -> list[Difference]:
-        """The parameters whose gradients differ, in the order of the model. A NaN differs."""
-        return [one for one in self.differences if not one.error <= TOLERANCE]
-
-    @property
-    def passed(self) -> bool:
-        return self.loss_error <= TOLERANCE and not self.wrong
-
-    def lines(self) -> list[str]:
-        """A short table for the user."""
-        axes = "  ".join(f"{axis} {size}" for axis, size in self.sizes.as_dict().items())
-        count, wrong = len(self.differences), self.wrong
-        worst = max(
-            self.differences, key=lambda one: (not one.error <= TOLERANCE, np.nan_to_num(one.error, nan=np.inf))
-        )
-        lines = [
-            f"layout     {axes}  = {self.sizes.num_devices} devices, beside one device",
-            f"compared   the loss and {count} gradients in float32; {self.shape[0]} rows of {self.shape[1]} tokens, "
-            f"{self.num_microbatches} microbatches",
-            *[f"reduced    {note}" for note in self.notes],
-            f"loss       {self.loss:.6f}, one device {self.expected_loss:.6f}: relative {self.loss_error:.1e}",
-            f"gradients  largest difference: {worst}",
-        ]
-        if self.passed:
-            return [*lines, f"verdict    the same, within {TOLERANCE:g}"]
-        if wrong:
-            lines.append(f"first      {wrong[0]}")
-        what = f"{len(wrong)} of {count} gradients" + ("" if self.loss_error <= TOLERANCE else " and the loss")
-        return [*lines, f"verdict    WRONG: {what} differ by more than {TOLERANCE:g}", *self._hints()]
-
-    def _hints(self) -> list[str]:
-        hints = []
-        if self.own_model and self.sizes.cp > 1:
-            hints.append(
-                "hint       with cp, a device holds an early and a late part of the sequence: call jaxpar.attention.attention "
-                "with segment_ids=info.segment_ids, take positions from info.positions, and mix tokens nowhere else"
-            )
-        return hints
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
@@ -182,8 +84,18 @@ def comparable(config: Config, num_devices: int) -> tuple[Config, list[str]]:
     rows = needed * sizes.dp * config.rows_per_microbatch
     settings["actor.global_batch_size"] = rows
     if rows != rows_before:
-        notes.append(f"actor.global_batch_size {rows_before} → {rows}, {needed} microbatches")
+        notes.append(f"actor.global_batch_size {rows_before} → {rows}")
     return with_settings(config, settings), notes
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What one device computes: numpy weights and batch, the loss, and the gradients, a tree like the weights."""
+
+    params: Any
+    batch: dict[str, np.ndarray]
+    loss: float
+    grads: Any
 
 
 def compare_with_one_device(
@@ -191,7 +103,9 @@ def compare_with_one_device(
     devices: Sequence[jax.Device],
     model: UserModel | None = None,
     batch: Mapping[str, Any] | None = None,
+    *,
     notes: Sequence[str] = (),
+    each_axis: bool = False,
 ) -> CheckReport:
     """Runs one forward and backward pass on `devices` and one on a single device, and compares them.
 
@@ -202,40 +116,77 @@ def compare_with_one_device(
       model: as in `jaxpar.blueprint.Blueprint`.
       batch: as in `jaxpar.Trainer.loss_and_grads`; its first rows are used. Default: random tokens in packed documents.
       notes: what the caller has changed in the config, for the report.
+      each_axis: if the layout is wrong, compare each of its axes by itself too.
 
     Raises:
       ConfigError: the config does not suit these devices, or one device has too little memory for the model.
       ValueError: the batch is wrong, as in `jaxpar.Trainer.loss_and_grads`.
     """
     config, changes = comparable(config, len(devices))
-    program = Program(config, devices, model)
-    first = next(device for device in devices if device.process_index == jax.process_index())
-    alone = Program(with_settings(config, ONE_DEVICE), [first], model)
+    sizes = config.mesh_sizes(len(devices))
+    one = next(device for device in devices if device.process_index == jax.process_index())
+    with jax.default_matmul_precision("highest"):
+        reference = _reference(config, one, model, batch)
+        report = replace(_compare(config, devices, model, reference), notes=[*notes, *changes])
+        if not each_axis or report.passed or sum(size > 1 for size in sizes.as_dict().values()) < 2:
+            return report
+        alone = {
+            f"{axis} {size}": _compare(_one_axis(config, axis, size), devices[:size], model, reference).passed
+            for axis, size in sizes.as_dict().items()
+            if size > 1
+        }
+    return replace(report, alone=alone)
+
+
+def _reference(
+    config: Config, device: jax.Device, model: UserModel | None, batch: Mapping[str, Any] | None
+) -> Reference:
+    program = Program(with_settings(config, ONE_DEVICE), [device], model)
     if batch is None:
         batch = random_batch(program)
     batch = {key: np.asarray(array)[: program.batch_layout.shape[0]] for key, array in batch.items()}
-    with jax.default_matmul_precision("highest"):
-        try:
-            params = _noisy_params(alone)
-            expected_loss, expected = jax.device_get(_loss_and_grads(alone, params, batch))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise ConfigError(
-                "check: one device has too little memory for the whole model in float32: use `jaxpar check CONFIG`, which "
-                "makes the model smaller, or check with fewer layers"
-            ) from None
-        loss, grads = _loss_and_grads(program, params, batch)
+    try:
+        params = _noisy_params(program)
+        loss, grads = jax.device_get(_loss_and_grads(program, params, batch))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError(
+            "check: one device has too little memory for the whole model in float32: use `jaxpar check CONFIG`, which makes the "
+            "model smaller, or check with fewer layers"
+        ) from None
+    return Reference(params, batch, float(loss), grads)
+
+
+def _compare(
+    config: Config, devices: Sequence[jax.Device], model: UserModel | None, reference: Reference
+) -> CheckReport:
+    program = Program(config, devices, model)
+    loss, grads = _loss_and_grads(program, reference.params, reference.batch)
     return CheckReport(
         sizes=program.blueprint.sizes,
         num_microbatches=program.blueprint.schedule.num_microbatches,
         shape=program.batch_layout.shape,
         loss=float(loss),
-        expected_loss=float(expected_loss),
-        differences=_differences(program, grads, expected),
-        notes=[*notes, *changes],
+        expected_loss=reference.loss,
+        differences=_differences(program, grads, reference.grads),
+        notes=[],
         own_model=model is not None,
     )
+
+
+def _one_axis(config: Config, axis: str, size: int) -> Config:
+    """The same config with only one axis of more than one device."""
+    of_axis = {
+        "pp": ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "pipeline_schedule"),
+        "tp": ("tensor_model_parallel_size",),
+        "sp": ("tensor_model_parallel_size", "sequence_parallel", "tp_comm_overlap"),
+        "cp": ("context_parallel_size", "cp_comm_type", "hierarchical_context_parallel_sizes"),
+        "dp": (),
+    }[axis]
+    kept = {f"actor.model.{key}": getattr(config.actor.model, key) for key in of_axis}
+    more = {"actor.optim.zero_stage": config.actor.optim.zero_stage} if axis in ("dp", "cp") else {}
+    return with_settings(config, {**ONE_DEVICE, **kept, **more, "cluster.num_gpus_per_node": size})
 
 
 def random_batch(program: Program) -> dict[str, np.ndarray]:
@@ -288,7 +239,8 @@ def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 def _differences(program: Program, grads: Any, expected: Any) -> list[Difference]:
     expected = jax.tree.map(lambda one, grad: _put(one, grad.sharding), expected, grads)
-    compared = _compiled(jax.jit(_figures), program, grads, expected)(grads, expected)
+    everywhere = NamedSharding(program.mesh, P())  # so that each process can read them
+    compared = _compiled(jax.jit(_figures, out_shardings=everywhere), program, grads, expected)(grads, expected)
     names = [
         jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(grads)
     ]

@@ -25,7 +25,9 @@ def cut_down(
       own_layers: it is built from the config, so that the config's number of layers may be cut.
     """
     before = config.mesh_sizes(num_devices)
-    config, _ = comparable(config, num_devices)
+    rows_before = config.actor.global_batch_size
+    config, changes = comparable(config, num_devices)
+    changes = [text for text in changes if "global_batch_size" not in text]  # there will be still fewer
     axes = {"dp": before.dp, "pp": before.pp, "tensor": before.tensor, "cp": before.cp}
     sizes = fewer_devices(axes)
     settings: dict[str, Any] = {
@@ -56,6 +58,7 @@ def cut_down(
     kept = [names.get(axis, axis) for axis, size in sizes.items() if size > 1]
     notes = [f"devices: {', '.join(devices)}; checked: {', '.join(kept)}"] * bool(devices)
     notes += [f"NOT CHECKED: {', '.join(lost)}"] * bool(lost)
+    notes += [f"actor.global_batch_size {rows_before} → {rows}"] * (rows != rows_before) + changes
     return with_settings(config, settings), notes + _changes(config, settings)
 
 
@@ -159,5 +162,5 @@ def _changes(config: Config, settings: dict[str, Any]) -> list[str]:
             ("_parallel_size", "_parallel_sizes", "global_batch_size")
         )
         if section != value and section is not None and not about_mesh:
-            changes.append(f"{key.removeprefix('actor.').removeprefix('model.')} {section} → {value}")
+            changes.append(f"{key.rpartition('.')[2]} {section} → {value}")
     return [", ".join(changes)] if changes else []
