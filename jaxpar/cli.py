@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxpar import cli_measure
-from jaxpar.cli_measure import ConfigPath, ModelName, Overrides, console_for_output, print_notes, user_model
-from jaxpar.config import Config, ConfigError, load_config
+from jaxpar.cli_measure import (
+    ConfigPath,
+    ModelName,
+    Overrides,
+    config_notes,
+    console_for_output,
+    print_notes,
+    user_model,
+)
+from jaxpar.config import ConfigError, load_config
 from jaxpar.pipeline.schedule import SCHEDULES, ScheduleError, build_schedule
 
 if TYPE_CHECKING:
@@ -59,7 +67,7 @@ def train(
     if model is not None:  # its module may ask jax for devices, which is too early before this
         runtime.start(config)
     trainer = Trainer(config, user_model(model, config))
-    _print_head(trainer, config)
+    _print_head(trainer, config_notes(config, model) + trainer.warnings)
     try:
         trainer.fit(steps)
     except Interrupted as stop:
@@ -88,7 +96,7 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None, model: ModelName 
     blueprint = Blueprint(config, count, user_model(model, config))
     console.print(f"mesh: {display.mesh_line(blueprint.sizes)}  ({source})", highlight=False)
     console.print(display.device_table(blueprint.sizes, count // config.cluster.num_nodes))
-    print_notes(console, config.notes + blueprint.warnings)
+    print_notes(console, config_notes(config, model) + blueprint.warnings)
     try:
         _ = blueprint.model
     except ConfigError as error:
@@ -205,16 +213,16 @@ def _unraisable(what: Any) -> None:
         sys.__unraisablehook__(what)
 
 
-def _print_head(trainer: "Trainer", config: Config) -> None:
+def _print_head(trainer: "Trainer", notes: list[str]) -> None:
     import jax
 
     from jaxpar import display
 
     if jax.process_index() == 0:
         console = console_for_output()
-        for line in display.training_lines(trainer.program, config):
+        for line in display.training_lines(trainer.program, trainer.config):
             console.print(line, highlight=False)
-        print_notes(console, config.notes + trainer.warnings)
+        print_notes(console, notes)
 
 
 def _error(text: str) -> None:

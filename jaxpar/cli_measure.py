@@ -68,7 +68,7 @@ def compile_(
         for layout in layouts
     } or {"": config}
     if len(configs) > 1:
-        print_notes(console, config.notes)
+        print_notes(console, config_notes(config, model))
         reports = {
             layout: compile_step(one, devices, capacity, kind, user_model(model, one))
             for layout, one in configs.items()
@@ -80,7 +80,7 @@ def compile_(
     else:
         (one,) = configs.values()
         console.print(f"mesh: {display.mesh_line(one.mesh_sizes(len(devices)))}, {tpu or gpu}", highlight=False)
-        print_notes(console, one.notes)
+        print_notes(console, config_notes(one, model))
         report = compile_step(one, devices, capacity, kind, user_model(model, one))
         for line in display.report_lines(report):
             console.print(line, highlight=False)
@@ -163,7 +163,7 @@ def bench(
     devices, console, own = runtime.devices(config), console_for_output(), user_model(model, config)
     console.quiet = jax.process_index() > 0
     where = "simulated on the CPU" if jax.default_backend() == "cpu" else devices[0].device_kind
-    print_notes(console, config.notes)
+    print_notes(console, config_notes(config, model))
     if layouts:
         if jax.process_count() > 1:
             raise ConfigError(
@@ -196,6 +196,11 @@ def user_model(name: str | None, config: Config) -> "UserModel | None":
     from jaxpar.run.user_model import NamedModel
 
     return NamedModel(name).build(config)
+
+
+def config_notes(config: Config, model: str | None) -> list[str]:
+    """What to tell the user once. With a model of their own, nothing about the built-in decoder."""
+    return config.notes if model is None else list(config.setting_notes())
 
 
 def print_notes(console: Console, notes: list[str]) -> None:

@@ -71,7 +71,9 @@ def fewer_devices(sizes: dict[str, int], most: int = MOST_DEVICES) -> dict[str, 
     while math.prod(sizes.values()) > most:
         smaller = {axis: size // _smallest_factor(size) for axis, size in sizes.items() if size > 1}
         allowed = [axis for axis, size in smaller.items() if size > 1] or ["dp"] * (sizes["dp"] > 1) or list(smaller)
-        axis = max(allowed, key=lambda axis: sizes[axis])
+        axis = max(
+            reversed(allowed), key=lambda axis: sizes[axis]
+        )  # of equals not pp, so that schedules stay as they are
         sizes[axis] = smaller[axis]
     return sizes
 

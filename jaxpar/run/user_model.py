@@ -118,9 +118,9 @@ def _no_model(found: Any) -> str:
 
 def _import(label: str, path: str) -> ModuleType:
     is_file = path.endswith(".py") or os.sep in path
-    folder = str(Path(path).resolve().parent) if is_file else os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    for folder in (os.getcwd(), *([str(Path(path).resolve().parent)] if is_file else [])):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
     if is_file:
         return _import_file(label, Path(path).resolve())
     try:
