@@ -142,10 +142,10 @@ def _heads(config: Config, a: Architecture, sizes: dict[str, int], tensor_before
     repeated = tensor_before > a.num_key_value_heads
     found = [
         (kv_heads * ratio, kv_heads)
-        for kv_heads in range(min(2, a.num_key_value_heads), a.num_key_value_heads + 1)
+        for kv_heads in range(1 if repeated else min(2, a.num_key_value_heads), a.num_key_value_heads + 1)
         for ratio in ratios
         if kv_heads * ratio % tensor == 0
-        and (kv_heads % tensor == 0 or (repeated and tensor % kv_heads == 0))
+        and (kv_heads < tensor and tensor % kv_heads == 0 if repeated else kv_heads % tensor == 0)
         and not all_to_all_problem(
             kv_heads * ratio // tensor, max(1, kv_heads // tensor), ranks.get(model.cp_comm_type, 1)
         )

@@ -71,8 +71,8 @@ def test_uneven_layers_and_chunks_stay():
     chunks = "actor.model.virtual_pipeline_model_parallel_size=2"
     _, small, notes = cut(LARGE, "actor.model.num_hidden_layers=81", chunks, "actor.model.pipeline_schedule=zb1p")
     assert small.actor.model.virtual_pipeline_model_parallel_size == 2
-    assert small.actor.model.num_hidden_layers == 2 * 2 * 2 + 1
-    assert "num_hidden_layers 81 → 9" in notes
+    assert small.actor.model.num_hidden_layers == 2 * 4 * 2 + 1
+    assert "num_hidden_layers 81 → 17" in notes
 
 
 def test_repeated_kv_heads_and_a_window_stay():
