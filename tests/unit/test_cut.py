@@ -44,7 +44,7 @@ def test_every_axis_and_every_choice_of_a_shipped_config_stays(path):
         ((8, 1, 1, 8), (2, 1, 1, 8)),
         ((1, 1, 8, 8), (1, 1, 4, 4)),
         ((3, 6, 3, 1), (1, 3, 3, 1)),
-        ((5, 5, 5, 1), (1, 1, 5, 1)),
+        ((5, 5, 5, 1), (1, 5, 1, 1)),
     ],
 )
 def test_fewer_devices(sizes, fewer):
