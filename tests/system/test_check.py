@@ -71,11 +71,12 @@ def build():
 
 def test_a_wrong_model_is_found_and_so_is_the_axis(tmp_path):
     (tmp_path / "wrong.py").write_text(WRONG)
-    sizes = ["actor.model.tensor_model_parallel_size=1", "cluster.num_gpus_per_node=4", *SMALL]
+    one = [f"actor.model.{axis}_model_parallel_size=1" for axis in ("tensor", "pipeline")]
+    sizes = [*one, "cluster.num_gpus_per_node=4", *SMALL]
     result = run(QUICKSTART, "--model", f"{tmp_path}/wrong.py:build", *sizes)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "first      embed/positions/embedding: relative" in result.stdout
-    assert "alone      pp 2: the same, cp 2: WRONG" in result.stdout
+    assert "alone      dp 2: the same, cp 2: WRONG" in result.stdout
     assert "verdict    WRONG: 18 of 18 gradients and the loss differ" in result.stdout
     assert "take positions from info.positions" in result.stdout
 
