@@ -43,8 +43,7 @@ def compile_(
     where: Annotated[int, typer.Option(min=0, help="Show so many of the costliest operations, with source lines.")] = 0,
     verbose: Annotated[bool, typer.Option(help="Show the XLA flags, each with its reason.")] = False,
 ) -> None:
-    """Compile the train step for a cluster that you need not have; say what it needs and whether it fits. Several layouts
-    give a table."""
+    """Compile the train step for a cluster that you need not have: what does it need, does it fit? Layouts give a table."""
     from jaxpar.measure.layouts import layout_overrides, split_arguments
 
     overrides, layouts = split_arguments(arguments or ())
