@@ -84,6 +84,11 @@ class Blueprint:
             )
         return FunctionalModel(Decoder(self.architecture, tp_comm_overlap=self.config.actor.model.tp_comm_overlap))
 
+    @property
+    def user_model(self) -> UserModel | None:
+        """The user's own model, as it was given; None for the built-in decoder."""
+        return self._user_model
+
     @cached_property
     def num_params(self) -> int:
         """How many numbers are trained, the padding of the vocabulary included."""

@@ -1,6 +1,6 @@
-"""The command line: `jaxpar train | mesh | compile | bench | schedule | checkpoint`. Every error is one line and an exit code."""
+"""The command line: `jaxpar train | mesh | compile | bench | check | schedule | checkpoint`. Every error is one line and an
+exit code."""
 
-import json
 import logging
 import math
 import os
@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from jaxpar.config import Config, ConfigError, load_config
+from jaxpar import cli_measure
+from jaxpar.cli_measure import (
+    ConfigPath,
+    ModelName,
+    Overrides,
+    config_notes,
+    console_for_output,
+    print_notes,
+    user_model,
+)
+from jaxpar.config import ConfigError, load_config
 from jaxpar.pipeline.schedule import SCHEDULES, ScheduleError, build_schedule
 
 if TYPE_CHECKING:
@@ -28,18 +37,12 @@ app = typer.Typer(
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints.")
 app.add_typer(checkpoint_app, name="checkpoint")
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override the file's settings.")]
-Arguments = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[LAYOUT|KEY=VALUE]...", help="Layouts to compare, such as pp4,dp2; and settings."),
-]
-
 
 @app.command(epilog="Example: jaxpar train configs/quickstart.yaml runner.max_steps=20 actor.optim.lr=1e-3")
 def train(
     config_path: ConfigPath,
     overrides: Overrides = None,
+    model: ModelName = None,
     profile: Annotated[str | None, typer.Option(metavar="STEP:COUNT", help="Trace COUNT steps from STEP on.")] = None,
     verbose: Annotated[bool, typer.Option(help="Show the XLA and NCCL settings and the reason for each.")] = False,
 ) -> None:
@@ -56,12 +59,15 @@ def train(
     if verbose:
         print("\n".join(settings))
     # jax takes seconds to load, so a mistake in the config is reported before that.
+    from jaxpar.run import runtime
     from jaxpar.run.profile import Steps
     from jaxpar.trainer import Interrupted, NonFiniteError, ReplicaError, Trainer
 
     steps = Steps.parse(profile) if profile is not None else None
-    trainer = Trainer(config)
-    _print_head(trainer, config)
+    if model is not None:  # its module may ask jax for devices, which is too early before this
+        runtime.start(config)
+    trainer = Trainer(config, user_model(model, config))
+    _print_head(trainer, config_notes(config, model) + trainer.warnings)
     try:
         trainer.fit(steps)
     except Interrupted as stop:
@@ -74,7 +80,7 @@ def train(
 
 
 @app.command(epilog="Example: jaxpar mesh configs/quickstart.yaml actor.model.context_parallel_size=4")
-def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
+def mesh(config_path: ConfigPath, overrides: Overrides = None, model: ModelName = None) -> None:
     """Show the mesh, which device holds which coordinate, and every parameter's shape, split and bytes."""
     config = load_config(config_path, overrides or ())
     from jaxpar.run import xla
@@ -85,147 +91,30 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None) -> None:
     from jaxpar.pipeline.drawing import placement_line
     from jaxpar.run import runtime
 
-    console = _console()
+    console = console_for_output()
     count, source = runtime.num_devices_to_show(config)
-    blueprint = Blueprint(config, count)
+    blueprint = Blueprint(config, count, user_model(model, config))
     console.print(f"mesh: {display.mesh_line(blueprint.sizes)}  ({source})", highlight=False)
     console.print(display.device_table(blueprint.sizes, count // config.cluster.num_nodes))
-    _notes(console, config.notes + blueprint.warnings)
+    print_notes(console, config_notes(config, model) + blueprint.warnings)
     try:
         _ = blueprint.model
     except ConfigError as error:
-        _notes(console, [f"no parameters are shown: {problem}" for problem in error.problems])
+        print_notes(console, [f"no parameters are shown: {problem}" for problem in error.problems])
         return
     console.print(display.parameter_table(blueprint.param_layouts, blueprint.mesh_shape.shape))
     if blueprint.placement.is_padded:
         console.print(placement_line(blueprint.placement), highlight=False)
 
 
-@app.command(
+app.command(
     "compile",
     epilog="Example: jaxpar compile configs/quickstart.yaml cluster.num_nodes=2 --gpu h100 --json report.json",
-)
-def compile_(
-    config_path: ConfigPath,
-    arguments: Arguments = None,
-    gpu: Annotated[str, typer.Option(help="a100-40g, a100-80g, h100, h200 or b200.")] = "h100",
-    tpu: Annotated[str | None, typer.Option(help="A TPU slice instead, such as v5e:4x4.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Default: cluster.num_nodes.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="Default: cluster.num_gpus_per_node, or 8.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-    hlo_file: Annotated[Path | None, typer.Option("--hlo", help="Write the optimized program here.")] = None,
-    where: Annotated[int, typer.Option(min=0, help="Show so many of the costliest operations, with source lines.")] = 0,
-    verbose: Annotated[bool, typer.Option(help="Show the XLA flags, each with its reason.")] = False,
-) -> None:
-    """Compile the train step for a cluster that you need not have; say what it needs and whether it fits. Several layouts
-    give a table."""
-    from jaxpar.measure.layouts import layout_overrides, split_arguments
-
-    overrides, layouts = split_arguments(arguments or ())
-    overrides += [f"cluster.num_nodes={nodes}"] * bool(nodes)
-    overrides += [f"cluster.num_gpus_per_node={gpus_per_node}"] * bool(gpus_per_node)
-    config = load_config(config_path, overrides)
-    _check_compile_options(gpu, tpu, layouts, hlo_file, where)
-    from jaxpar.run import xla
-
-    flags = xla.apply_without_gpu(config.cluster.xla_flags, config.cluster.deterministic) if tpu is None else []
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    from jaxpar import display
-    from jaxpar.measure.compile import compile_step, devices_to_compile_for
-
-    console = _console()
-    if verbose:
-        console.print("\n".join(flags), highlight=False)
-    devices, capacity, kind = devices_to_compile_for(config, gpu, tpu)
-    configs = {
-        layout: load_config(config_path, [*overrides, *layout_overrides(layout, config, len(devices))])
-        for layout in layouts
-    } or {"": config}
-    if len(configs) > 1:
-        _notes(console, config.notes)
-        reports = {layout: compile_step(one, devices, capacity, kind) for layout, one in configs.items()}
-        console.print(display.report_table(reports, tpu or gpu))
-        for line in display.attention_lines(reports):
-            console.print(line, highlight=False)
-        figures: Any = {layout: report.to_json() for layout, report in reports.items()}
-    else:
-        (one,) = configs.values()
-        console.print(f"mesh: {display.mesh_line(one.mesh_sizes(len(devices)))}, {tpu or gpu}", highlight=False)
-        _notes(console, one.notes)
-        report = compile_step(one, devices, capacity, kind)
-        for line in display.report_lines(report):
-            console.print(line, highlight=False)
-        for table in display.report_tables(report, where):
-            console.print(table)
-        figures = report.to_json()
-        if hlo_file:
-            hlo_file.write_text(report.hlo)
-    if json_file:
-        json_file.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def _check_compile_options(gpu: str, tpu: str | None, layouts: list[str], hlo_file: Path | None, where: int) -> None:
-    from jaxpar.hardware import GPUS
-
-    if tpu is None and gpu not in GPUS:
-        raise ConfigError(f"--gpu: {gpu!r} is not known: choose one of {', '.join(GPUS)}")
-    if (hlo_file or where) and len(layouts) > 1:
-        raise ConfigError(f"--hlo and --where: for one program, but {len(layouts)} layouts are given: give one of them")
-    if where and tpu:
-        raise ConfigError("--where: times are known for GPUs, not for a TPU slice: leave out --where or --tpu")
-
-
-@app.command(
+)(cli_measure.compile_)
+app.command(
     epilog="Example: jaxpar bench configs/bench_small.yaml dp8 tp2,dp4 pp4,dp2,schedule=1f1b,microbatches=8",
-)
-def bench(
-    config_path: ConfigPath,
-    arguments: Arguments = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps to time. Default: 20, or 3 of each layout.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-) -> None:
-    """Time the train step on the devices of this machine, with random tokens: step time, tokens/s, MFU and memory. With
-    layouts, time each of them beside one device and beside plain data-parallel JAX."""
-    from jaxpar.measure.layouts import layout_overrides, one_device, split_arguments
-
-    overrides, layouts = split_arguments(arguments or ())
-    config = load_config(config_path, overrides)
-    from jaxpar.run import xla
-
-    xla.apply(config.cluster.xla_flags)
-    import jax
-
-    from jaxpar import display
-    from jaxpar.measure.bench import PLAIN, compare, measure
-    from jaxpar.run import runtime
-
-    runtime.start(config)
-    devices, console = runtime.devices(config), _console()
-    console.quiet = jax.process_index() > 0
-    where = "simulated on the CPU" if jax.default_backend() == "cpu" else devices[0].device_kind
-    _notes(console, config.notes)
-    if layouts:
-        if jax.process_count() > 1:
-            raise ConfigError(
-                "jaxpar bench: layouts are compared in one process, but this is one of several: start a single process"
-            )
-
-        def on(settings: list[str]) -> Config:
-            return load_config(config_path, [*overrides, *settings])
-
-        configs = {layout: on(layout_overrides(layout, config, len(devices))) for layout in layouts}
-        console.print(f"{len(devices)} devices, {where}", highlight=False)
-        rows = compare(configs, on(one_device(config)), devices, steps or 3, lambda text: _notes(console, [text]))
-        console.print(display.comparison_table(rows, PLAIN.format(len(devices))))
-        figures: Any = [vars(row) for row in rows]
-    else:
-        console.print(f"mesh: {display.mesh_line(config.mesh_sizes(len(devices)))}, {where}", highlight=False)
-        measured = measure(config, devices, steps or 20)
-        for line in display.measurement_lines(measured):
-            console.print(line, highlight=False)
-        figures = measured.to_json()
-    if json_file and jax.process_index() == 0:
-        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+)(cli_measure.bench)
+app.command(epilog="Example: jaxpar check configs/quickstart.yaml --model my_package.my_model:build")(cli_measure.check)
 
 
 @app.command(epilog="Example: jaxpar schedule zb1p --stages 4 --microbatches 8 --chunks 2 --svg zb1p.svg")
@@ -258,7 +147,7 @@ def schedule(
             f"--layers: {layers} layers are too few for {stages} stages x {chunks} chunks = {stages * chunks} parts of the "
             "pipeline: lower a size so that each part has a layer"
         )
-    console = _console()
+    console = console_for_output()
     for line in drawing.terminal_lines(table, console.width):
         console.print(line, no_wrap=True, crop=False, overflow="ignore")
     for text in drawing.summary_lines(table, costs):
@@ -284,7 +173,7 @@ def inspect(
     from jaxpar import display
     from jaxpar.checkpoint.manifest import damages, read_manifest, resolve, why_torn
 
-    console, found = _console(), resolve(path)
+    console, found = console_for_output(), resolve(path)
     if reason := why_torn(found):
         raise ConfigError(f"{found} is torn: {reason}: choose another checkpoint")
     for line in display.checkpoint_lines(found, read_manifest(found)):
@@ -324,26 +213,16 @@ def _unraisable(what: Any) -> None:
         sys.__unraisablehook__(what)
 
 
-def _print_head(trainer: "Trainer", config: Config) -> None:
+def _print_head(trainer: "Trainer", notes: list[str]) -> None:
     import jax
 
     from jaxpar import display
 
     if jax.process_index() == 0:
-        console = _console()
-        for line in display.training_lines(trainer.program, config):
+        console = console_for_output()
+        for line in display.training_lines(trainer.program, trainer.config):
             console.print(line, highlight=False)
-        _notes(console, config.notes + trainer.warnings)
-
-
-def _notes(console: Console, notes: list[str]) -> None:
-    for note in notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
-
-
-def _console() -> Console:
-    # A log file or a pipe gets wide lines, so that tables are not folded at 80 columns.
-    return Console() if sys.stdout.isatty() else Console(width=200)
+        print_notes(console, notes)
 
 
 def _error(text: str) -> None:

@@ -50,6 +50,8 @@ def report_lines(report: "Report") -> list[str]:
     lines.append(f"FLOPs: {report.flops:.4g} executed")
     if report.model_flops and report.flops:
         lines[-1] += f", {report.model_flops:.4g} useful ({report.model_flops / report.flops:.1%})"
+    elif report.model_flops is None:
+        lines[-1] += "; how many are useful is not known for your own model"
     if report.roofline:
         lines.append(_least_time(report.roofline))
     lines += choice_lines(report.attention)
@@ -169,7 +171,8 @@ def collective_table(report: "Report") -> Table:
 def measurement_lines(m: "Measurement") -> list[str]:
     """What the train step of a config costs."""
     ms = {name: 1000 * seconds for name, seconds in m.step_seconds.items()}
-    mfu = "MFU unknown (the peak of this device is not known)" if m.mfu is None else f"MFU {m.mfu:.1%}"
+    why = "the useful FLOPs of your own model are" if m.model_flops is None else "the peak of this device is"
+    mfu = f"MFU unknown ({why} not known)" if m.mfu is None else f"MFU {m.mfu:.1%}"
     peak = "" if m.measured_peak is None else f"; measured peak {m.measured_peak / 2**30:.2f} GiB"
     gib = {key: value / 2**30 for key, value in vars(m.memory).items()}
     return [

@@ -12,6 +12,8 @@ from jaxpar.attention import choice_lines
 from jaxpar.checkpoint.checkpoints import Checkpoints
 from jaxpar.checkpoint.run_state import RunState, warn
 from jaxpar.config import Config, ConfigError
+from jaxpar.measure.check import compare_with_one_device
+from jaxpar.measure.check_report import CheckReport, LayoutError
 from jaxpar.models import UserModel
 from jaxpar.models.assembled import assemble
 from jaxpar.models.weights import Source
@@ -128,6 +130,29 @@ class Trainer:
         layout, scale = self.program.batch_layout, scale_of(self.state, self.program.blueprint.loss_scale)
         placed = layout.put_on_mesh(layout.own_rows(batch))
         return self.program.loss_and_grads(self.state["params"], placed, scale, seed_of(self.state))
+
+    def check(self, batch: Mapping[str, Any] | None = None) -> CheckReport:
+        """Compares this layout with one device: the loss and every gradient, in float32, from initial weights with noise.
+
+        Prints a short table. One device must hold the model, its gradients and the activations of a microbatch. Where it
+        cannot, `jaxpar check CONFIG` compares a smaller model on simulated devices. The trainer's own state is not touched.
+
+        Args:
+          batch: a global batch, as in `loss_and_grads`, of which the first rows are used: two microbatches of each stage.
+            Default: random tokens in packed documents.
+
+        Raises:
+          LayoutError: the layout computes something else. The error names the parameters.
+          ConfigError: one device has too little memory.
+          ValueError: the batch is wrong, as in `loss_and_grads`.
+        """
+        config = self.config
+        report = compare_with_one_device(config, runtime.devices(config), self.program.blueprint.user_model, batch)
+        if not report.passed:
+            raise LayoutError(report)
+        if jax.process_index() == 0:
+            print("\n".join(report.lines()))
+        return report
 
     def log_probs(self, batch: Mapping[str, Any]) -> Float[Array, "global_batch seq"]:
         """log p(target) of each token at the current parameters, without gradients: float32, in nats.

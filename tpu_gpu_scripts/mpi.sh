@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on machines that Open MPI can reach. The same command again continues where the run stopped.
-#   JAXPAR_HOSTS="node0 node1" tpu_gpu_scripts/mpi.sh CONFIG [key=value …]
+#   JAXPAR_HOSTS="node0 node1" tpu_gpu_scripts/mpi.sh CONFIG [--model MODULE:NAME] [key=value …]
 # Start it in a folder that all machines see under the same path. Tested with Open MPI 4.1, two ranks on one machine
 # and simulated CPU devices; not yet run on GPUs, on several machines or with Open MPI 5.
 set -euo pipefail
@@ -12,7 +12,7 @@ set -euo pipefail
 : "${JAXPAR_START_TIMEOUT:=300}" # seconds within which all processes must have started
 : "${JAXPAR_ENV:=$PWD/.venv}"    # folder of the virtual environment
 
-config=${1:?"usage: JAXPAR_HOSTS=\"node0 node1\" mpi.sh CONFIG [key=value …]"}
+config=${1:?"usage: JAXPAR_HOSTS=\"node0 node1\" mpi.sh CONFIG [--model MODULE:NAME] [key=value …]"}
 read -ra hosts <<<"$JAXPAR_HOSTS"
 slots=$(printf ",%s:$JAXPAR_PER_NODE" "${hosts[@]}")
 processes=$((${#hosts[@]} * JAXPAR_PER_NODE))

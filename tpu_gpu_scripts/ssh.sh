@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on machines that ssh reaches without a password. The same command again continues where the run stopped.
-#   JAXPAR_HOSTS="node0 node1" tpu_gpu_scripts/ssh.sh CONFIG [key=value …]
+#   JAXPAR_HOSTS="node0 node1" tpu_gpu_scripts/ssh.sh CONFIG [--model MODULE:NAME] [key=value …]
 # Start it in tmux, because it must keep running, in a folder that all machines see under the same path. Tested with
 # OpenSSH, both hosts being one machine with simulated CPU devices; not yet run on GPUs or on several machines.
 set -euo pipefail
@@ -12,7 +12,7 @@ set -euo pipefail
 : "${JAXPAR_ENV:=$PWD/.venv}"    # folder of the virtual environment
 : "${JAXPAR_SSH:=ssh -o BatchMode=yes -o ServerAliveInterval=30}"
 
-config=${1:?"usage: JAXPAR_HOSTS=\"node0 node1\" ssh.sh CONFIG [key=value …]"}
+config=${1:?"usage: JAXPAR_HOSTS=\"node0 node1\" ssh.sh CONFIG [--model MODULE:NAME] [key=value …]"}
 read -ra hosts <<<"$JAXPAR_HOSTS"
 read -ra ssh <<<"$JAXPAR_SSH"
 logs="$PWD/jaxpar-$(date +%Y%m%d-%H%M%S)"

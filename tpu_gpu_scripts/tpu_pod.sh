@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU pod slice, with jax[tpu] on its hosts. The same command again continues where the run stopped.
-#   JAXPAR_TPU=my-v5e-16 JAXPAR_NODES=4 tpu_gpu_scripts/tpu_pod.sh CONFIG [key=value …]
+#   JAXPAR_TPU=my-v5e-16 JAXPAR_NODES=4 tpu_gpu_scripts/tpu_pod.sh CONFIG [--model MODULE:NAME] [key=value …]
 # Not yet run on a TPU: only its commands are tested, with a stand-in for gcloud.
 set -euo pipefail
 
@@ -11,7 +11,7 @@ set -euo pipefail
 : "${JAXPAR_FOLDER:=jaxpar}" # on each host; output_dir must be a folder that all hosts share (NFS, gcsfuse)
 : "${JAXPAR_ENV:=.venv}"     # folder of the virtual environment there
 
-config=${1:?"usage: JAXPAR_TPU=NAME JAXPAR_NODES=N tpu_pod.sh CONFIG [key=value …]"}
+config=${1:?"usage: JAXPAR_TPU=NAME JAXPAR_NODES=N tpu_pod.sh CONFIG [--model MODULE:NAME] [key=value …]"}
 on() { gcloud compute tpus tpu-vm ssh "$JAXPAR_TPU" --zone="$JAXPAR_ZONE" --worker="$1" --command="$2"; }
 printf -v train '%q ' "$JAXPAR_ENV/bin/jaxpar" train "$config" \
   cluster.num_nodes="$JAXPAR_NODES" runner.resume_dir=auto "${@:2}"

@@ -56,14 +56,15 @@ class Config(Section):
     @property
     def notes(self) -> list[str]:
         """What to tell the user once: ignored foreign keys, and every value that was filled in or padded."""
-        notes = list(self._setting_notes())
+        notes = list(self.setting_notes())
         try:
             architecture, more = read_architecture(self.actor)
         except ConfigError:  # check_train and architecture() report it
             return notes
         return notes if architecture is None else [*notes, *more, *self._architecture_notes(architecture)]
 
-    def _setting_notes(self) -> Iterator[str]:
+    def setting_notes(self) -> Iterator[str]:
+        """Those of `notes` that are not about the built-in decoder."""
         sched = self.actor.lr_sched
         if self._ignored:
             yield _ignored_note(self._ignored)

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpar.blueprint import Blueprint
+from jaxpar.blueprint import Blueprint, UserModel
 from jaxpar.config import Config, ConfigError, MeshSizes
 from jaxpar.models import TokenInfo
 from jaxpar.parallel.batch import BatchLayout
@@ -25,6 +25,7 @@ class BaselineProgram:
 
     Args:
       config: for one device.
+      model: the user's own, as in `jaxpar.blueprint.Blueprint`.
 
     Attributes: those of `jaxpar.program.Program` that a benchmark needs.
 
@@ -32,9 +33,9 @@ class BaselineProgram:
       ConfigError: the global batch does not divide by the devices, or the config describes no model.
     """
 
-    def __init__(self, config: Config, devices: Sequence[jax.Device]):
-        blueprint, rows = Blueprint(config, 1), config.actor.global_batch_size
-        model, optimizer = blueprint.model, blueprint.optimizer
+    def __init__(self, config: Config, devices: Sequence[jax.Device], model: UserModel | None = None):
+        blueprint, rows = Blueprint(config, 1, model), config.actor.global_batch_size
+        functions, optimizer = blueprint.model, blueprint.optimizer
         if config.runner.enable_dynamic_batch_size:
             raise ConfigError(
                 "runner.enable_dynamic_batch_size: True, but layouts are compared on batches of one shape: set it to False"
@@ -53,9 +54,11 @@ class BaselineProgram:
         def loss(params: Any, batch: Any) -> jax.Array:
             params = jax.tree.map(lambda x: x.astype(blueprint.compute_dtype), params)
             info = TokenInfo(batch["positions"], batch["segment_ids"])
-            layer = recompute(lambda x, layer: (model.block(layer, x, info), None))
-            x, _ = lax.scan(layer, model.embed(params, batch["tokens"], info), params["layers"])
-            logits = model.head(params, x).astype(jnp.float32)
+            layer = recompute(lambda x, layer: (functions.block(layer, x, info), None))
+            x, _ = lax.scan(
+                layer, functions.embed(params, batch["tokens"], info), params["layers"], length=functions.num_layers
+            )
+            logits = functions.head(params, x).astype(jnp.float32)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
             return (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
 
@@ -65,9 +68,9 @@ class BaselineProgram:
 
         everywhere = NamedSharding(self.mesh, P())
         self.init = jax.jit(
-            lambda params: init_state(model, optimizer, config.actor.seed, params), out_shardings=everywhere
+            lambda params: init_state(functions, optimizer, config.actor.seed, params), out_shardings=everywhere
         )
-        self.state_shapes = jax.eval_shape(lambda: init_state(model, optimizer, config.actor.seed))
+        self.state_shapes = jax.eval_shape(lambda: init_state(functions, optimizer, config.actor.seed))
         self.state_shardings = jax.tree.map(lambda _: everywhere, self.state_shapes)
         self.train_step = jax.jit(
             build_train_step(loss_auxiliary_and_grads, optimizer, blueprint.learning_rate),

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxpar.attention import choice_lines
+from jaxpar.blueprint import UserModel
 from jaxpar.config import Config, ConfigError
 from jaxpar.hardware import peak_flops
 from jaxpar.measure.baseline import BaselineProgram
@@ -104,14 +105,14 @@ class _Run:
         return wall, cpu
 
 
-def measure(config: Config, devices: list[jax.Device], steps: int) -> Measurement:
+def measure(config: Config, devices: list[jax.Device], steps: int, model: UserModel | None = None) -> Measurement:
     """Times `steps` steps of the config's train step after `WARM_UP` more.
 
     Raises:
       ConfigError: the config does not suit these devices, or they have too little memory.
     """
-    program = Program(config, devices)
-    run = _in_memory(partial(_Run, program, _vocab_size(config)))
+    program = Program(config, devices, model)
+    run = _in_memory(partial(_Run, program, program.blueprint.vocab_size))
     seconds = _in_memory(lambda: [run.step()[0] for _ in range(WARM_UP + steps)])[WARM_UP:]
     low, median, high = (float(np.percentile(seconds, q)) for q in (10, 50, 90))
     stats = [device.memory_stats() or {} for device in program.mesh.local_devices]
@@ -142,6 +143,7 @@ def compare(
     devices: list[jax.Device],
     rounds: int,
     say: Callable[[str], None],
+    model: UserModel | None = None,
 ) -> list[Comparison]:
     """Measures one device, plain JAX on all devices, and each layout on all devices. They take one step each in turn, so
     that other work of the machine affects them alike. All keep their state in memory.
@@ -150,16 +152,18 @@ def compare(
       layouts: the config of each layout, by name.
       one_device: the config of the same model and batch on one device.
       rounds: steps of each, after one that does not count.
+      model: the user's own, as in `jaxpar.blueprint.Blueprint`.
 
     Raises:
       ConfigError: a config does not suit the devices, or they have too little memory.
     """
+    alone = Program(one_device, devices[:1], model)
     programs: dict[str, Program | BaselineProgram] = {
-        ONE_DEVICE: Program(one_device, devices[:1]),
-        PLAIN.format(len(devices)): BaselineProgram(one_device, devices),
+        ONE_DEVICE: alone,
+        PLAIN.format(len(devices)): BaselineProgram(one_device, devices, model),
     }
-    programs |= {name: Program(config, devices) for name, config in layouts.items()}
-    vocab_size, runs = _vocab_size(one_device), dict[str, _Run]()
+    programs |= {name: Program(config, devices, model) for name, config in layouts.items()}
+    vocab_size, runs = alone.blueprint.vocab_size, dict[str, _Run]()
     for name, program in programs.items():
         runs[name] = _in_memory(partial(_Run, program, vocab_size))
         say(f"compiled {name} in {runs[name].compile_seconds:.1f} s")
@@ -182,12 +186,6 @@ def compare(
         )
         for name, program in programs.items()
     ]
-
-
-def _vocab_size(config: Config) -> int:
-    architecture = config.architecture()
-    assert architecture is not None  # otherwise Program would have refused it
-    return architecture.vocab_size
 
 
 def _in_memory(action: Callable[[], _Result]) -> _Result:

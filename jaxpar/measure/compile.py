@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from jaxpar.blueprint import UserModel
 from jaxpar.config import Config, ConfigError
 from jaxpar.hardware import GPUS, TPU_MEMORY, Gpu
 from jaxpar.measure.baseline import BaselineProgram
@@ -144,17 +145,24 @@ def devices_to_compile_for(config: Config, gpu: str, tpu: str | None) -> tuple[l
     return gpu_devices(gpu, cluster.num_nodes, cluster.num_gpus_per_node or 8), GPUS[gpu].memory, GPUS[gpu]
 
 
-def compile_step(config: Config, devices: list[jax.Device], capacity: int, gpu: Gpu | None = None) -> Report:
+def compile_step(
+    config: Config,
+    devices: list[jax.Device],
+    capacity: int,
+    gpu: Gpu | None = None,
+    model: UserModel | None = None,
+) -> Report:
     """Compiles one train step for `devices`.
 
     Args:
       capacity: bytes of memory of one device.
       gpu: what the devices are, for the roofline.
+      model: the user's own, as in `jaxpar.blueprint.Blueprint`.
 
     Raises:
       ConfigError: the config does not suit these devices, or XLA refuses the program because it needs too much memory.
     """
-    program = Program(config, devices)
+    program = Program(config, devices, model)
     return read_report(program, *compile_train_step(program), capacity, gpu)
 
 

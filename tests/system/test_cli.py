@@ -110,7 +110,7 @@ def test_schedule_with_costs_chunks_layers_and_a_picture(tmp_path):
     assert picture.tag == "{http://www.w3.org/2000/svg}svg"
 
 
-@pytest.mark.parametrize("command", ["train", "mesh", "compile", "bench", "schedule"])
+@pytest.mark.parametrize("command", ["train", "mesh", "compile", "bench", "check", "schedule"])
 def test_help_has_an_example(command):
     result = jaxpar(command, "--help")
     assert result.returncode == 0

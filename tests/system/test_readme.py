@@ -37,7 +37,7 @@ def cases(*kinds: str) -> list:
 
 
 HERE = {
-    "jaxpar train", "jaxpar mesh", "jaxpar schedule", "jaxpar checkpoint", "jaxpar compile", "jaxpar bench",
+    "jaxpar train", "jaxpar mesh", "jaxpar schedule", "jaxpar checkpoint", "jaxpar compile", "jaxpar bench", "jaxpar check",
     "pytest", "pip", "python", "pre-commit", "git",
     "sbatch", "tpu_gpu_scripts/mpi.sh", "tpu_gpu_scripts/ssh.sh", "tpu_gpu_scripts/tpu_pod.sh",
 }  # fmt: skip
@@ -77,9 +77,16 @@ def test_commands_that_compile(command):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", cases("jaxpar check"))
+def test_commands_that_check(tmp_path, command):
+    use_example(tmp_path)
+    assert "verdict    the same" in run_jaxpar(command, cwd=tmp_path).stdout
+
+
+@pytest.mark.slow
 def test_commands_that_train(tmp_path):
     """One after the other in one folder, because some read what others wrote. Long ones train for two steps."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    use_example(tmp_path)
     commands = dict.fromkeys(line for _, line in COMMANDS if kind(line) in ("jaxpar train", "jaxpar checkpoint"))
     for command in commands:
         command = command.rpartition("&& ")[2]
@@ -131,14 +138,19 @@ def example() -> str:
     return readme_example("class MyModel")
 
 
+def use_example(folder: Path) -> None:
+    """Puts the example into `mine.py` of a folder with the configs."""
+    (folder / "mine.py").write_text(example())
+    (folder / "configs").symlink_to(ROOT / "configs")
+
+
 def test_the_example_model_is_short():
     assert len(example().splitlines()) < 40
 
 
 @pytest.mark.slow
 def test_the_example_trains(tmp_path):
-    (tmp_path / "mine.py").write_text(example())
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    use_example(tmp_path)
     result = subprocess.run(
         [sys.executable, "mine.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
     )
