@@ -51,7 +51,9 @@ class Blueprint:
             self.config.check_train(self.sizes, None)
         else:
             self.config.prepare_train(self.num_devices)
-        if problems := list(checks.schedule_problems(self.config.actor.model, self.model.num_layers)):
+        if problems := list(
+            checks.schedule_problems(self.config.actor.model, self.model.num_layers, self.model.pattern)
+        ):
             raise ConfigError(problems)
         _ = self.param_layouts, self.schedule
         if self.sizes.cp > 1:

@@ -108,11 +108,12 @@ def _limit_problems(runner: Runner, actor: Actor) -> Iterator[str]:
             yield f"{key}: {value}, but {reason}: set it to {wanted}"
 
 
-def schedule_problems(model: Model, num_layers: int | None) -> Iterator[str]:
+def schedule_problems(model: Model, num_layers: int | None, pattern: str = "") -> Iterator[str]:
     """Problems of the pipeline.
 
     Args:
       num_layers: None if it is unknown; 0 if the model is not a stack of layers.
+      pattern: what such a layer is, if it is several of the model's blocks.
     """
     pp, chunks = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
     stages_key, chunks_key = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
@@ -129,13 +130,13 @@ def schedule_problems(model: Model, num_layers: int | None) -> Iterator[str]:
     parts = pp * (chunks or 1)
     if pp > 1 and num_layers == 0:
         yield (
-            f"actor.model.{stages_key}: {pp}, but the model is not a stack of identical blocks, so it cannot be cut into "
-            "stages: set it to 1, or give a jaxpar.Model with embed, block and head"
+            f"actor.model.{stages_key}: {pp}, but the model is not a stack of blocks, so it cannot be cut into "
+            "stages: set it to 1, or give a jaxpar.Stack of an embedding, blocks and a head"
         )
     elif num_layers and num_layers < parts:
         product = f"{stages_key} * {chunks_key} = {pp} * {chunks or 1} = {parts}"
         yield (
-            f"actor.model.{stages_key}: the model has {num_layers} layers, too few for {product} parts of the "
+            f"actor.model.{stages_key}: the model has {pattern or f'{num_layers} layers'}, too few for {product} parts of the "
             "pipeline: lower one of the sizes so that each part has a layer"
         )
 

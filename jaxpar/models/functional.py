@@ -82,7 +82,7 @@ class FunctionalModel:
         blocks: list[Part] = []
         for layer in range(self.num_blocks):
             block = part_of("layers", lambda rngs, layer=layer: model.block(rngs, layer), examples)  # type: ignore[misc,call-arg]
-            blocks.append(next((kind for kind in blocks if block.is_like(kind)), block))
+            blocks.append(next((kind for kind in blocks if block.differs_in(kind) is None), block))
         return next(
             blocks[:period]
             for period in range(1, self.num_blocks + 1)
@@ -111,6 +111,17 @@ class FunctionalModel:
             lambda names: None if names is None else ("layers", *names), dims["layers"], is_leaf=is_names
         )
         return shapes, dims
+
+    @property
+    def pattern(self) -> str:
+        """What the engine's layers are, if they are several blocks; for messages."""
+        if self.period == 1:
+            return ""
+        differs = f" (blocks 0 and 1 differ in {self._kinds[1].differs_in(self._kinds[0])})"
+        return (
+            f"{self.num_blocks} blocks that repeat a pattern of {self.period}{differs}, of which a stage takes whole "
+            f"repetitions: {self.num_layers}"
+        )
 
     @property
     def period(self) -> int:

@@ -1,5 +1,6 @@
 """A module of Flax, nnx or Linen, as a pure function of its parameters."""
 
+import dataclasses
 import functools
 import warnings
 import zlib
@@ -52,14 +53,19 @@ class Part:
         """
         raise NotImplementedError
 
-    def is_like(self, other: "Part") -> bool:
-        """Whether the two compute the same function of their parameters."""
-        raise NotImplementedError
+    def differs_in(self, other: "Part") -> str | None:
+        """What makes the two different functions of their parameters; None if they are the same."""
+        if type(self) is not type(other):
+            return "their kind of module"
+        if (self.shapes, self.names) != (other.shapes, other.names):
+            return "their parameters"
+        for path, x in self.constants.items():
+            if path not in other.constants or not np.array_equal(x, other.constants[path]):
+                return f"the constant {_text(path)}"
+        return self._module_differs_in(other)
 
-    def _same_arrays(self, other: "Part") -> bool:
-        if (self.shapes, self.names) != (other.shapes, other.names) or self.constants.keys() != other.constants.keys():
-            return False
-        return all(np.array_equal(x, other.constants[path]) for path, x in self.constants.items())
+    def _module_differs_in(self, other: Any) -> str | None:
+        raise NotImplementedError
 
 
 def part_of(
@@ -191,20 +197,13 @@ class _NnxPart(Part):
                 raise _changes_state(self.name, path, type(v).__name__)
         return output, _added_up(sown)
 
-    def is_like(self, other: Part) -> bool:
-        return isinstance(other, _NnxPart) and self._differs_in(other) is None and self._same_arrays(other)
-
-    def _differs_in(self, other: "_NnxPart") -> str | None:
-        """The static attribute, if any, in which the modules differ; "modules" if they are built otherwise."""
+    def _module_differs_in(self, other: Any) -> str | None:
         a, b = self._graph, other._graph
-        if len(a.attributes) != len(b.attributes) or a.nodes != b.nodes:
-            return "modules"
-        for (name, x), (other_name, y) in zip(a.attributes, b.attributes, strict=True):
-            if name != other_name:
-                return "modules"
-            if not alike(getattr(x, "value", x), getattr(y, "value", y)):
-                return str(name)
-        return None
+        if [name for name, _ in a.attributes] != [name for name, _ in b.attributes] or a.nodes != b.nodes:
+            return "what they are built of"
+        pairs = zip(a.attributes, b.attributes, strict=True)
+        found = (name for (name, x), (_, y) in pairs if not alike(getattr(x, "value", x), getattr(y, "value", y)))
+        return next((f"the attribute {name}" for name in found), None)
 
 
 class _LinenPart(Part):
@@ -262,8 +261,13 @@ class _LinenPart(Part):
                 raise _changes_state(self.name, path, str(path[0]))
         return output, _added_up(sown)
 
-    def is_like(self, other: Part) -> bool:
-        return isinstance(other, _LinenPart) and self._module == other._module and self._same_arrays(other)
+    def _module_differs_in(self, other: Any) -> str | None:
+        a, b = self._module, other._module
+        if type(a) is not type(b):
+            return "their classes"
+        fields = [one.name for one in dataclasses.fields(a) if one.name not in ("parent", "name")]
+        found = (name for name in fields if not alike(getattr(a, name), getattr(b, name)))
+        return next((f"the attribute {name}" for name in found), None)
 
 
 def _raw(v: Any) -> Any:

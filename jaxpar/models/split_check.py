@@ -65,18 +65,22 @@ def _program(model: FunctionalModel, seq: int) -> Any:
     return jax.make_jaxpr(run)(params, shape((1, seq), jnp.int32), inputs, *scalars).jaxpr
 
 
-def _findings(a: Any, b: Any) -> Iterator[str]:
-    """What is wrong along the dimensions in which the two programs differ. Nothing, if they differ in their operations."""
+def _findings(a: Any, b: Any, caller: str = "in a library") -> Iterator[str]:
+    """What is wrong along the dimensions in which the two programs differ. Nothing, if they differ in their operations.
+
+    Args:
+      caller: the line that calls the programs.
+    """
     if len(a.eqns) != len(b.eqns):
         return
     for one, other in zip(a.eqns, b.eqns, strict=True):
         if one.primitive is not other.primitive or _scopes(one, {CORE_ATTENTION, ACROSS_SEQUENCE}):
             continue
+        place = _place(one) or caller
         if problem := _problem(one, other):
-            yield f"{problem} ({_place(one)})"
-        inner = zip(_inner(one), _inner(other), strict=False)
-        for one_inner, other_inner in inner:
-            yield from _findings(one_inner, other_inner)
+            yield f"{problem} ({place})"
+        for one_inner, other_inner in zip(_inner(one), _inner(other), strict=False):
+            yield from _findings(one_inner, other_inner, place)
 
 
 def _problem(one: Any, other: Any) -> str | None:
@@ -136,9 +140,9 @@ def _all_equations(program: Any) -> Iterator[Any]:
             yield from _all_equations(inner)
 
 
-def _place(eqn: Any) -> str:
+def _place(eqn: Any) -> str | None:
     """The line of the user's that made an equation."""
     for frame in eqn.source_info.traceback.frames if eqn.source_info.traceback else ():
         if not any(part in frame.file_name for part in ("/jax/", "/flax/", "/jaxpar/models/", "/jaxpar/parallel/")):
             return f"{frame.file_name}:{frame.line_num}"
-    return "in a library"
+    return None

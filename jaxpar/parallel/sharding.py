@@ -238,7 +238,8 @@ def _check_names(name: str, shape: tuple[int, ...], dims: tuple[str | None, ...]
     if dims is None:
         raise ConfigError(
             f"parameter {name} {list(shape)} has no dimension names: create it with "
-            f"nnx.with_partitioning(initializer, (name, ...)), each one of: {known}; or None for never split"
+            f"nnx.with_partitioning(initializer, (name, ...)), each one of: {known}; or None for never split. Or give the model "
+            f"dims={{{name!r}: (name, ...)}}: jaxpar.suggest_dims(model) prints a guess"
         )
     if len(dims) != len(shape):
         raise ConfigError(f"parameter {name} {list(shape)} has {len(shape)} dimensions but {len(dims)} names {dims}")

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import pytest
 import user_models
 from flax import nnx
@@ -192,47 +191,6 @@ def test_size_that_does_not_divide():
     assert [problem for problem in found if problem.startswith(start)] and len(
         found
     ) == 3  # the two of the vocabulary too
-
-
-@pytest.mark.parametrize(
-    ("state", "kind"),
-    [
-        (lambda rngs: nnx.BatchNorm(64, rngs=rngs), "BatchStat"),
-        (lambda rngs: nnx.Dropout(0.1, rngs=rngs), "Rng"),
-        (lambda rngs: nnx.Cache(jnp.zeros(3)), "Cache"),
-    ],
-    ids=["BatchNorm", "Dropout", "Cache"],
-)
-def test_state_that_is_no_parameter(state, kind):
-    class WithState(user_models.Block):
-        def __init__(self, rngs):
-            super().__init__(rngs)
-            self.extra = state(rngs)
-
-    (problem,) = problems(WithState)
-    assert "layers holds state that is not an nnx.Param" in problem and "extra" in problem and kind in problem
-
-
-def test_dropout_without_randomness_is_no_state():
-    class WithState(user_models.Block):
-        def __init__(self, rngs):
-            super().__init__(rngs)
-            self.extra = nnx.Dropout(0.0, deterministic=True)
-
-    class Model(user_models.GPT):
-        def block(self, rngs):
-            return WithState(rngs)
-
-    assert FunctionalModel(Model()).shapes
-
-
-def test_a_module_instead_of_a_function_that_builds_it():
-    with nnx.use_eager_sharding(False):
-        module = user_models.NoStack(nnx.Rngs(0))
-    with pytest.raises(ConfigError, match=r"NoStack lacks members.*lambda rngs: MyModule"):
-        FunctionalModel(module)
-    with pytest.raises(ConfigError, match="str lacks members"):
-        FunctionalModel("GPT")
 
 
 CONFIG = {

@@ -65,7 +65,9 @@ from user_models import GPT
 from jaxpar.attention import reference_attention
 
 def build():
-    return GPT(reference_attention)  # without a ring: a rank attends to its own tokens only
+    model = GPT(reference_attention)  # without a ring: a rank attends to its own tokens only
+    model.mixes_tokens_itself = True  # which is not true
+    return model
 """
 
 
@@ -133,14 +135,16 @@ class LocalPositions(user_models.TokenAndPosition):
         return self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
 
 
-class WithLocalPositions(user_models.GPT):
+class PlainGPT(user_models.GPT):
+    mixes_tokens_itself = True  # which is not true
+
+
+class WithLocalPositions(PlainGPT):
     def embed(self, rngs):
         return LocalPositions(rngs)
 
 
-@pytest.mark.parametrize(
-    "model", [user_models.GPT(reference_attention), WithLocalPositions()], ids=["attention", "positions"]
-)
+@pytest.mark.parametrize("model", [PlainGPT(reference_attention), WithLocalPositions()], ids=["attention", "positions"])
 def test_a_model_that_is_wrong_with_cp_is_found(model):
     with pytest.raises(LayoutError, match="embed/positions/embedding: relative") as caught:
         trainer(model, cp=2).check()
