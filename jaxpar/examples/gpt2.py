@@ -37,8 +37,9 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, info: jaxpar.TokenInfo) -> jax.Array:
         dropout = nn.Dropout(DROPOUT, deterministic=not info.train)
         y = nn.LayerNorm(name="ln_1")(x)
-        query, key, value = (
-            nn.DenseGeneral((HEADS, WIDTH // HEADS), kernel_init=normal, name=name)(y) for name in ("q", "k", "v")
+        query, key, value = (  # a bias of the keys would change nothing: it adds the same to all scores of a query
+            nn.DenseGeneral((HEADS, WIDTH // HEADS), kernel_init=normal, use_bias=name != "k", name=name)(y)
+            for name in ("q", "k", "v")
         )
         y = attention(query, key, value, segment_ids=info.segment_ids)
         x = x + dropout(nn.DenseGeneral(WIDTH, axis=(-2, -1), kernel_init=normal, name="out")(y))

@@ -61,7 +61,7 @@ class Part:
             return "their parameters"
         for path, x in self.constants.items():
             if path not in other.constants or not np.array_equal(x, other.constants[path]):
-                return f"the constant {_text(path)}"
+                return f"the constant {_joined(path)}"
         return self._module_differs_in(other)
 
     def _module_differs_in(self, other: Any) -> str | None:
@@ -150,7 +150,7 @@ class _NnxPart(Part):
         self._random: Flat = {path: v.get_raw_value() for path, v in nnx.to_flat_state(random)}
         if name == "head" and self._random:
             raise ConfigError(
-                f"model: the head holds a stream of random numbers, {_text(next(iter(self._random)))}: only the embedding and "
+                f"model: the head holds a stream of random numbers, {_joined(next(iter(self._random)))}: only the embedding and "
                 f"the blocks draw numbers, because each stage computes the head for a share of the tokens"
             )
         self.shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), nnx.to_pure_dict(params))
@@ -270,6 +270,10 @@ class _LinenPart(Part):
         return next((f"the attribute {name}" for name in found), None)
 
 
+def _joined(path: Path) -> str:
+    return "/".join(map(str, path))
+
+
 def _raw(v: Any) -> Any:
     return v.get_raw_value() if isinstance(v, nnx.Variable) else v
 
@@ -306,7 +310,7 @@ def _added_up(sown: list[tuple[str, Any]]) -> Auxiliary:
 
 
 def _random_key(path: Path, info: TokenInfo | None) -> jax.Array:
-    number = zlib.crc32(_text(path).encode())  # streams of one module differ
+    number = zlib.crc32(_joined(path).encode())  # streams of one module differ
     if info is None or info.random is None:  # nothing is drawn from it
         return jax.random.fold_in(jax.random.key(0), number)
     return info.random.fold_in(np.uint32(number)).key
@@ -319,26 +323,22 @@ def _constants(part: str, others: Callable[[jax.Array], Flat]) -> dict[Path, np.
     for path, x in first.items():
         if not np.array_equal(x, second[path], equal_nan=x.dtype.kind == "f"):
             raise ConfigError(
-                f"model: {part}/{_text(path)} is random, and no nnx.Param: it would be neither saved nor restored. Make it an "
+                f"model: {part}/{_joined(path)} is random, and no nnx.Param: it would be neither saved nor restored. Make it an "
                 f"nnx.Param, or make it of a fixed key"
             )
     return first
 
 
-def _text(path: Path) -> str:
-    return "/".join(map(str, path))
-
-
 def _names_mesh_axes(part: str, path: Path) -> ConfigError:
     return ConfigError(
-        f"model: {part}/{_text(path)} names its dimensions with flax.linen.with_partitioning, whose names are mesh axes: use "
+        f"model: {part}/{_joined(path)} names its dimensions with flax.linen.with_partitioning, whose names are mesh axes: use "
         f"flax.linen.with_logical_partitioning, or give `dims`"
     )
 
 
 def _refuse_statistics(part: str, found: list[tuple[Path, str]]) -> None:
     if found:
-        names = ", ".join(f"{_text(path)} ({kind})" for path, kind in found)
+        names = ", ".join(f"{_joined(path)} ({kind})" for path, kind in found)
         raise ConfigError(
             f"model: {part} holds running statistics: {names}. They are not supported: only parameters are trained and saved. "
             f"Use a normalization without them, such as LayerNorm or RMSNorm"
@@ -347,6 +347,6 @@ def _refuse_statistics(part: str, found: list[tuple[Path, str]]) -> None:
 
 def _changes_state(part: str, path: Path, kind: str) -> ConfigError:
     return ConfigError(
-        f"model: {part} changes {_text(path)} ({kind}) when it is called, and the change would be lost: only parameters are "
+        f"model: {part} changes {_joined(path)} ({kind}) when it is called, and the change would be lost: only parameters are "
         f"trained and saved. Return it, or sow it, as an auxiliary output"
     )

@@ -9,7 +9,7 @@ import pytest
 import stand_ins
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from support import QUICK, TOLERANCE, relative_error, slow
+from support import QUICK, TOLERANCE, relative_error
 
 from jaxpar.attention import (
     AttentionSettings,
@@ -123,7 +123,8 @@ CASES = [(exchange, argument, mask) for exchange in EXCHANGES for argument in AR
 
 
 @pytest.mark.parametrize(
-    ("exchange", "argument", "mask"), QUICK_CASES + slow(*(case for case in CASES if case not in QUICK_CASES))
+    ("exchange", "argument", "mask"),
+    QUICK_CASES + [pytest.param(*case, marks=pytest.mark.exhaustive) for case in CASES if case not in QUICK_CASES],
 )
 def test_output_and_gradients(exchange, argument, mask):
     check(exchange, argument, mask)
@@ -148,7 +149,9 @@ MORE_ON_KERNELS = [
 
 
 @pytest.mark.parametrize(
-    ("exchange", "argument", "mask"), ON_KERNELS + slow(*(case for case in MORE_ON_KERNELS if case not in ON_KERNELS))
+    ("exchange", "argument", "mask"),
+    ON_KERNELS
+    + [pytest.param(*case, marks=pytest.mark.exhaustive) for case in MORE_ON_KERNELS if case not in ON_KERNELS],
 )
 def test_soft_cap_and_value_size_reach_tokamax(monkeypatch, exchange, argument, mask):
     """And cuDNN is never asked for them, not even where a rank has one unpacked causal block."""

@@ -24,12 +24,13 @@ def test_stacks(example, sizes):
 
 
 def test_vit():
-    losses = []
-    for sizes in ({"tensor_model_parallel_size": 2, "context_parallel_size": 2}, {}):
+    def train(steps, **sizes):
         trainer, rng = jaxpar.Trainer(vit.config(**sizes), vit.build()), np.random.default_rng(0)
-        losses.append([float(trainer.train_step(vit.images(rng, 32))["loss"]) for _ in range(15)])
-    np.testing.assert_allclose(*losses, rtol=1e-4)
-    assert losses[0][-1] < 0.5 * losses[0][0]
+        return [float(trainer.train_step(vit.images(rng, 32))["loss"]) for _ in range(steps)]
+
+    losses = train(60, tensor_model_parallel_size=2, context_parallel_size=2)
+    np.testing.assert_allclose(losses[:8], train(8), rtol=1e-5)
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_own_loop():

@@ -49,7 +49,10 @@ CLUSTERS = sorted(path.name for path in (ROOT / "configs").glob("*node*.yaml"))
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name == "llama3_70b_32nodes_32k.yaml" else pytest.mark.slow) for name in CLUSTERS],
+    [
+        pytest.param(name, marks=() if name == "llama3_70b_32nodes_32k.yaml" else pytest.mark.exhaustive)
+        for name in CLUSTERS
+    ],
 )
 def test_a_shipped_config_is_the_same_as_one_device(name):
     result = run(ROOT / "configs" / name)

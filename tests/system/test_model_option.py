@@ -101,7 +101,7 @@ def test_a_module_in_a_package(folder):
         ("needs.py:build", "importing needs.py raised ModuleNotFoundError: No module named 'not_installed'"),
         ("syntax:build", "importing syntax raised SyntaxError: '(' was never closed ({folder}/syntax.py:1)"),
         ("mine:biuld", "mine has no biuld (did you mean build?)"),
-        ("mine:number", "int is no model: it must have the members of jaxpar.Model"),
+        ("mine:number", "int is no model: give a jaxpar.Stack, an object with the members of jaxpar.Model"),
         ("mine:returns_nothing", "returns_nothing() returned None: NoneType is no model"),
         ("mine:returns_class", "returns_class() returned <class 'user_models.GPT'>: GPT is a class: return an object of it"),
         ("mine:returns_block", "…: str is no model"),
