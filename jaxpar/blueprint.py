@@ -202,6 +202,13 @@ class Blueprint:
 
     @property
     def warnings(self) -> list[str]:
-        """What to tell the user about the mesh."""
+        """What to tell the user about the mesh and the model."""
         warning = cross_host_warning(self.sizes, self.num_devices // self.config.cluster.num_nodes)
-        return [warning] if warning else []
+        warnings = [warning] if warning else []
+        if self.config.data.reset_attention_mask and not self.model.knows_documents:
+            warnings.append(
+                "the model does not use info.segment_ids, so tokens attend across the documents of a packed row: pass "
+                "segment_ids=info.segment_ids to jaxpar.attention.attention, or say that it is meant with "
+                "data.reset_attention_mask: False"
+            )
+        return warnings

@@ -74,6 +74,7 @@ def config(**sizes: Any) -> jaxpar.Config:
     return jaxpar.config_from_dict({
         "cluster": {"num_gpus_per_node": 8},
         "runner": {"seq_length": PATCHES, "max_steps": 1000},
+        "data": {"reset_attention_mask": False},  # an image is a row
         "actor": {"micro_batch_size": 4, "global_batch_size": 32, "optim": {"lr": 3e-3},
                   "model": {"precision": "fp32", **sizes}},
     })  # fmt: skip

@@ -1,5 +1,6 @@
 """A model as pure functions of its parameters, whatever it was given as."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -13,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxpar.config import ConfigError
 from jaxpar.models.dimensions import named_dimensions
-from jaxpar.models.parts import Auxiliary, Part, part_of
+from jaxpar.models.part_of import part_of
+from jaxpar.models.parts import Auxiliary, Part
 from jaxpar.models.protocol import Model, Params, Stack, TokenInfo, Whole, takes_layer
 from jaxpar.parallel.collectives import WHOLE, VocabularyPart
 from jaxpar.parallel.randomness import TokenKey
@@ -79,9 +81,10 @@ class FunctionalModel:
         examples = x, self._info
         if not takes_layer(model.block) or not self.num_blocks:
             return [part_of("layers", model.block, examples)]
+        build: Any = model.block  # whose type names the first parameter only
         blocks: list[Part] = []
         for layer in range(self.num_blocks):
-            block = part_of("layers", lambda rngs, layer=layer: model.block(rngs, layer), examples)  # type: ignore[misc,call-arg]
+            block = part_of("layers", functools.partial(lambda layer, rngs: build(rngs, layer), layer), examples)
             blocks.append(next((kind for kind in blocks if block.differs_in(kind) is None), block))
         return next(
             blocks[:period]
@@ -186,7 +189,10 @@ class FunctionalModel:
         for j, kind in enumerate(self._kinds):
             own = params[str(j)] if self.period > 1 else params
             layer = None if info.layer is None else info.layer * self.period + j
-            random = None if info.random is None else info.random.fold_in(1 + layer)  # type: ignore[operator]
+            random = info.random
+            if random is not None:
+                assert layer is not None, "a model that draws random numbers needs the layer's index"
+                random = random.fold_in(1 + layer)
             y, found = self._one_block(kind, own, x, replace(info, layer=layer, random=random))
             if j >= self.num_blocks - (self.num_layers - 1) * self.period:  # missing in the last repetition
                 assert layer is not None
@@ -254,34 +260,31 @@ class FunctionalModel:
         return self._embed.bind(params["embed"], info), blocks, self._head.bind(params["head"], info)
 
     @cached_property
-    def _asks_for(self) -> set[str]:
-        """Which of "rngs" and "layer" has a say in what the model computes, found by tracing it."""
+    def _used(self) -> set[str]:
+        """What has a say in what the embedding and the blocks compute, of "layer", "rngs of embed", "rngs of blocks" and
+        "info.…", found by tracing them."""
+
+        def run(given: dict[str, Any], tokens: Any, params: Params) -> Any:
+            rows, seq = tokens.shape
+            info = replace(given["info"], train=True, random=TokenKey(given["rngs of embed"], rows, seq))
+            x = self.embed(params, tokens, info)
+            info = replace(info, layer=given["layer"], random=TokenKey(given["rngs of blocks"], rows, seq))
+            return self.block_and_auxiliary(params["layers"], x, info) if self.num_blocks else x
+
         words = jax.ShapeDtypeStruct((5,), jnp.uint32)
         layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.shapes["layers"])
-
-        def run(
-            layer_index: Any, embed_words: Any, block_words: Any, tokens: Any, info: TokenInfo, params: Params
-        ) -> Any:
-            rows, seq = tokens.shape
-            info = replace(info, train=True, random=TokenKey(embed_words, rows, seq))
-            x = self.embed(params, tokens, info)
-            info = replace(info, layer=layer_index, random=TokenKey(block_words, rows, seq))
-            y, auxiliary = self.block_and_auxiliary(params["layers"], x, info) if self.num_blocks else (x, {})
-            return y, auxiliary
-
-        args = (
-            jax.ShapeDtypeStruct((), jnp.int32),
-            words,
-            words,
-            self._tokens,
-            self._info,
-            {**self.shapes, "layers": layer},
-        )
-        traced = jax.make_jaxpr(run)(*args).jaxpr
+        given = {
+            "info": self._info,
+            "layer": jax.ShapeDtypeStruct((), jnp.int32),
+            "rngs of blocks": words,
+            "rngs of embed": words,
+        }
+        traced = jax.make_jaxpr(run)(given, self._tokens, {**self.shapes, "layers": layer}).jaxpr
         _, used = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
-        of_layer, of_embed, of_block, *_ = used
-        asked = {"rngs": of_embed or of_block, "layer": of_layer or of_block}
-        return {name for name, is_asked in asked.items() if is_asked}
+        paths = [
+            jax.tree_util.keystr(p, simple=True, separator=".") for p, _ in jax.tree_util.tree_leaves_with_path(given)
+        ]
+        return {path for path, is_used in zip(paths, used, strict=False) if is_used}
 
     @cached_property
     def vocab_size(self) -> int:
@@ -295,12 +298,17 @@ class FunctionalModel:
     @property
     def is_random(self) -> bool:
         """Whether it draws random numbers in training."""
-        return not self.explicit and "rngs" in self._asks_for
+        return not self.explicit and bool({"rngs of embed", "rngs of blocks"} & self._used)
 
     @property
     def needs_layer(self) -> bool:
         """Whether blocks must be given their index."""
-        return not self.explicit and (self.is_random or "layer" in self._asks_for)
+        return not self.explicit and (self.is_random or "layer" in self._used)
+
+    @property
+    def knows_documents(self) -> bool:
+        """Whether `info.segment_ids` has a say. Otherwise tokens of different documents attend to each other."""
+        return self.explicit or "info.segment_ids" in self._used
 
 
 def _as_model(model: Any) -> Any:

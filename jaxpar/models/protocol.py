@@ -206,11 +206,17 @@ def build_part(part: PartOfModel, rngs: nnx.Rngs, layer: int = 0) -> nnx.Module 
 
 def takes_layer(build: Build) -> bool:
     """Whether the function has a second positional parameter that must be given, or one named `layer`."""
-    try:
-        # The signature of a class of nnx is that of its metaclass.
-        function: Any = functools.partial(getattr(build, "__init__"), None) if isinstance(build, type) else build  # noqa: B009
-        parameters = list(inspect.signature(function).parameters.values())
-    except ValueError:  # a builtin
-        return False
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional = [p for p in parameters_of(build) if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(positional) > 1 and (positional[1].default is inspect.Parameter.empty or positional[1].name == "layer")
+
+
+def parameters_of(function: Any) -> list[inspect.Parameter]:
+    """The parameters of a function, or of a class's constructor; none if there is no telling."""
+    if not callable(function):
+        return []
+    try:
+        if inspect.isclass(function):  # Flax's classes have a metaclass, whose signature says nothing
+            return list(inspect.signature(function.__init__).parameters.values())[1:]
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some builtins have no signature
+        return []

@@ -20,7 +20,8 @@ from jax import lax
 from jaxpar.backward.recompute import Recompute
 from jaxpar.parallel.collectives import rank_and_size, vary, zeros
 from jaxpar.pipeline.ends import EmbeddingAndLoss
-from jaxpar.pipeline.layers import Item, LayerFunctions, Layers, Place, SavedValues
+from jaxpar.pipeline.layer_group import LayerFunctions
+from jaxpar.pipeline.layers import Item, Layers, Place, SavedValues
 from jaxpar.pipeline.schedule import IDLE, Schedule, Segment
 from jaxpar.pipeline.tick_scope import scope_name
 

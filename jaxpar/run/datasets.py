@@ -19,7 +19,16 @@ from jaxpar.run.evaluation import Evaluation
 
 
 def open_training_data(program: Program) -> BatchLoader:
-    """This process's rows of each global batch of `data.train_data_paths`. Raises ConfigError as `open_tokens`."""
+    """This process's rows of each global batch of `data.train_data_paths`.
+
+    Raises:
+      ConfigError: as `open_tokens`, or the model takes more than tokens.
+    """
+    if inputs := program.blueprint.model.inputs:
+        raise ConfigError(
+            f"data.train_data_paths: gives tokens, but the model also takes {', '.join(inputs)}: make batches yourself, and call "
+            f"trainer.train_step(batch)"
+        )
     config, folder = program.blueprint.config, open_tokens(program, "train_data_paths")
     num_epochs = config.runner.max_epochs if config.runner.max_epochs > 0 else None
     order = BatchOrder(config.actor.global_batch_size, config.data.seed, config.data.shuffle, num_epochs)

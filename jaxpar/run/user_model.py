@@ -23,6 +23,7 @@ from jaxpar.blueprint import UserModel
 from jaxpar.config import Config, ConfigError
 from jaxpar.config.errors import did_you_mean
 from jaxpar.models import FunctionalModel, Model
+from jaxpar.models.protocol import parameters_of
 
 
 class NamedModel:
@@ -78,7 +79,7 @@ class NamedModel:
 
 
 def _needs_argument(function: Any) -> bool:
-    parameters = _parameters(function)
+    parameters = parameters_of(function)
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return bool(needed) or any(p.name == "config" for p in parameters)
 
@@ -88,23 +89,12 @@ def _shortened(value: Any) -> str:
     return text if len(text) < 80 else f"{text[:80]}…"
 
 
-def _parameters(function: Any) -> list[inspect.Parameter]:
-    if not callable(function):
-        return []
-    try:
-        if inspect.isclass(function):  # Flax's classes have a metaclass, whose signature says nothing
-            return list(inspect.signature(function.__init__).parameters.values())[1:]
-        return list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # some builtins have no signature
-        return []
-
-
 def _is_model(found: Any) -> bool:
     """A module of Flax, an object with the members, or a function of `rngs`."""
     if isinstance(found, nnx.Module | linen.Module):
         return True
     if inspect.isclass(found) or not isinstance(found, Model):
-        return [p.name for p in _parameters(found)][:1] == ["rngs"]
+        return [p.name for p in parameters_of(found)][:1] == ["rngs"]
     return True
 
 

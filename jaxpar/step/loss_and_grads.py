@@ -42,7 +42,8 @@ from jaxpar.parallel.sharding import (
 from jaxpar.parallel.zigzag import zigzag_order
 from jaxpar.pipeline.ends import EmbeddingAndLoss, join_tokens, least_parts, nbytes, token_info
 from jaxpar.pipeline.engine import Engine, StageFunctions
-from jaxpar.pipeline.layers import LayerFunctions, keep_memory_order
+from jaxpar.pipeline.layer_group import LayerFunctions
+from jaxpar.pipeline.layers import keep_memory_order
 from jaxpar.pipeline.schedule import Schedule, forward_only
 
 Batch = Mapping[str, jax.Array]

@@ -5,6 +5,7 @@ import pytest
 from support import Step, assert_parity, make_batch, mesh_id, random_params, slow
 
 import jaxpar
+from jaxpar.config import ConfigError
 from jaxpar.examples import gemma, gpt2, moe, own_loop, vit
 from jaxpar.models import FunctionalModel
 from jaxpar.models.split_check import check_split_sequence
@@ -33,7 +34,13 @@ def test_vit():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_a_config_has_no_data_for_another_input():
+    trainer = jaxpar.Trainer(vit.config(), vit.build())
+    with pytest.raises(ConfigError, match=r"train_data_paths: gives tokens, but the model also takes patches"):
+        trainer.fit()
+
+
 def test_own_loop():
     losses = own_loop.train(12, own_loop.build_mesh(2, 4))
-    np.testing.assert_allclose(losses, own_loop.train(12, own_loop.build_mesh(1, 1)), rtol=1e-4)
+    np.testing.assert_allclose(losses, own_loop.train(12, own_loop.build_mesh(1, 1)), rtol=1e-5)
     assert losses[-1] < losses[0]

@@ -102,9 +102,9 @@ class LinenHead(nn.Module):
         return x @ self.param("kernel", normal, (EMBED, VOCAB))
 
 
-def linen_stack(attend=attention, rate=0.0):
+def linen_stack(attend=attention, rate=0.0, num_layers=4):
     blocks = [LinenBlock(attend, 4, rate), LinenBlock(attend, None, rate)]
-    return jaxpar.Stack(LinenEmbed(), blocks, LinenHead(), 4, dims=LINEN_DIMS, auxiliary={"size": 0.1})
+    return jaxpar.Stack(LinenEmbed(), blocks, LinenHead(), num_layers, dims=LINEN_DIMS, auxiliary={"size": 0.1})
 
 
 def plain_block(model, params, layer, x, info):
@@ -179,7 +179,7 @@ def test_linen_modules_with_dimensions_by_path(sizes):
 
 
 def dropout_stack():
-    return linen_stack(rate=0.1)
+    return linen_stack(rate=0.1, num_layers=8)  # four repetitions, one for each chunk
 
 
 class DropoutBlock(nnx.Module):
@@ -237,8 +237,6 @@ def on_one_device(build):
     ],
 )
 def test_dropout_is_the_same_on_every_layout(build, sizes, options):
-    if build is dropout_stack and options.get("num_chunks", 1) > 1:
-        pytest.skip("two repetitions of two blocks cannot be cut into four chunks")
     model, params, batch, expected = on_one_device(build)
     loss, grads = Step(model, sizes, **options)(params, batch, SEED)
     assert_parity(loss, grads, *expected)

@@ -252,6 +252,33 @@ def test_a_head_with_dropout():
     assert "the head holds a stream of random numbers, dropout/rngs" in problem(stack(head=Dropping))
 
 
+def test_documents_that_a_model_does_not_know():
+    def alone(rngs):
+        return Block(rngs, lambda *qkv, segment_ids: user_models.ring_attention(*qkv))
+
+    assert FunctionalModel(stack()).knows_documents and not FunctionalModel(stack(alone)).knows_documents
+    config = {
+        "cluster": {"num_gpus_per_node": 1},
+        "runner": {"seq_length": 32, "max_steps": 1},
+        "actor": {"micro_batch_size": 1, "global_batch_size": 4, "optim": {"lr": 1e-3}, "model": {"precision": "fp32"}},
+    }
+    (warning,) = jaxpar.Trainer(jaxpar.config_from_dict(config), stack(alone)).warnings
+    assert "does not use info.segment_ids" in warning and "data.reset_attention_mask: False" in warning
+    for kept in (stack(), config | {"data": {"reset_attention_mask": False}}):
+        known = isinstance(kept, jaxpar.Stack)
+        trainer = jaxpar.Trainer(jaxpar.config_from_dict(config if known else kept), kept if known else stack(alone))
+        assert not trainer.warnings
+
+
+def test_a_parameter_that_changes_is_refused():
+    def use(self, x, info):
+        self.extra.kernel[...] = self.extra.kernel[...] * 2
+        return x
+
+    make = lambda rngs: nnx.Linear(2, 2, use_bias=False, rngs=rngs)  # noqa: E731
+    assert "layers changes extra/kernel (Param) when it is called" in problem(stack(with_extra(make, use)))
+
+
 # --- a part of the sequence ---------------------------------------------------------------------------------------------
 
 
