@@ -120,7 +120,10 @@ def random_params(model: FunctionalModel, seed: int = 3) -> Any:
 
 def readmes() -> list[Path]:
     """All READMEs of the project, the one in the root folder first."""
-    return [ROOT / "README.md", *sorted(ROOT.glob("*/**/README.md")), ROOT / ".github/CONTRIBUTING.md"]
+    # Not of all folders: a newcomer's virtual environment may stand beside these.
+    folders = (ROOT / name for name in ("jaxpar", "configs", "tests", "tpu_gpu_scripts"))
+    found = sorted(file for folder in folders for file in folder.rglob("README.md"))
+    return [ROOT / "README.md", *found, ROOT / ".github/CONTRIBUTING.md"]
 
 
 def readme_example(word: str) -> str:

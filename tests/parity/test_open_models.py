@@ -158,9 +158,9 @@ def check(build, sizes, **options):
     ("sizes", "options"),
     [
         ((2, 2, 1, 2, 2), {}),
-        ((1, 3, 2, 1, 1), {"schedule": "zb1p", "zero_stage": 2}),
-        ((1, 1, 1, 1, 1), {"recompute": Recompute("full", "uniform", 2)}),
         *slow(
+            ((1, 3, 2, 1, 1), {"schedule": "zb1p", "zero_stage": 2}),
+            ((1, 1, 1, 1, 1), {"recompute": Recompute("full", "uniform", 2)}),
             ((1, 1, 2, 1, 4), {"zero_stage": 3}),
             ((2, 1, 1, 1, 1), {"zero_stage": 0, "schedule": "gpipe"}),
             ((2, 2, 2, 1, 1), {"zero_stage": 3, "schedule": "zb1p", "recompute": Recompute("selective")}),
@@ -224,15 +224,21 @@ def on_one_device(build):
     return model, params, batch, step(params, batch, SEED)
 
 
-@pytest.mark.parametrize("build", [dropout_stack, nnx_dropout_stack])
+ZB1P = {"schedule": "zb1p", "recompute": Recompute("full", "uniform", 1)}
+GPIPE = {"schedule": "gpipe", "recompute": Recompute("full", "uniform", 2)}
+CHUNKS = {"schedule": "interleaved_1f1b", "num_chunks": 2, "zero_stage": 3}
+
+
 @pytest.mark.parametrize(
-    ("sizes", "options"),
+    ("build", "sizes", "options"),
     [
-        ((2, 2, 1, 2, 2), {}),
-        ((1, 2, 2, 1, 1), {"schedule": "zb1p", "recompute": Recompute("full", "uniform", 1)}),
+        (dropout_stack, (2, 2, 1, 2, 2), {}),
+        (nnx_dropout_stack, (1, 2, 2, 1, 1), ZB1P),
         *slow(
-            ((1, 1, 1, 1, 4), {"recompute": Recompute("full", "uniform", 2), "schedule": "gpipe"}),
-            ((2, 2, 1, 1, 1), {"schedule": "interleaved_1f1b", "num_chunks": 2, "zero_stage": 3}),
+            (dropout_stack, (1, 2, 2, 1, 1), ZB1P),
+            (nnx_dropout_stack, (2, 2, 1, 2, 2), {}),
+            *((build, (1, 1, 1, 1, 4), GPIPE) for build in (dropout_stack, nnx_dropout_stack)),
+            *((build, (2, 2, 1, 1, 1), CHUNKS) for build in (dropout_stack, nnx_dropout_stack)),
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from runs import QUICKSTART, SMALL
 from support import readme_example
 
@@ -17,6 +18,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_loop_of_the_readme_has_the_losses_of_train_step(monkeypatch):
     load = jaxpar.load_config
     monkeypatch.setattr(jaxpar, "load_config", lambda path, overrides: load(QUICKSTART, [*overrides, *SETTINGS]))

@@ -65,6 +65,7 @@ def test_an_optimizer_that_does_not_fit_is_said_to_be_the_reason(trained):
         trainer(folder, "actor.model.hidden_size=64").restore()
 
 
+@pytest.mark.slow
 def test_the_first_use_opens_the_checkpoint_and_fit_does_not_read_it_again(trained, tmp_path, monkeypatch, capsys):
     folder, expected = trained
     reads, restore = [], Checkpoints.restore
@@ -104,6 +105,7 @@ def test_untrained_weights_are_not_handed_out_in_silence(tmp_path):
         trainer(tmp_path).state["step"]
 
 
+@pytest.mark.slow
 def test_training_starts_from_given_weights_unless_there_is_a_checkpoint(trained, tmp_path, capsys):
     folder, other = trained
     given = jax.tree.map(np.asarray, other.state["params"])
