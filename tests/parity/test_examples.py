@@ -24,15 +24,15 @@ def test_stacks(example, sizes):
     assert_parity(*Step(model, sizes)(params, batch, seed), *expected)
 
 
-@pytest.mark.parametrize("steps", [8, *slow(60)])
-def test_vit(steps):
+@pytest.mark.slow
+def test_vit():
     def train(steps, **sizes):
         trainer, rng = jaxpar.Trainer(vit.config(**sizes), vit.build()), np.random.default_rng(0)
         return [float(trainer.train_step(vit.images(rng, 32))["loss"]) for _ in range(steps)]
 
-    losses = train(steps, tensor_model_parallel_size=2, context_parallel_size=2)
+    losses = train(60, tensor_model_parallel_size=2, context_parallel_size=2)
     np.testing.assert_allclose(losses[:8], train(8), rtol=1e-5)
-    assert steps == 8 or losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_a_config_has_no_data_for_another_input():

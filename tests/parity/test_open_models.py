@@ -232,9 +232,9 @@ CHUNKS = {"schedule": "interleaved_1f1b", "num_chunks": 2, "zero_stage": 3}
 @pytest.mark.parametrize(
     ("build", "sizes", "options"),
     [
-        (dropout_stack, (2, 2, 1, 2, 2), {}),
         (nnx_dropout_stack, (1, 2, 2, 1, 1), ZB1P),
         *slow(
+            (dropout_stack, (2, 2, 1, 2, 2), {}),
             (dropout_stack, (1, 2, 2, 1, 1), ZB1P),
             (nnx_dropout_stack, (2, 2, 1, 2, 2), {}),
             *((build, (1, 1, 1, 1, 4), GPIPE) for build in (dropout_stack, nnx_dropout_stack)),

@@ -177,6 +177,7 @@ class WithKeyBias(user_models.GPT):
         return KeyBias(rngs)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_zero_but_for_rounding_is_no_difference():
     report = trainer(WithKeyBias(), cp=2, tp=2).check()
     assert [one.name for one in report.differences if one.vanishing] == ["layers/key_bias"]

@@ -133,6 +133,7 @@ def assert_same_as_plain(output: Path, plain: Plain) -> None:
     assert losses[0] - losses[-1] > 0.1
 
 
+@pytest.mark.slow
 def test_losses_on_dp2_cp2_are_those_of_plain_rows(dp2_cp2, plain):
     assert_same_as_plain(dp2_cp2[0], plain)
 

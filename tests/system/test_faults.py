@@ -156,6 +156,7 @@ def test_a_process_that_waits_for_its_data_ends_both(tmp_path, cached):
         assert re.search(rf"error: process 1 on \S+ {place}", output), output
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
     """The learning rate moves the parameters so far that all later gradients are NaN."""
     wild = ["actor.optim.lr=1e30", "actor.lr_sched.min_lr=0", "runner.max_skipped_steps=3", "runner.save_interval=1"]

@@ -176,6 +176,7 @@ def test_a_kill_leaves_the_last_checkpoint_and_metrics_without_gaps(tmp_path):
     assert [row["step"] for row in metrics(tmp_path)] == list(range(1, last + 1))
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_gives_architecture_and_weights(tmp_path):
     first = fit(tmp_path, "runner.max_steps=2", *SMALL, *layout("all"))
     folder = tmp_path / "exported"
