@@ -15,7 +15,7 @@ from jaxpar.step import (
     StepSetup,
     build_evaluate,
     build_loss_and_grads,
-    build_loss_auxiliary_and_grads,
+    build_loss_metrics_and_grads,
     build_train_step,
     init_state,
     state_shardings,
@@ -37,7 +37,7 @@ class Program:
       state_shapes, state_shardings: of the whole training state.
       train_step: jitted (state, batch) → (state, metrics), see `jaxpar.step.train_step`. The state is donated.
       loss_and_grads: jitted (params, batch, loss_scale=None, seed=None) → (loss, grads), see
-        `jaxpar.step.loss_and_grads.build_loss_auxiliary_and_grads`.
+        `jaxpar.step.loss_and_grads.build_loss_metrics_and_grads`.
       evaluate: jitted (params, batch) → losses without gradients, see `jaxpar.step.loss_and_grads.build_evaluate`.
       init: jitted (params or None) → the state before the first step.
       attention_choices: once a program is traced, what computes the blocks of attention → why.
@@ -67,7 +67,7 @@ class Program:
         self.loss_and_grads = jax.jit(build_loss_and_grads(setup))
         self.train_step = jax.jit(
             build_train_step(
-                build_loss_auxiliary_and_grads(setup), optimizer, blueprint.learning_rate, loss_scale, offload=offload
+                build_loss_metrics_and_grads(setup), optimizer, blueprint.learning_rate, loss_scale, offload=offload
             ),
             in_shardings=(self.state_shardings, self.batch_layout.sharding),
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, P())),

@@ -25,11 +25,12 @@ from jaxpar.backward.recompute import Recompute
 from jaxpar.config import Architecture, MeshSizes
 from jaxpar.models import Decoder, FunctionalModel, TokenInfo
 from jaxpar.models import decoder as decoder_module
+from jaxpar.objectives import Asked
 from jaxpar.parallel.batch import BatchLayout
 from jaxpar.parallel.mesh import build_mesh
 from jaxpar.parallel.sharding import BATCH_SPEC, layout_tree
 from jaxpar.pipeline.schedule import IDLE, Schedule, build_schedule
-from jaxpar.step.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grads
+from jaxpar.step.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grads, build_statistics
 
 ROOT = Path(__file__).parents[1]
 SEQ, GLOBAL_BATCH = 32, 12
@@ -265,7 +266,11 @@ class Step:
         return jax.jit(model.init, static_argnums=0, out_shardings=self.shardings)(seed)
 
     def evaluate(self, params: Any, batch: Any) -> dict[str, np.ndarray]:
-        evaluate = jax.jit(build_evaluate(self.setup), compiler_options=QUICK)
+        def run(params: Any, batch: Any) -> dict[str, Any]:
+            losses = -build_statistics(self.setup, Asked())(params, batch).log_probs
+            return {**build_evaluate(self.setup)(params, batch), "token_losses": losses}
+
+        evaluate = jax.jit(run, compiler_options=QUICK)
         return jax.tree.map(np.asarray, evaluate(*self._placed(params, batch)))
 
     def __call__(self, params: Any, batch: Any, seed: Any = None) -> tuple[np.ndarray, Any]:

@@ -19,13 +19,29 @@ from jax import lax
 from jaxpar.backward import in_float32
 from jaxpar.models.functional import FunctionalModel
 from jaxpar.models.protocol import Params, TokenInfo
+from jaxpar.objectives import (
+    Asked,
+    LogitSums,
+    Targets,
+    TokenStatistics,
+    Totals,
+    add_totals,
+    joined,
+    logits_grad,
+    merge,
+    over_devices,
+    start_of,
+    statistics_of,
+    sums_of,
+    token_statistics,
+)
 from jaxpar.parallel.collectives import (
     MASKED,
     WHOLE,
     VocabularyPart,
     broadcast_from_last_stage,
-    cross_entropy,
     rank_and_size,
+    sum_over,
     vary,
     varying_axes,
     vocabulary_axes,
@@ -33,6 +49,7 @@ from jaxpar.parallel.collectives import (
     zeros,
 )
 from jaxpar.parallel.randomness import TokenKey
+from jaxpar.pipeline.loss import Loss
 
 Batch = Mapping[str, jax.Array]
 Grads = dict[int, jax.Array]  # by index of the parameter's leaf
@@ -47,10 +64,13 @@ class EmbeddingAndLoss:
       gather: ("embed" or "head", its parameters as held) → as the model computes with them. Linear.
       reduce: ("embed" or "head", its gradients) → float32, as they are summed over microbatches. Linear.
       constrain: tells XLA how to split activations.
+      loss_of: the objective.
+      asked: the statistics that are computed.
       train: False in an evaluation.
       float32_grads: as in `jaxpar.backward.take_apart`.
       token_parts, vocabulary_parts: the number of parts. At most one of them is above 1, and `vocabulary_parts` only for
         explicit models.
+      within_documents: a token attends only to tokens of its own document.
       keep_logits: keep the logits of all parts of the vocabulary for their gradients. Otherwise the head is multiplied again
         for them.
     """
@@ -60,11 +80,14 @@ class EmbeddingAndLoss:
     gather: Callable[[str, Any], Any]
     reduce: Callable[[str, Grads], Grads]
     constrain: Callable[[jax.Array], jax.Array]
+    loss_of: Loss
+    asked: Asked
     train: bool = True
     float32_grads: bool = False
     token_parts: int = 1
     vocabulary_parts: int = 1
     keep_logits: bool = False
+    within_documents: bool = True
 
     def embed(self, outer: Params, batch: Batch) -> jax.Array:
         """The activations that enter the first stage."""
@@ -87,129 +110,194 @@ class EmbeddingAndLoss:
 
         return self._over_parts(lambda _, index: (None, {"embed": of_part(index)}), None)[1]["embed"]
 
-    def token_losses(self, outer: Params, y: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """(loss, weight) of each token, [token parts, batch, any] each. For an automatic model, only of this stage's share
+    def statistics(self, outer: Params, y: jax.Array, batch: Batch) -> TokenStatistics:
+        """The statistics of each token, [token parts, batch, any, …] each. For an automatic model, only of this stage's share
         of the tokens."""
         if self.vocabulary_parts > 1:
-            x = broadcast_from_last_stage(y)
-            log_total, picked, _ = self._log_softmax(outer, x, batch["targets"])
-            return (log_total - picked)[None], batch["weights"][None]
+            sums, _ = self._logit_sums(outer, broadcast_from_last_stage(y), batch)
+            return jax.tree.map(lambda x: x[None], statistics_of(sums))
         outer = self._gathered(outer)
-        return lax.map(lambda pieces: self._token_losses(outer, *pieces), self._split_tokens(y, batch))
+        return lax.map(lambda pieces: self._features(outer, *pieces)[0], self._split_tokens(y, batch))
 
-    def loss_and_grads(self, outer: Params, y: jax.Array, batch: Batch) -> tuple[jax.Array, Params, jax.Array]:
-        """(the sum of loss times weight, its reduced gradients with respect to `outer`, and with respect to y of the last
-        stage)."""
-        run = self._by_tokens if self.vocabulary_parts == 1 else self._by_vocabulary
-        return run(outer, y, batch)
+    def all_statistics(self, outer: Params, y: jax.Array, batch: Batch) -> TokenStatistics:
+        """The statistics of all tokens of the microbatch that this device's cp rank has, [batch, any, …] each."""
+        return self._together(self.statistics(outer, y, batch), batch)
 
-    def _by_tokens(self, outer: Params, y: jax.Array, batch: Batch) -> tuple[jax.Array, Params, jax.Array]:
+    def loss(self, outer: Params, y: jax.Array, batch: Batch) -> tuple[jax.Array, Totals]:
+        """(the sum of loss times weight, the totals of the metrics), without gradients."""
+        if self.vocabulary_parts > 1 or self._whole_rows_in_parts:
+            return self.loss_of(self._together(self.statistics(outer, y, batch), batch), batch)
+        outer = self._gathered(outer)
+        loss, totals = lax.map(lambda pieces: self._loss_of_piece(outer, *pieces), self._split_tokens(y, batch))
+        return loss.sum(), joined(totals)
+
+    def loss_and_grads(self, outer: Params, y: jax.Array, batch: Batch) -> tuple[jax.Array, Totals, Params, jax.Array]:
+        """(the sum of loss times weight, the totals of the metrics, the loss's reduced gradients with respect to `outer`, and
+        with respect to y of the last stage)."""
+        if self.vocabulary_parts > 1:
+            return self._by_vocabulary(outer, y, batch)
+        return (self._in_two_passes if self._whole_rows_in_parts else self._by_tokens)(outer, y, batch)
+
+    @property
+    def _whole_rows_in_parts(self) -> bool:
+        return self.loss_of.objective.whole_rows and self.token_parts > 1
+
+    def _by_tokens(self, outer: Params, y: jax.Array, batch: Batch) -> tuple[jax.Array, Totals, Params, jax.Array]:
         outer = self._gathered(outer)
 
-        def of_part(pieces: tuple[jax.Array, Batch]) -> tuple[jax.Array, Params, jax.Array]:
-            def weighted(outer: Params, y: jax.Array) -> jax.Array:
-                losses, weights = self._token_losses(outer, y, pieces[1])
-                return (losses * weights).sum()
+        def of_part(pieces: tuple[jax.Array, Batch]) -> tuple[jax.Array, Totals, Params, jax.Array]:
+            loss, backward, totals = jax.vjp(
+                lambda outer, y: self._loss_of_piece(outer, y, pieces[1]), outer, pieces[0], has_aux=True
+            )
+            return loss, totals, *self._backward(backward, vary(jnp.ones_like(loss), varying_axes(loss)))
 
-            loss, backward = jax.vjp(weighted, outer, pieces[0])
-            return loss, *self._backward(backward, vary(jnp.ones_like(loss), varying_axes(loss)))
+        return self._over_token_parts(of_part, self._split_tokens(y, batch), y)
 
-        def add_part(totals: Any, pieces: tuple[jax.Array, Batch]) -> tuple[Any, jax.Array]:
-            *sums, y_grad = of_part(pieces)
-            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, tuple(sums)), y_grad
+    def _in_two_passes(self, outer: Params, y: jax.Array, batch: Batch) -> tuple[jax.Array, Totals, Params, jax.Array]:
+        """A loss that needs all tokens of a row, of which the head computes one part after the other: all statistics first,
+        then the gradients, for which the head is multiplied again."""
+        gathered, pieces = self._gathered(outer), self._split_tokens(y, batch)
+        features = lax.map(lambda pieces: self._features(gathered, *pieces)[0], pieces)
+        loss, backward, totals = jax.vjp(
+            lambda features: self.loss_of(self._together(features, batch), batch), features, has_aux=True
+        )
+        grads_of_parts = backward(vary(jnp.ones_like(loss), varying_axes(loss)))[0]
 
-        pieces = self._split_tokens(y, batch)
-        first = jax.tree.map(lambda x: x[0], pieces)
+        def of_part(part: tuple[tuple[jax.Array, Batch], Any]) -> tuple[jax.Array, Totals, Params, jax.Array]:
+            (y, batch), grads = part
+            _, backward = jax.vjp(lambda outer, y: self._features(outer, y, batch)[0], gathered, y)
+            return jnp.float32(0), {}, *self._backward(backward, grads)
+
+        _, _, grads, y_grad = self._over_token_parts(of_part, (pieces, grads_of_parts), y)
+        return loss, totals, grads, y_grad
+
+    def _over_token_parts(
+        self, of_part: Callable[[Any], tuple[jax.Array, Totals, Params, jax.Array]], parts: Any, y: jax.Array
+    ) -> tuple[jax.Array, Totals, Params, jax.Array]:
+        """Runs `of_part`, a part of the tokens → (loss, totals, gradients, gradient of y), for each part, and returns those of
+        all tokens, with the gradients reduced."""
+
+        def add_part(sums: Any, part: Any) -> tuple[Any, jax.Array]:
+            loss, totals, grads, y_grad = of_part(part)
+            add = lambda total, x: total + x.astype(total.dtype)  # noqa: E731
+            added = *jax.tree.map(add, sums[:2], (loss, grads)), add_totals(sums[2], totals)
+            return added, y_grad
+
+        first = jax.tree.map(lambda x: x[0], parts)
         if self.token_parts == 1:
-            loss, grads, y_grad = of_part(first)
+            loss, totals, grads, y_grad = of_part(first)
         else:
-            totals = jax.tree.map(lambda x: zeros(x, dtype=jnp.float32), jax.eval_shape(of_part, first)[:2])
-            (loss, grads), y_grads = lax.scan(add_part, totals, pieces)
+            like = jax.eval_shape(of_part, first)
+            start = jax.tree.map(lambda x: zeros(x, dtype=jnp.float32), (like[0], like[2], like[1]))
+            (loss, grads, totals), y_grads = lax.scan(add_part, (*start[:2], start_of(start[2])), parts)
             y_grad = jnp.moveaxis(y_grads, 0, 1).reshape(y.shape)
-        return loss, {part: self._reduced(part, g) for part, g in grads.items()}, y_grad
+        return loss, totals, {part: self._reduced(part, g) for part, g in grads.items()}, y_grad
 
-    def _by_vocabulary(self, outer: Params, y: jax.Array, batch: Batch) -> tuple[jax.Array, Params, jax.Array]:
+    def _by_vocabulary(self, outer: Params, y: jax.Array, batch: Batch) -> tuple[jax.Array, Totals, Params, jax.Array]:
         # Marked once as varying over the axes that split the vocabulary, so that its gradient is summed once.
         x, to_y = jax.vjp(lambda y: vary(broadcast_from_last_stage(y), ("pp", "tp")), y)
-        targets, weights = batch["targets"], batch["weights"]
-        log_total, picked, kept = self._log_softmax(outer, x, targets, keep_logits=self.keep_logits)
+        sums, kept = self._logit_sums(outer, x, batch, keep_logits=self.keep_logits)
+        statistics, of, asked = statistics_of(sums), self._targets(batch), self.asked
+        loss, to_statistics, totals = jax.vjp(lambda found: self.loss_of(found, batch), statistics, has_aux=True)
+        statistics_grads = to_statistics(vary(jnp.ones_like(loss), varying_axes(loss)))[0]
 
         def of_part(x_grad: jax.Array, index: Any) -> tuple[jax.Array, Params]:
             gathered, part = self._gathered(outer, index), self._part(index)
             logits, backward = jax.vjp(lambda params, x: self.model.head(params, x, part), gathered, x)
             logits = logits if kept is None else kept[index]  # then XLA drops the product that nothing needs
-            softmax = jnp.exp(logits.astype(jnp.float32) - log_total[..., None])
-            is_target = vocabulary_columns(logits.shape[-1], vocabulary_axes(), part) == targets[..., None]
-            logits_grad = ((softmax - is_target) * weights[..., None]).astype(logits.dtype)
-            grads, more = self._backward(backward, logits_grad)
+            columns = vocabulary_columns(logits.shape[-1], vocabulary_axes(), part)
+            of_logits = logits_grad(logits, columns, of, asked, statistics, sums.num_logits, statistics_grads)
+            grads, more = self._backward(backward, of_logits)
             return x_grad + more, {name: self._reduced(name, g) for name, g in grads.items()}
 
         x_grad, grads = self._over_parts(of_part, zeros(x, dtype=jnp.float32))
-        loss = ((log_total - picked) * weights).sum()
-        return loss, grads, to_y(x_grad.astype(x.dtype))[0]
+        return loss, totals, grads, to_y(x_grad.astype(x.dtype))[0]
 
-    def _backward(self, backward: Callable[[jax.Array], Any], y_grad: jax.Array) -> Any:
+    def _backward(self, backward: Callable[[Any], Any], y_grad: Any) -> Any:
         return in_float32(backward, y_grad) if self.float32_grads else backward(y_grad)
 
-    def _log_softmax(
-        self, outer: Params, x: jax.Array, targets: jax.Array, *, keep_logits: bool = False
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """(log of the sum of e^logit over the vocabulary, the target's logit) of each token, and the logits of each part of
-        the vocabulary if they are to be kept."""
-        axes = vocabulary_axes()
+    def _logit_sums(
+        self, outer: Params, x: jax.Array, batch: Batch, *, keep_logits: bool = False
+    ) -> tuple[LogitSums, jax.Array | None]:
+        """The sums over the whole vocabulary, and the logits of each part of it if they are to be kept."""
+        axes, of, asked = vocabulary_axes(), self._targets(batch), self.asked
 
-        def of_part(index: Any) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array | None]:
+        def of_part(index: Any) -> tuple[LogitSums, jax.Array | None]:
             part = self._part(index)
             logits = self.model.head(self._gathered(outer, index), x, part)
-            wide = logits.astype(jnp.float32)
-            is_target = vocabulary_columns(logits.shape[-1], axes, part) == targets[..., None]
-            highest = wide.max(-1)
-            sums = jnp.exp(wide - highest[..., None]).sum(-1), jnp.where(is_target, wide, 0).sum(-1)
-            return (highest, *sums), logits if keep_logits else None
+            columns = vocabulary_columns(logits.shape[-1], axes, part)
+            return sums_of(logits, columns, of, asked), logits if keep_logits else None
 
-        def merge(a: tuple[jax.Array, jax.Array, jax.Array], index: Any) -> tuple[tuple, jax.Array | None]:
-            b, logits = of_part(index)
-            highest = jnp.maximum(a[0], b[0])
-            total = a[1] * jnp.exp(a[0] - highest) + b[1] * jnp.exp(b[0] - highest)
-            return (highest, total, a[2] + b[2]), logits
+        def add_part(sums: LogitSums, index: Any) -> tuple[LogitSums, jax.Array | None]:
+            more, logits = of_part(index)
+            return merge(sums, more), logits
 
-        nothing = [zeros(one) for one in jax.eval_shape(of_part, 0)[0]]
-        start = nothing[0] + MASKED, nothing[1], nothing[2]
-        (highest, total, picked), kept = lax.scan(merge, start, jnp.arange(self.vocabulary_parts))
-        if axes:
-            top = lax.pmax(highest, axes)
-            total, picked = lax.psum((total * jnp.exp(highest - top), picked), axes)
-            highest = top
-        return highest + jnp.log(total), picked, kept
+        nothing = jax.tree.map(zeros, jax.eval_shape(of_part, 0)[0])
+        start = nothing._replace(highest=nothing.highest + MASKED)
+        sums, kept = lax.scan(add_part, start, jnp.arange(self.vocabulary_parts))
+        return over_devices(sums, axes), kept
 
     def _part(self, index: Any) -> VocabularyPart:
         return WHOLE if self.vocabulary_parts == 1 else VocabularyPart(index, self.vocabulary_parts)
 
     def _embed(self, gathered: Params, batch: Batch, part: VocabularyPart) -> jax.Array:
-        info = token_info(self.model, batch, train=self.train)
+        info = token_info(self.model, batch, train=self.train, within_documents=self.within_documents)
         x = self.constrain(self.model.embed(gathered, batch["tokens"], info, part))
         return vary(x, ("pp", "dp", "cp"))
 
-    def _token_losses(self, gathered: Params, x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """An explicit model splits its vocabulary over the stages. An automatic model cannot, because pp is manual. Its
-        tokens are split instead: each stage computes the head for a share of the sequence."""
-        targets, weights = batch["targets"], batch["weights"]
+    def _loss_of_piece(self, gathered: Params, x: jax.Array, batch: Batch) -> tuple[jax.Array, Totals]:
+        features, own = self._features(gathered, x, batch)
+        if self.loss_of.objective.whole_rows:  # then there is one piece
+            return self.loss_of(self._together(jax.tree.map(lambda a: a[None], features), batch), batch)
+        return self.loss_of(features, own)
+
+    def _features(self, gathered: Params, x: jax.Array, batch: Batch) -> tuple[Any, Batch]:
+        """(what the objective takes of each token, the batch of the same tokens).
+
+        An explicit model splits its vocabulary over the stages. An automatic model cannot, because pp is manual. Its tokens
+        are split instead: each stage computes the head for a share of the sequence."""
+        axes = vocabulary_axes()
         if self.model.explicit:
             logits = self.model.head(gathered, broadcast_from_last_stage(x))
-            return cross_entropy(logits, targets, vocabulary_axes()), weights
+        else:
+            x, batch = self._share_of_stage(x, batch)
+            logits = self.model.head(gathered, x)
+        if self.loss_of.objective.of_outputs:
+            return logits, batch
+        columns = vocabulary_columns(logits.shape[-1], axes)
+        return token_statistics(logits, columns, self._targets(batch), self.asked, axes), batch
+
+    def _share_of_stage(self, x: jax.Array, batch: Batch) -> tuple[jax.Array, Batch]:
         stage, stages = rank_and_size("pp")
         x = jnp.where(stage == stages - 1, x, 0)
-        if stages > 1:
-            share = -(-x.shape[1] // stages)  # a sequence that does not divide is padded
-            pad = lambda a: jnp.pad(a, [(0, 0), (0, share * stages - a.shape[1]), *[(0, 0)] * (a.ndim - 2)])  # noqa: E731
-            x = lax.psum_scatter(pad(x), "pp", scatter_dimension=1, tiled=True)
-            targets, weights = (lax.dynamic_slice_in_dim(pad(a), stage * share, share, 1) for a in (targets, weights))
-        return cross_entropy(self.model.head(gathered, x), targets), weights
+        if stages == 1:
+            return x, batch
+        share = -(-x.shape[1] // stages)  # a sequence that does not divide is padded
+        pad = lambda a: jnp.pad(a, [(0, 0), (0, share * stages - a.shape[1]), *[(0, 0)] * (a.ndim - 2)])  # noqa: E731
+        x = lax.psum_scatter(pad(x), "pp", scatter_dimension=1, tiled=True)
+        return x, {key: lax.dynamic_slice_in_dim(pad(a), stage * share, share, 1) for key, a in batch.items()}
+
+    def _together(self, features: Any, batch: Batch) -> Any:
+        """Features of each part of the tokens, perhaps only of this stage's share → of all tokens [batch, seq, …], in the
+        order of the batch."""
+        seq = batch["weights"].shape[1]
+        if not self.model.explicit:
+            features = jax.tree.map(lambda x: from_all_stages(x)[:, :, : seq // self.token_parts], features)
+        return jax.tree.map(lambda x: join_tokens(x, self._sequence_ways), features)
+
+    @property
+    def _sequence_ways(self) -> int:
+        return rank_and_size("sp")[1]
+
+    def _targets(self, batch: Batch) -> Targets:
+        candidates = self.loss_of.objective.candidates
+        return Targets(batch["targets"], None if candidates is None else batch[candidates])
 
     def _split_tokens(self, x: jax.Array, batch: Batch) -> tuple[jax.Array, Batch]:
         """Splits both into parts of the tokens, [parts, ...]. (sp splits x, but not the batch.)"""
         ways = batch["tokens"].shape[1] // x.shape[1]
-        needed = {name: split_tokens(batch[name], self.token_parts, ways) for name in ("targets", "weights")}
+        own = {"targets", "weights", "counts", *self.loss_of.keys} & batch.keys()
+        needed = {name: split_tokens(batch[name], self.token_parts, ways) for name in sorted(own)}
         return split_tokens(x, self.token_parts, 1), needed
 
     def _gathered(self, outer: Params, index: Any = 0, *names: str) -> Params:
@@ -248,11 +336,14 @@ class EmbeddingAndLoss:
         return carry, {name: jax.tree.map(merge, grads, self.param_layouts[name]) for name, grads in stacked.items()}
 
 
-def token_info(model: FunctionalModel, batch: Batch, *, train: bool, layer: Any = None) -> TokenInfo:
-    """What the model is told of a microbatch. Without "segment_ids", tokens attend across documents."""
+def token_info(
+    model: FunctionalModel, batch: Batch, *, train: bool, layer: Any = None, within_documents: bool = True
+) -> TokenInfo:
+    """What the model is told of a microbatch."""
     random = TokenKey(batch["random"], *batch["tokens"].shape) if "random" in batch else None
     inputs = {name: batch[name] for name in model.inputs}
-    return TokenInfo(batch["positions"], batch.get("segment_ids"), layer, inputs, random, train)
+    documents = batch.get("segment_ids") if within_documents else None
+    return TokenInfo(batch["positions"], documents, layer, inputs, random, train)
 
 
 def split_tokens(x: jax.Array, parts: int, ways: int) -> jax.Array:
@@ -263,11 +354,23 @@ def split_tokens(x: jax.Array, parts: int, ways: int) -> jax.Array:
     return jnp.moveaxis(pieces, 2, 0).reshape(parts, batch, seq // parts, *rest)
 
 
-def join_tokens(x: jax.Array, ways: int, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `split_tokens`: [microbatches, parts, batch, tokens] → [rows, seq], without padding."""
-    microbatches, parts, batch, _ = x.shape
-    pieces = x.reshape(microbatches, parts, batch, ways, -1)[..., : shape[1] // ways // parts]
-    return jnp.moveaxis(pieces, 1, 3).reshape(shape)
+def join_tokens(x: jax.Array, ways: int) -> jax.Array:
+    """The inverse of `split_tokens`: [parts, batch, seq / parts, ...] → [batch, seq, ...]."""
+    parts, batch, size, *rest = x.shape
+    pieces = x.reshape(parts, batch, ways, size // ways, *rest)
+    return jnp.moveaxis(pieces, 0, 2).reshape(batch, parts * size, *rest)
+
+
+def from_all_stages(shares: jax.Array) -> jax.Array:
+    """Each stage's share of the tokens, [parts, batch, share, ...] → all tokens, [parts, batch, stages * share, ...], on every
+    stage."""
+    stage, stages = rank_and_size("pp")
+    if stages == 1:
+        return shares
+    share = shares.shape[2]
+    mine = (jnp.arange(share * stages) // share == stage).reshape(-1, *[1] * (shares.ndim - 3))
+    repeated = jnp.tile(shares, (1, 1, stages, *[1] * (shares.ndim - 3)))
+    return sum_over(jnp.where(mine, repeated, 0), ("pp",))
 
 
 def least_parts(size: int, limit: int, total: int) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxpar.backward.recompute import Recompute
+from jaxpar.objectives import Totals, add_totals, start_of
 from jaxpar.parallel.collectives import rank_and_size, vary, zeros
 from jaxpar.pipeline.ends import EmbeddingAndLoss
 from jaxpar.pipeline.layer_group import LayerFunctions
@@ -50,6 +51,7 @@ class _Carry(NamedTuple):
     pending: SavedValues
     outputs: jax.Array  # [places, ...]: on the last stage, outputs that wait for the loss
     loss: jax.Array
+    totals: Totals
     auxiliary: dict[str, jax.Array]
     grads: Any
 
@@ -74,12 +76,14 @@ class Engine:
         x, info = zeros(self.example), self._microbatch(vary(jnp.int32(0), ("pp",)))
         self.layers = Layers(functions.layers, schedule, recompute or Recompute(), params["layers"], x, info)
 
-    def loss_and_grads(self) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-        """(loss, auxiliary outputs, grads) of the whole batch: the sum over the microbatches and tokens of this device of loss
-        times weight; the sums of the auxiliary outputs of its layers; grads float32, like `params` after
-        `LayerFunctions.reduce`."""
+    def loss_and_grads(self) -> tuple[jax.Array, Totals, dict[str, jax.Array], Any]:
+        """(loss, totals, auxiliary outputs, grads) of the whole batch: the sum over the microbatches and tokens of this device
+        of loss times weight; the totals of the objective's metrics over the same; the sums of the auxiliary outputs of its
+        layers; grads float32, like `params` after `LayerFunctions.reduce`."""
         sizes = self.schedule.buffers.sizes
-        loss, outer_grads, _ = jax.eval_shape(lambda: self._head(zeros(self.example, 1), jnp.int32(0), jnp.int32(0)))
+        loss, totals, outer_grads, _ = jax.eval_shape(
+            lambda: self._head(zeros(self.example, 1), jnp.int32(0), jnp.int32(0))
+        )
         layer_grads = jax.eval_shape(lambda: self.layers.zero_grads(self.params["layers"]))
         carry = _Carry(
             from_below=zeros(self.example, sizes["from_below"]),
@@ -88,32 +92,33 @@ class Engine:
             pending=self.layers.pending(sizes.get("pending", 1)),
             outputs=zeros(self.example, sizes["outputs"]),
             loss=zeros(loss),
+            totals=start_of(jax.tree.map(zeros, totals)),
             auxiliary=jax.tree.map(zeros, self.layers.auxiliary),
             grads=jax.tree.map(zeros, {**outer_grads, "layers": layer_grads}),
         )
         for segment in self.schedule.segments:
             carry = self._scan(self._tick, carry, segment)[0]
-        return carry.loss, carry.auxiliary, carry.grads
+        return carry.loss, carry.totals, carry.auxiliary, carry.grads
 
-    def evaluate(self) -> tuple[jax.Array, jax.Array]:
-        """(losses, weights) of each token, [microbatches, parts, batch, any] each, with a table that only runs
-        forward."""
+    def evaluate(self, head: Callable[[Any, jax.Array, Any], Any]) -> Any:
+        """What `head` returns, a function of (outer parameters, the last stage's output, a microbatch): trees of arrays
+        [microbatches, ...], with a table that only runs forward."""
         sizes = self.schedule.buffers.sizes
         carry = zeros(self.example, sizes["from_below"])
 
         def tick(from_below: jax.Array, row: Row, segment: Segment) -> tuple[jax.Array, Any]:
             y, _, _ = self._forward(from_below, self.layers.no_buffers(), row, segment)
             leaving = self._chunk_and_microbatch(row["F"][self.last])[1]
-            losses = self._when("head", segment, row, lambda: self._token_losses(y, leaving))
-            return self._pass_up(from_below, y, row), losses
+            found = self._when("head", segment, row, lambda: head(self.outer, y, self._microbatch(leaving)))
+            return self._pass_up(from_below, y, row), found
 
-        losses = []
+        found = []
         for segment in self.schedule.segments:
             carry, of_ticks = self._scan(tick, carry, segment)
-            losses.append(of_ticks)
+            found.append(of_ticks)
         ticks = np.flatnonzero(self.schedule.runs["head"])
         in_order = ticks[np.argsort(self.schedule.forward[ticks, self.last])]
-        return jax.tree.map(lambda *x: jnp.concatenate(x)[in_order], *losses)
+        return jax.tree.map(lambda *x: jnp.concatenate(x)[in_order], *found)
 
     def _scan(self, tick: Callable[..., tuple[Any, Any]], carry: Any, segment: Segment) -> tuple[Any, Any]:
         schedule = self.schedule
@@ -152,8 +157,13 @@ class Engine:
         chunk, _ = self._chunk_and_microbatch(row["B"][self.stage])
         leaving = self._chunk_and_microbatch(row["B"][self.last])[1]
         place = row["outputs_read_B"][self.last]
-        loss, outer_grads, y_grad = self._when("head", segment, row, lambda: self._head(carry.outputs, place, leaving))
-        carry = carry._replace(loss=carry.loss + loss, grads={**carry.grads, **_add(carry.grads, outer_grads)})
+        loss, totals, outer_grads, y_grad = self._when(
+            "head", segment, row, lambda: self._head(carry.outputs, place, leaving)
+        )
+        totals = add_totals(carry.totals, totals, row["head"])
+        carry = carry._replace(
+            loss=carry.loss + loss, totals=totals, grads={**carry.grads, **_add(carry.grads, outer_grads)}
+        )
         if self.num_virtual > 1:
             arrived = _take(carry.from_above, row["from_above_read_B"][self.stage])
             is_last = (self.stage == self.last) & (chunk == self.schedule.num_chunks - 1)
@@ -189,13 +199,12 @@ class Engine:
         chunk, microbatch = self._chunk_and_microbatch(item)
         return Item(self.params["layers"], chunk, self._microbatch(microbatch), item != IDLE)
 
-    def _head(self, outputs: jax.Array, place: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
-        """The loss of the microbatch that leaves the last stage, and its gradients with respect to the outer parameters
-        and to the last output."""
+    def _head(
+        self, outputs: jax.Array, place: jax.Array, microbatch: jax.Array
+    ) -> tuple[jax.Array, Totals, Any, jax.Array]:
+        """The loss and metrics of the microbatch that leaves the last stage, and the loss's gradients with respect to the outer
+        parameters and to the last output."""
         return self.ends.loss_and_grads(self.outer, _take(outputs, place), self._microbatch(microbatch))
-
-    def _token_losses(self, y: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.ends.token_losses(self.outer, y, self._microbatch(microbatch))
 
     def _embed(self, microbatch: jax.Array) -> jax.Array:
         return self.ends.embed(self.outer, self._microbatch(microbatch))

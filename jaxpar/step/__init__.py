@@ -4,7 +4,8 @@ from jaxpar.step.loss_and_grads import (
     StepSetup,
     build_evaluate,
     build_loss_and_grads,
-    build_loss_auxiliary_and_grads,
+    build_loss_metrics_and_grads,
+    build_statistics,
 )
 from jaxpar.step.train_step import State, build_train_step, init_state, state_shardings
 
@@ -13,7 +14,8 @@ __all__ = [
     "StepSetup",
     "build_evaluate",
     "build_loss_and_grads",
-    "build_loss_auxiliary_and_grads",
+    "build_loss_metrics_and_grads",
+    "build_statistics",
     "build_train_step",
     "init_state",
     "state_shardings",

@@ -25,8 +25,10 @@ from jax.sharding import PartitionSpec as P
 from jaxpar.attention import AttentionSettings, attention_settings
 from jaxpar.backward.recompute import Recompute
 from jaxpar.models import FunctionalModel
-from jaxpar.models.protocol import Params
-from jaxpar.parallel.collectives import manual, rank_and_size, sum_over, varying_axes
+from jaxpar.models.protocol import Params, TokenInfo
+from jaxpar.objectives import Asked, TokenStatistics, finished, joined
+from jaxpar.objectives.cross_entropy import cross_entropy
+from jaxpar.parallel.collectives import rank_and_size, sum_over, varying_axes
 from jaxpar.parallel.mesh import AXES, REPLICA_AXES, TENSOR_AXES
 from jaxpar.parallel.placement import LayerPlacement
 from jaxpar.parallel.randomness import token_keys
@@ -40,10 +42,11 @@ from jaxpar.parallel.sharding import (
     reduce_grad,
 )
 from jaxpar.parallel.zigzag import zigzag_order
-from jaxpar.pipeline.ends import EmbeddingAndLoss, join_tokens, least_parts, nbytes, token_info
+from jaxpar.pipeline.ends import EmbeddingAndLoss, least_parts, nbytes, token_info
 from jaxpar.pipeline.engine import Engine, StageFunctions
 from jaxpar.pipeline.layer_group import LayerFunctions
 from jaxpar.pipeline.layers import keep_memory_order
+from jaxpar.pipeline.loss import Loss
 from jaxpar.pipeline.schedule import Schedule, forward_only
 
 Batch = Mapping[str, jax.Array]
@@ -68,6 +71,7 @@ class StepSetup:
       overlap_param_gather, overlap_grad_reduce: move a layer's parameters or gradients while its neighbour computes, if
         they are moved layer by layer.
       within_documents: a token attends only to tokens of its own document.
+      loss: the objective.
     """
 
     model: FunctionalModel
@@ -82,6 +86,7 @@ class StepSetup:
     overlap_param_gather: bool = True
     overlap_grad_reduce: bool = True
     within_documents: bool = True
+    loss: Loss = Loss(cross_entropy())  # noqa: RUF009 (frozen)
 
     @property
     def manual_axes(self) -> set[str]:
@@ -141,7 +146,7 @@ class StepSetup:
         return {i: grad.astype(jnp.float32) for i, grad in grads.items()}
 
     def stage_functions(
-        self, schedule: Schedule, params: Params, batch: Batch, *, train: bool = True
+        self, schedule: Schedule, params: Params, batch: Batch, *, train: bool = True, asked: Asked | None = None
     ) -> StageFunctions:
         """The model as the engine wants it.
 
@@ -149,6 +154,7 @@ class StepSetup:
           params: from `engine_params`.
           batch: in microbatches.
           train: False in an evaluation.
+          asked: the statistics of tokens. Default: those that the objective asks for.
         """
         model, split_sequence = self.model, not self.model.explicit and self.mesh.shape["sp"] > 1
 
@@ -156,7 +162,7 @@ class StepSetup:
             return lax.with_sharding_constraint(x, P(None, "sp")) if split_sequence else x
 
         def block(layer: Params, x: jax.Array, batch: Batch, index: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            y, auxiliary = model.block_and_auxiliary(layer, x, token_info(model, batch, train=train, layer=index))
+            y, auxiliary = model.block_and_auxiliary(layer, x, self._token_info(batch, train, index))
             return constrain(y), {name: (batch["weights"] * a).sum() for name, a in auxiliary.items()}
 
         placement = LayerPlacement(model.num_layers, schedule.num_stages, schedule.num_chunks)
@@ -174,7 +180,16 @@ class StepSetup:
             auxiliary_weights=model.auxiliary,
         )
         ends = EmbeddingAndLoss(
-            model, self.param_layouts, self.gather, self.reduce, constrain, train, float32_grads=self.float32_grads
+            model,
+            self.param_layouts,
+            self.gather,
+            self.reduce,
+            constrain,
+            self.loss,
+            asked or self.loss.objective.asked,
+            train,
+            float32_grads=self.float32_grads,
+            within_documents=self.within_documents,
         )
         skips = model.explicit or all(self.mesh.shape[axis] == 1 for axis in TENSOR_AXES)
         return StageFunctions(self._in_parts(ends, params, batch), layers, skips)
@@ -202,18 +217,29 @@ class StepSetup:
         size = nbytes(logits.shape) // math.prod(self.mesh.shape[axis] for axis in axes)
         return replace(ends, token_parts=least_parts(size, MAX_LOGITS_BYTES, x.shape[1]))
 
+    def _token_info(self, batch: Batch, train: bool, layer: Any) -> TokenInfo:
+        return token_info(self.model, batch, train=train, layer=layer, within_documents=self.within_documents)
+
     def microbatches(self, batch: Batch, schedule: Schedule, seed: jax.Array | None = None) -> Batch:
-        """[rows, ...] → [microbatches, rows of one, ...], of the arrays that the model needs.
+        """[rows, ...] → [microbatches, rows of one, ...].
 
         Args:
           seed: of the model's random numbers, uint32 [2]. None: 0.
         """
-        needed = {key: x for key, x in batch.items() if key != "segment_ids" or self.within_documents}
-        split = jax.tree.map(lambda x: x.reshape(schedule.num_microbatches, -1, *x.shape[1:]), needed)
+        split = jax.tree.map(lambda x: x.reshape(schedule.num_microbatches, -1, *x.shape[1:]), dict(batch))
         if self.model.is_random:
             seed = jnp.zeros(2, jnp.uint32) if seed is None else seed
             split["random"] = token_keys(seed, *split["tokens"].shape)
         return split
+
+    def weighted(self, batch: Batch, scale: Any) -> tuple[Batch, jax.Array]:
+        """(the batch with "weights", and "counts" if they differ, by which a sum of loss times weight is `scale` times the
+        loss of the global batch; the sum of the counts)."""
+        weights, counts = self.loss.weights(batch)
+        total = sum_over(counts.sum(), REPLICA_AXES)
+        factor = scale / jnp.maximum(total, 1)
+        more = {} if counts is weights else {"counts": counts * factor}
+        return {**batch, "weights": weights * factor, **more}, total
 
     def on_mesh(self, local: Callable, out_specs: Any, num_scalars: int = 0) -> Callable:
         """Runs `local`, a function of (params, batch, …scalars), on every device with the device's part of each. A scalar
@@ -237,8 +263,8 @@ class StepSetup:
 
 def build_loss_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.Array, Params]]:
     """Returns (params, batch, loss_scale=None, seed=None) → (loss, grads), to be called inside `jax.jit`, as
-    `build_loss_auxiliary_and_grads` does, without the auxiliary outputs."""
-    whole = build_loss_auxiliary_and_grads(setup)
+    `build_loss_metrics_and_grads` does, without the metrics."""
+    whole = build_loss_metrics_and_grads(setup)
 
     def loss_and_grads(
         params: Params, batch: Batch, loss_scale: Any = None, seed: Any = None
@@ -249,30 +275,31 @@ def build_loss_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.Array, Par
     return loss_and_grads
 
 
-def build_loss_auxiliary_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.Array, dict[str, jax.Array], Params]]:
-    """Returns (params, batch, loss_scale=None, seed=None) → (loss, auxiliary, grads), to be called inside `jax.jit`.
+def build_loss_metrics_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.Array, dict[str, jax.Array], Params]]:
+    """Returns (params, batch, loss_scale=None, seed=None) → (loss, metrics, grads), to be called inside `jax.jit`.
 
     params: float32, each split by its layout's rest_spec; grads likewise.
-    batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `loss_mask` float32, each [global_batch, seq],
-      split by `jaxpar.parallel.sharding.BATCH_SPEC`.
+    batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `loss_mask` float32, each [global_batch, seq], and what the
+      model and the objective take besides, split by `jaxpar.parallel.sharding.BATCH_SPEC`.
     loss_scale: float32 scalar that multiplies the loss during the backward pass.
     seed: uint32 [2], data of a `jax.random` key, for a model that draws random numbers. None: always the same numbers.
-    loss: float32, nats a token: the sum over all valid tokens of the global batch, divided by their number. To it are added the
-      auxiliary outputs, times their weights.
-    auxiliary: {name: float32} of the model's auxiliary outputs: the sum over blocks, averaged over the valid tokens.
+    loss: float32: the objective's, see `jaxpar.objectives.Objective`; by default nats a token, the mean over the valid tokens
+      of the global batch. To it are added the auxiliary outputs, times their weights.
+    metrics: {name: float32}: the objective's, and the model's auxiliary outputs, each the sum over blocks, averaged like the
+      loss.
     """
 
     def local(
         params: Params, batch: Batch, loss_scale: jax.Array | None, seed: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array], Params]:
         scale = jnp.float32(1) if loss_scale is None else loss_scale
-        tokens = sum_over(batch["loss_mask"].sum(), REPLICA_AXES)
-        weights = batch["loss_mask"] * (scale / jnp.maximum(tokens, 1))
-        schedule = setup.schedule_of(len(weights))
-        rows = setup.microbatches({**batch, "weights": weights}, schedule, seed)
+        weighted, _ = setup.weighted(batch, scale)
+        schedule = setup.schedule_of(len(weighted["weights"]))
+        rows = setup.microbatches(weighted, schedule, seed)
         engine_params = setup.engine_params(params)
         functions = setup.stage_functions(schedule, engine_params, rows)
-        loss, auxiliary, grads = Engine(schedule, functions, engine_params, rows, setup.recompute).loss_and_grads()
+        engine = Engine(schedule, functions, engine_params, rows, setup.recompute)
+        loss, totals, auxiliary, grads = engine.loss_and_grads()
         grads = setup.grads_to_rest(params, grads)
         if loss_scale is not None:
             grads = jax.tree.map(lambda x: x / scale, grads)
@@ -280,61 +307,72 @@ def build_loss_auxiliary_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.
         auxiliary = {name: sum_over(x, varying_axes(x)) / scale for name, x in auxiliary.items()}
         for name, weight in setup.model.auxiliary.items():
             loss += weight * auxiliary[name]
-        return loss, auxiliary, grads
+        return loss, {**finished(totals), **auxiliary}, grads
 
-    out_specs = P(), dict.fromkeys(setup.model.auxiliary, P()), setup.rest_specs
-    on_mesh = setup.on_mesh(local, out_specs, num_scalars=2)
+    # The metrics are scalars, the same on all devices, whatever their names.
+    on_mesh = setup.on_mesh(local, (P(), P(), setup.rest_specs), num_scalars=2)
 
-    def loss_auxiliary_and_grads(
+    def loss_metrics_and_grads(
         params: Params, batch: Batch, loss_scale: Any = None, seed: Any = None
     ) -> tuple[jax.Array, dict[str, jax.Array], Params]:
         return on_mesh(params, batch, loss_scale, seed)
 
-    return loss_auxiliary_and_grads
+    return loss_metrics_and_grads
 
 
 def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.Array]]:
-    """Returns (params, batch) → {"loss", "tokens", "token_losses"}, without gradients, to be called inside `jax.jit`.
+    """Returns (params, batch) → {"loss", "tokens", …}, without gradients, to be called inside `jax.jit`.
 
-    loss: float32, nats, the sum over all valid tokens of the global batch. tokens: float32, their number.
-    token_losses: float32 [global_batch, seq], -log p(target) of each token in nats, tokens in natural order.
+    loss: float32, the sum of the objective's losses times their weights over the global batch. tokens: float32, the sum of the
+    counts that it is to be divided by. Beside them the objective's metrics.
     """
 
     def local(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        table = setup.schedule_of(len(batch["tokens"]))
-        schedule = forward_only(table.num_stages, table.num_microbatches, table.num_chunks)
-        rows = setup.microbatches({**batch, "weights": batch["loss_mask"]}, schedule)
-        engine_params = setup.engine_params(params)
-        functions = setup.stage_functions(schedule, engine_params, rows, train=False)
-        losses, weights = Engine(schedule, functions, engine_params, rows).evaluate()
-        loss = (losses * weights).sum()
-        if not setup.model.explicit:
-            losses = _from_all_stages(losses)
-        ways = math.prod(lax.axis_size(axis) for axis in manual("sp"))
+        weighted, tokens = setup.weighted(batch, jnp.float32(1))
+        loss, totals = _run_forward(setup, params, weighted, lambda ends: ends.loss)
+        loss = loss.sum()
         return {
-            "loss": sum_over(loss, varying_axes(loss)),
-            "tokens": sum_over(batch["loss_mask"].sum(), REPLICA_AXES),
-            "token_losses": join_tokens(losses, ways, batch["tokens"].shape),
+            **finished(joined(totals)),
+            "loss": sum_over(loss, varying_axes(loss)) * jnp.maximum(tokens, 1),
+            "tokens": tokens,
         }
 
-    on_mesh = setup.on_mesh(local, {"loss": P(), "tokens": P(), "token_losses": BATCH_SPEC})
-
-    def evaluate(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        result = on_mesh(params, batch)
-        order = zigzag_order(batch["tokens"].shape[1], setup.mesh.shape["cp"])
-        return {**result, "token_losses": result["token_losses"][:, np.argsort(order)]}
-
-    return evaluate
+    return setup.on_mesh(local, P())
 
 
-def _from_all_stages(shares: jax.Array) -> jax.Array:
-    """Each stage's share of the tokens → all tokens, on every stage."""
-    stage, stages = rank_and_size("pp")
-    if stages == 1:
-        return shares
-    share = shares.shape[-1]
-    mine = jnp.arange(share * stages) // share == stage
-    return sum_over(jnp.where(mine, jnp.tile(shares, stages), 0), ("pp",))
+def build_statistics(setup: StepSetup, asked: Asked) -> Callable[[Params, Batch], TokenStatistics]:
+    """Returns (params, batch) → the statistics of each token, without gradients, to be called inside `jax.jit`.
+
+    Float32 [global_batch, seq], tokens in natural order.
+    """
+
+    def local(params: Params, batch: Batch) -> TokenStatistics:
+        weighted = {**batch, "weights": batch["loss_mask"]}
+        found = _run_forward(setup, params, weighted, lambda ends: ends.all_statistics, asked=asked)
+        return jax.tree.map(lambda x: x.reshape(batch["tokens"].shape), found)
+
+    on_mesh = setup.on_mesh(local, BATCH_SPEC)
+
+    def statistics(params: Params, batch: Batch) -> TokenStatistics:
+        order = np.argsort(zigzag_order(batch["tokens"].shape[1], setup.mesh.shape["cp"]))
+        return jax.tree.map(lambda x: x[:, order], on_mesh(params, batch))
+
+    return statistics
+
+
+def _run_forward(
+    setup: StepSetup,
+    params: Params,
+    batch: Batch,
+    head: Callable[[EmbeddingAndLoss], Callable[[Any, jax.Array, Any], Any]],
+    asked: Asked | None = None,
+) -> Any:
+    """What a function of the last stage's outputs returns for each microbatch, stacked."""
+    table = setup.schedule_of(len(batch["tokens"]))
+    schedule = forward_only(table.num_stages, table.num_microbatches, table.num_chunks)
+    rows, engine_params = setup.microbatches(batch, schedule), setup.engine_params(params)
+    functions = setup.stage_functions(schedule, engine_params, rows, train=False, asked=asked)
+    return Engine(schedule, functions, engine_params, rows).evaluate(head(functions.ends))
 
 
 def _only(spec: P, axes: set[str]) -> P:

@@ -79,7 +79,7 @@ def init_state(
 
 
 def build_train_step(
-    loss_auxiliary_and_grads: Callable[..., tuple[jax.Array, dict[str, jax.Array], Any]],
+    loss_metrics_and_grads: Callable[..., tuple[jax.Array, dict[str, jax.Array], Any]],
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     loss_scale: LossScale = None,
@@ -95,13 +95,13 @@ def build_train_step(
 
     Metrics, all float32 scalars: `loss` (nats a token), `grad_norm` (global, before clipping; each parameter counts
     once), `learning_rate`, `tokens` (valid tokens in the global batch), `skipped` (1 if the update was not applied, else
-    0), `loss_scale` (the one that the step used) if it is dynamic, and the model's auxiliary outputs by their names.
+    0), `loss_scale` (the one that the step used) if it is dynamic, and those of the objective and the model's auxiliary outputs by their names.
     """
     dynamic = loss_scale if isinstance(loss_scale, DynamicLossScale) else None
 
     def train_step(state: State, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
         scale = scale_of(state, loss_scale)
-        loss, auxiliary, grads = loss_auxiliary_and_grads(state["params"], batch, scale, seed_of(state))
+        loss, more, grads = loss_metrics_and_grads(state["params"], batch, scale, seed_of(state))
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         if offload:
@@ -111,7 +111,7 @@ def build_train_step(
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         updated = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
         metrics = {
-            **auxiliary,
+            **more,
             "loss": loss,
             "grad_norm": grad_norm,
             # A skipped step does not advance the schedule.
