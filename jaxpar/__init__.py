@@ -12,16 +12,22 @@ from jaxpar.config import Config, ConfigError, MeshSizes, config_from_dict, load
 
 if TYPE_CHECKING:
     from jaxpar.models import Model, Stack, TokenInfo, Whole, suggest_dims
+    from jaxpar.objectives import Max, Mean, Objective, Sum, TokenStatistics
     from jaxpar.parallel.mesh import build_mesh
     from jaxpar.trainer import Trainer
 
 __all__ = [
     "Config",
     "ConfigError",
+    "Max",
+    "Mean",
     "MeshSizes",
     "Model",
+    "Objective",
     "Stack",
+    "Sum",
     "TokenInfo",
+    "TokenStatistics",
     "Trainer",
     "Whole",
     "build_mesh",
@@ -32,9 +38,14 @@ __all__ = [
 
 _WITH_JAX = {
     "build_mesh": "jaxpar.parallel.mesh",
+    "Max": "jaxpar.objectives",
+    "Mean": "jaxpar.objectives",
     "Model": "jaxpar.models",
+    "Objective": "jaxpar.objectives",
     "Stack": "jaxpar.models",
+    "Sum": "jaxpar.objectives",
     "TokenInfo": "jaxpar.models",
+    "TokenStatistics": "jaxpar.objectives",
     "Trainer": "jaxpar.trainer",
     "suggest_dims": "jaxpar.models",
     "Whole": "jaxpar.models",

@@ -19,10 +19,14 @@ from jaxpar.config import Architecture, Config, ConfigError, MeshSizes, checks
 from jaxpar.config.keys import RECOMPUTE_MODULES
 from jaxpar.models import Decoder, FunctionalModel, UserModel
 from jaxpar.models.flops import flops_coefficients, model_flops_per_token
+from jaxpar.models.functional import METRICS
 from jaxpar.models.split_check import check_split_sequence
+from jaxpar.objectives import Objective, UserObjective, as_objective, check_objective
+from jaxpar.objectives.from_config import objective_of
 from jaxpar.parallel.mesh import cross_host_warning
 from jaxpar.parallel.placement import LayerPlacement
 from jaxpar.parallel.sharding import layout_tree
+from jaxpar.pipeline.loss import Loss
 from jaxpar.pipeline.schedule import Schedule, ScheduleError, build_schedule
 from jaxpar.step.loss_scale import DynamicLossScale
 from jaxpar.step.optimizer import build_optimizer, learning_rate_schedule
@@ -39,11 +43,20 @@ class Blueprint:
       config: from `jaxpar.load_config`.
       model: a `jaxpar.Model`, or for a model that is not a stack of blocks a function of `nnx.Rngs` that builds it.
         Default: the built-in decoder with the config's architecture.
+      objective: a `jaxpar.Objective`, or a function (`jaxpar.TokenStatistics`, batch) → losses. Default: what the config's
+        section `algorithm` names.
     """
 
-    def __init__(self, config: Config, num_devices: int, model: UserModel | None = None):
+    def __init__(
+        self,
+        config: Config,
+        num_devices: int,
+        model: UserModel | None = None,
+        *,
+        objective: UserObjective | None = None,
+    ):
         self.config, self.num_devices = config, num_devices
-        self._user_model = model
+        self._user_model, self.user_objective = model, objective
 
     def check(self) -> None:
         """Raises ConfigError with every problem that stands in the way of training."""
@@ -55,7 +68,7 @@ class Blueprint:
             checks.schedule_problems(self.config.actor.model, self.model.num_layers, self.model.pattern)
         ):
             raise ConfigError(problems)
-        _ = self.param_layouts, self.schedule
+        _ = self.param_layouts, self.schedule, self.loss
         if self.sizes.cp > 1:
             check_split_sequence(self.model, self.sizes.cp, self.config.row_length)
 
@@ -90,6 +103,29 @@ class Blueprint:
     def user_model(self) -> UserModel | None:
         """The user's own model, as it was given; None for the built-in decoder."""
         return self._user_model
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What a step minimizes."""
+        if self.user_objective is not None:
+            return as_objective(self.user_objective)
+        return objective_of(self.config.algorithm)
+
+    @cached_property
+    def loss(self) -> Loss:
+        """The objective, checked."""
+        if self.objective.of_outputs and self.model.explicit:
+            raise ConfigError(
+                "objective: of_outputs: the built-in decoder's logits are split over devices and never whole: use their "
+                "statistics (jaxpar.TokenStatistics), or give a model of your own"
+            )
+        reserved = METRICS | self.model.auxiliary.keys()
+        return Loss(self.objective, check_objective(self.objective, reserved, (self.model.vocab_size,)))
+
+    @property
+    def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """{name: ShapeDtypeStruct of one token's} of the arrays that the model and the objective take besides tokens."""
+        return {**self.model.inputs, **self.objective.inputs}
 
     @cached_property
     def num_params(self) -> int:

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpar.blueprint import DTYPES, Blueprint, UserModel
 from jaxpar.config import Config, ConfigError
+from jaxpar.objectives import UserObjective
 from jaxpar.parallel.batch import BatchLayout
 from jaxpar.parallel.mesh import build_mesh
 from jaxpar.step import (
@@ -16,6 +17,7 @@ from jaxpar.step import (
     build_evaluate,
     build_loss_and_grads,
     build_loss_metrics_and_grads,
+    build_statistics,
     build_train_step,
     init_state,
     state_shardings,
@@ -28,7 +30,7 @@ class Program:
     Args:
       config: from `jaxpar.load_config`.
       devices: all devices of the run, in the order of their hosts.
-      model: as in `jaxpar.blueprint.Blueprint`.
+      model, objective: as in `jaxpar.blueprint.Blueprint`.
 
     Attributes:
       blueprint: what the config means on so many devices.
@@ -38,7 +40,8 @@ class Program:
       train_step: jitted (state, batch) → (state, metrics), see `jaxpar.step.train_step`. The state is donated.
       loss_and_grads: jitted (params, batch, loss_scale=None, seed=None) → (loss, grads), see
         `jaxpar.step.loss_and_grads.build_loss_metrics_and_grads`.
-      evaluate: jitted (params, batch) → losses without gradients, see `jaxpar.step.loss_and_grads.build_evaluate`.
+      evaluate: jitted (params, batch) → the loss without gradients, see `jaxpar.step.loss_and_grads.build_evaluate`.
+      statistics: jitted (params, batch, asked) → the statistics of tokens, see `build_statistics` there.
       init: jitted (params or None) → the state before the first step.
       attention_choices: once a program is traced, what computes the blocks of attention → why.
 
@@ -46,14 +49,21 @@ class Program:
       ConfigError: with every problem of the config, for these devices and this model.
     """
 
-    def __init__(self, config: Config, devices: Sequence[jax.Device], model: UserModel | None = None):
-        self.blueprint = blueprint = Blueprint(config, len(devices), model)
+    def __init__(
+        self,
+        config: Config,
+        devices: Sequence[jax.Device],
+        model: UserModel | None = None,
+        *,
+        objective: UserObjective | None = None,
+    ):
+        self.blueprint = blueprint = Blueprint(config, len(devices), model, objective=objective)
         blueprint.check()
         _check_backend(config, devices[0].platform)
         self.mesh = build_mesh(blueprint.sizes, devices)
         within_documents = config.data.reset_attention_mask
         self.batch_layout = BatchLayout(
-            *blueprint.batch_shape, self.mesh, within_documents=within_documents, inputs=blueprint.model.inputs
+            *blueprint.batch_shape, self.mesh, within_documents=within_documents, inputs=blueprint.inputs
         )
         optimizer, loss_scale = blueprint.optimizer, blueprint.loss_scale
         offload = config.actor.optim.optimizer_cpu_offload
@@ -64,6 +74,9 @@ class Program:
         self.attention_choices = setup.attention.backend.choices
 
         self.evaluate = jax.jit(build_evaluate(setup))
+        self.statistics = jax.jit(
+            lambda params, batch, asked: build_statistics(setup, asked)(params, batch), static_argnums=2
+        )
         self.loss_and_grads = jax.jit(build_loss_and_grads(setup))
         self.train_step = jax.jit(
             build_train_step(
@@ -101,6 +114,7 @@ def _step_setup(blueprint: Blueprint, mesh: jax.sharding.Mesh) -> StepSetup:
         overlap_param_gather=optim.overlap_param_gather,
         overlap_grad_reduce=optim.overlap_grad_reduce,
         within_documents=blueprint.config.data.reset_attention_mask,
+        loss=blueprint.loss,
     )
 
 

@@ -17,6 +17,7 @@ from jaxpar.measure.check_report import CheckReport, LayoutError
 from jaxpar.models import UserModel
 from jaxpar.models.assembled import assemble
 from jaxpar.models.weights import Source
+from jaxpar.objectives import Asked, TokenStatistics, UserObjective
 from jaxpar.program import Program
 from jaxpar.run import runtime
 from jaxpar.run.datasets import open_evaluation, open_training_data
@@ -44,6 +45,8 @@ class Trainer:
         function that returns one parameter, of one layer: `params("layers/3/attention/query")`, `params("embed/table")`.
         The function is called once for each parameter and layer that this process's devices hold, when the weights are
         first needed. A checkpoint that `runner.resume_dir` finds wins over them.
+      objective: a `jaxpar.Objective`, or a function (`jaxpar.TokenStatistics`, batch) → losses [batch, seq]. Default: what the
+        config's section `algorithm` names, next-token cross-entropy if it names nothing.
       replace_stored: take `params` although the folder actor.model.model_path has weights too.
 
     Attributes:
@@ -59,11 +62,12 @@ class Trainer:
         model: UserModel | None = None,
         params: Source | None = None,
         *,
+        objective: UserObjective | None = None,
         replace_stored: bool = False,
     ):
         self.config = config
         runtime.start(config)
-        self.program = Program(config, runtime.devices(config), model)
+        self.program = Program(config, runtime.devices(config), model, objective=objective)
         params = self.program.blueprint.model.own_params if params is None else params
         self._run_state = RunState(self.program, params, replace_stored=replace_stored)
 
@@ -147,22 +151,40 @@ class Trainer:
           ValueError: the batch is wrong, as in `loss_and_grads`.
         """
         config = self.config
-        report = compare_with_one_device(config, runtime.devices(config), self.program.blueprint.user_model, batch)
+        blueprint = self.program.blueprint
+        report = compare_with_one_device(
+            config, runtime.devices(config), blueprint.user_model, batch, objective=blueprint.user_objective
+        )
         if not report.passed:
             raise LayoutError(report)
         if jax.process_index() == 0:
             print("\n".join(report.lines()))
         return report
 
-    def log_probs(self, batch: Mapping[str, Any]) -> Float[Array, "global_batch seq"]:
+    def log_probs(self, batch: Mapping[str, Any], temperature: float | None = None) -> Float[Array, "global_batch seq"]:
         """log p(target) of each token at the current parameters, without gradients: float32, in nats.
 
         Args:
-          batch: as in `loss_and_grads`; all of it may be masked.
+          batch: as in `loss_and_grads`; all of it may be masked, and what the objective takes besides may be missing.
+          temperature: divides the logits. Default: the objective's.
         """
-        layout = self.program.batch_layout
-        rows = layout.put_on_mesh(layout.own_rows(batch, trained=False))
-        return -self.program.evaluate(self.state["params"], rows)["token_losses"]
+        return self._statistics(batch, Asked(), temperature).log_probs
+
+    def log_probs_and_entropy(
+        self, batch: Mapping[str, Any], temperature: float | None = None
+    ) -> tuple[Float[Array, "global_batch seq"], Float[Array, "global_batch seq"]]:
+        """As `log_probs`, and the entropy of the distribution over the vocabulary at each token, in nats."""
+        found = self._statistics(batch, Asked(entropy=True), temperature)
+        assert found.entropy is not None
+        return found.log_probs, found.entropy
+
+    def _statistics(self, batch: Mapping[str, Any], asked: Asked, temperature: float | None) -> TokenStatistics:
+        blueprint, layout = self.program.blueprint, self.program.batch_layout
+        asked = asked._replace(temperature=blueprint.objective.temperature if temperature is None else temperature)
+        optional = blueprint.objective.inputs.keys() - blueprint.model.inputs.keys()
+        rows = layout.put_on_mesh(layout.own_rows(batch, trained=False, optional=optional))
+        needed = {key: x for key, x in rows.items() if key not in optional}
+        return self.program.statistics(self.state["params"], needed, asked)
 
     def train_step(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Takes one optimizer step.

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxpar.config.architecture import Architecture
 from jaxpar.config.errors import did_you_mean, divisors, must_be_multiple, must_divide, one_of
-from jaxpar.config.keys import RECOMPUTE_MODULES, TP_OVERLAP_PIECES, Actor, Data, Model, Runner
+from jaxpar.config.keys import LOSS_TYPES, RECOMPUTE_MODULES, TP_OVERLAP_PIECES, Actor, Algorithm, Data, Model, Runner
 
 _MOE = "mixture of experts is not supported"
 _NOT_RECOMPUTED = {  # Megatron-LM's other names for recompute_modules
@@ -345,4 +345,18 @@ def user_model_problems(model: Model) -> Iterator[str]:
         yield (
             "actor.model.tp_comm_overlap: True has no effect on your own model: set it to False. A model with "
             "explicit_tensor_collectives can call jaxpar.parallel.collective_matmul.gather_then_multiply(…, overlap=True)"
+        )
+
+
+def algorithm_problems(algorithm: Algorithm) -> Iterator[str]:
+    """Problems of the objective."""
+    if algorithm.loss_type not in LOSS_TYPES:
+        yield (
+            f"algorithm.loss_type: {algorithm.loss_type} is not supported{did_you_mean(algorithm.loss_type, LOSS_TYPES)}: "
+            f"{one_of(LOSS_TYPES)}, or give Trainer(config, objective=…)"
+        )
+    if algorithm.entropy_bonus and not algorithm.calculate_entropy:
+        yield (
+            f"algorithm.entropy_bonus: {algorithm.entropy_bonus} has no effect while algorithm.calculate_entropy is False: set "
+            f"that to True, or entropy_bonus to 0"
         )

@@ -12,7 +12,7 @@ from pydantic import PrivateAttr
 from jaxpar.config import checks
 from jaxpar.config.architecture import Architecture, read_architecture
 from jaxpar.config.errors import ConfigError
-from jaxpar.config.keys import Actor, Cluster, Data, Runner, Section
+from jaxpar.config.keys import Actor, Algorithm, Cluster, Data, Runner, Section
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Config(Section):
     cluster: Cluster = Cluster()
     runner: Runner = Runner()
     data: Data = Data()
+    algorithm: Algorithm = Algorithm()
     actor: Actor = Actor()
     _ignored: tuple[str, ...] = PrivateAttr(())
 
@@ -176,6 +177,7 @@ class Config(Section):
           ConfigError: with every problem found.
         """
         problems = list(checks.train_problems(self.runner, self.actor, sizes.dp, architecture))
+        problems += checks.algorithm_problems(self.algorithm)
         problems += checks.data_problems(self.runner, self.data)
         problems += checks.user_model_problems(self.actor.model) if architecture is None else []
         if problems:
@@ -194,6 +196,7 @@ class Config(Section):
             problems += error.problems
         dp = None if problems else self.mesh_sizes(num_devices).dp
         problems += checks.train_problems(self.runner, self.actor, dp, architecture)
+        problems += checks.algorithm_problems(self.algorithm)
         problems += checks.data_problems(self.runner, self.data)
         if problems:
             raise ConfigError(problems)

@@ -225,6 +225,36 @@ class Tokenizer(Section):
     tokenizer_model: Text | None = None  # null or "byte": bytes; or a path to a Hugging Face tokenizer
 
 
+LOSS_TYPES = ("cross_entropy", "sft", "dpo", "distillation", "actor")
+
+
+class SamplingParams(Section):
+    temperature: Positive = 1.0  # by which loss_type actor divides logits
+
+
+class Algorithm(Section):
+    """What a step minimizes. The keys of loss_type actor and of advantages, and their defaults, are RLinf's."""
+
+    loss_type: Text = "cross_entropy"  # one of LOSS_TYPES; RLinf has only actor of these
+    z_loss: Number = 0.0  # ours: weight of the squared log-sum of logits, with cross_entropy
+    label_smoothing: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.0  # ours: cross_entropy and dpo
+    dpo_beta: Positive = 0.1
+    teacher_top_k: Count = 16  # ours: tokens of the teacher for each position, with distillation
+    distillation_alpha: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)] = 1.0  # ours: the teacher's share
+    loss_agg_func: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"  # sft, actor
+    ratio_clip_eps: Number = 0.2
+    clip_ratio_low: Number | None = None  # null: ratio_clip_eps
+    clip_ratio_high: Number | None = None  # null: ratio_clip_eps
+    clip_ratio_c: Annotated[float, BeforeValidator(_number), Field(gt=1)] | None = None
+    clip_log_ratio_min: float | None = None
+    clip_log_ratio_max: float | None = None
+    kl_beta: Number = 0.0
+    kl_penalty_type: Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"] = "low_var_kl"
+    calculate_entropy: bool = False
+    entropy_bonus: Number = 0.0  # in the loss if calculate_entropy is True
+    sampling_params: SamplingParams = SamplingParams()
+
+
 class Megatron(Section):
     """RLinf's section for Megatron-LM. All its keys are ignored."""
 
@@ -240,4 +270,10 @@ class Actor(Section):
     megatron: Megatron = Megatron()
 
 
-SECTIONS: dict[str, type[Section]] = {"cluster": Cluster, "runner": Runner, "data": Data, "actor": Actor}
+SECTIONS: dict[str, type[Section]] = {
+    "cluster": Cluster,
+    "runner": Runner,
+    "data": Data,
+    "algorithm": Algorithm,
+    "actor": Actor,
+}

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxpar.blueprint import UserModel
 from jaxpar.config import Config, ConfigError, config_from_dict
 from jaxpar.measure.check_report import CheckReport, Difference
+from jaxpar.objectives import UserObjective
 from jaxpar.program import Program
 
 # A gradient below this part of the largest one is rounding of sums that are zero, such as that of a key's bias.
@@ -104,6 +105,7 @@ def compare_with_one_device(
     model: UserModel | None = None,
     batch: Mapping[str, Any] | None = None,
     *,
+    objective: UserObjective | None = None,
     notes: Sequence[str] = (),
     each_axis: bool = False,
 ) -> CheckReport:
@@ -113,7 +115,7 @@ def compare_with_one_device(
 
     Args:
       config: the layout; it is compared as `comparable` makes it.
-      model: as in `jaxpar.blueprint.Blueprint`.
+      model, objective: as in `jaxpar.blueprint.Blueprint`.
       batch: as in `jaxpar.Trainer.loss_and_grads`; its first rows are used. Default: random tokens in packed documents.
       notes: what the caller has changed in the config, for the report.
       each_axis: if the layout is wrong, compare each of its axes by itself too.
@@ -126,12 +128,14 @@ def compare_with_one_device(
     sizes = config.mesh_sizes(len(devices))
     one = next(device for device in devices if device.process_index == jax.process_index())
     with jax.default_matmul_precision("highest"):
-        reference = _reference(config, one, model, batch)
-        report = replace(_compare(config, devices, model, reference), notes=[*notes, *changes])
+        reference = _reference(config, one, model, objective, batch)
+        report = replace(_compare(config, devices, model, objective, reference), notes=[*notes, *changes])
         if not each_axis or report.passed or sum(size > 1 for size in sizes.as_dict().values()) < 2:
             return report
         alone = {
-            f"{axis} {size}": _compare(_one_axis(config, axis, size), devices[:size], model, reference).passed
+            f"{axis} {size}": _compare(
+                _one_axis(config, axis, size), devices[:size], model, objective, reference
+            ).passed
             for axis, size in sizes.as_dict().items()
             if size > 1
         }
@@ -139,9 +143,13 @@ def compare_with_one_device(
 
 
 def _reference(
-    config: Config, device: jax.Device, model: UserModel | None, batch: Mapping[str, Any] | None
+    config: Config,
+    device: jax.Device,
+    model: UserModel | None,
+    objective: UserObjective | None,
+    batch: Mapping[str, Any] | None,
 ) -> Reference:
-    program = Program(with_settings(config, ONE_DEVICE), [device], model)
+    program = Program(with_settings(config, ONE_DEVICE), [device], model, objective=objective)
     if batch is None:
         batch = random_batch(program)
     batch = {key: np.asarray(array)[: program.batch_layout.shape[0]] for key, array in batch.items()}
@@ -159,9 +167,13 @@ def _reference(
 
 
 def _compare(
-    config: Config, devices: Sequence[jax.Device], model: UserModel | None, reference: Reference
+    config: Config,
+    devices: Sequence[jax.Device],
+    model: UserModel | None,
+    objective: UserObjective | None,
+    reference: Reference,
 ) -> CheckReport:
-    program = Program(config, devices, model)
+    program = Program(config, devices, model, objective=objective)
     loss, grads = _loss_and_grads(program, reference.params, reference.batch)
     return CheckReport(
         sizes=program.blueprint.sizes,
@@ -202,8 +214,12 @@ def random_batch(program: Program) -> dict[str, np.ndarray]:
         starts[:, 0] = True
         batch["segment_ids"] = starts.cumsum(axis=1, dtype=np.int32)
         batch["positions"] = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
-    for name, one in program.blueprint.model.inputs.items():
-        batch[name] = rng.standard_normal((rows, seq, *one.shape)).astype(one.dtype)
+    for name, one in program.blueprint.inputs.items():
+        shape = rows, seq, *one.shape
+        if np.issubdtype(one.dtype, np.integer):
+            batch[name] = rng.integers(0, program.blueprint.vocab_size, shape, one.dtype)
+        else:
+            batch[name] = rng.standard_normal(shape).astype(one.dtype)
     return batch
 
 

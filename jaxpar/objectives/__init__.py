@@ -1,7 +1,7 @@
 """Objectives: what a step minimizes. README.md says how to add one."""
 
 from jaxpar.objectives.apply import as_objective, losses_and_metrics, weights_and_counts
-from jaxpar.objectives.base import Asked, Batch, Max, Mean, Objective, Sum, TokenStatistics
+from jaxpar.objectives.base import Asked, Batch, Max, Mean, Objective, Sum, TokenStatistics, UserObjective
 from jaxpar.objectives.check import check_objective
 from jaxpar.objectives.statistics import (
     LogitSums,
@@ -26,6 +26,7 @@ __all__ = [
     "Targets",
     "TokenStatistics",
     "Totals",
+    "UserObjective",
     "add_totals",
     "as_objective",
     "check_objective",

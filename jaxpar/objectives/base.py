@@ -111,3 +111,6 @@ class Asked(NamedTuple):
     mean_logits: bool = False
     candidates: bool = False
     temperature: float = 1.0
+
+
+UserObjective = Objective | LossFunction

@@ -1,6 +1,6 @@
 """How a global batch lies on the mesh, and how numpy rows of this process become arrays on it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ class BatchLayout:
 
     Args:
       within_documents: whether tokens attend only to their own document (`data.reset_attention_mask`).
-      inputs: what the model takes for each token besides, {name: ShapeDtypeStruct of one token's}.
+      inputs: what the model and the objective take for each token besides, {name: ShapeDtypeStruct of one token's}.
     """
 
     def __init__(
@@ -87,11 +87,14 @@ class BatchLayout:
             rows, self.shape[1], self._mesh, within_documents=self._within_documents, inputs=self._inputs
         )
 
-    def own_rows(self, batch: Mapping[str, Any], *, trained: bool = True) -> dict[str, np.ndarray]:
+    def own_rows(
+        self, batch: Mapping[str, Any], *, trained: bool = True, optional: Set[str] = frozenset()
+    ) -> dict[str, np.ndarray]:
         """Checks a user's global batch, adds defaults, and cuts it down to this process's rows.
 
         Args:
           trained: whether its loss is asked for, which needs targets that are not masked.
+          optional: additional inputs that may be missing.
 
         Raises:
           ValueError: a key is unknown or missing, a shape is not `shape`, a dtype is of another kind, a token is negative,
@@ -100,10 +103,10 @@ class BatchLayout:
         """
         if unknown := sorted(batch.keys() - DTYPES.keys() - self._inputs.keys()):
             raise ValueError(
-                f"batch: unknown keys {', '.join(unknown)}; known: {', '.join([*DTYPES, *self._inputs])}; a model says with "
-                f"`inputs` what else it takes (see jaxpar.Stack)"
+                f"batch: unknown keys {', '.join(unknown)}; known: {', '.join([*DTYPES, *self._inputs])}; a model or "
+                f"an objective says with `inputs` what else it takes (see jaxpar.Stack, jaxpar.Objective)"
             )
-        if missing := sorted({"tokens", "targets", *self._inputs} - batch.keys()):
+        if missing := sorted({"tokens", "targets", *self._inputs} - optional - batch.keys()):
             raise ValueError(f"batch: {' and '.join(missing)} missing")
         if "segment_ids" in batch and not self._within_documents:
             raise ValueError(
@@ -130,7 +133,7 @@ class BatchLayout:
         whole = {**defaults, **given}
         _check_mask(whole["loss_mask"], trained)
         _check_documents(whole["segment_ids"], whole["loss_mask"])
-        return {key: np.asarray(whole[key], x.dtype)[self.rows] for key, x in self.shapes.items()}
+        return {key: np.asarray(whole[key], x.dtype)[self.rows] for key, x in self.shapes.items() if key in whole}
 
 
 def number_documents(segment_ids: np.ndarray) -> np.ndarray:
@@ -155,9 +158,9 @@ def _check_dtype(key: str, dtype: np.dtype) -> None:
 def _check_input(key: str, array: np.ndarray, one: jax.ShapeDtypeStruct, rows_and_tokens: tuple[int, int]) -> None:
     """Raises ValueError unless an additional array has what the model takes for each token."""
     if array.shape != (*rows_and_tokens, *one.shape):
-        raise ValueError(f"batch: {key} is {array.shape}, but the model takes {(*rows_and_tokens, *one.shape)}")
+        raise ValueError(f"batch: {key} is {array.shape}, but it is declared as {(*rows_and_tokens, *one.shape)}")
     if not np.can_cast(array.dtype, one.dtype, "same_kind"):
-        raise ValueError(f"batch: {key} is {array.dtype}, but the model takes {one.dtype}")
+        raise ValueError(f"batch: {key} is {array.dtype}, but it is declared as {one.dtype}")
 
 
 def _check_entries(key: str, array: np.ndarray, wrong: np.ndarray, problem: str) -> None:

@@ -291,12 +291,12 @@ class EmbeddingAndLoss:
 
     def _targets(self, batch: Batch) -> Targets:
         candidates = self.loss_of.objective.candidates
-        return Targets(batch["targets"], None if candidates is None else batch[candidates])
+        return Targets(batch["targets"], batch[candidates] if candidates and self.asked.candidates else None)
 
     def _split_tokens(self, x: jax.Array, batch: Batch) -> tuple[jax.Array, Batch]:
         """Splits both into parts of the tokens, [parts, ...]. (sp splits x, but not the batch.)"""
         ways = batch["tokens"].shape[1] // x.shape[1]
-        own = {"targets", "weights", "counts", *self.loss_of.keys} & batch.keys()
+        own = {"targets", "weights", "counts", self.loss_of.objective.candidates, *self.loss_of.keys} & batch.keys()
         needed = {name: split_tokens(batch[name], self.token_parts, ways) for name in sorted(own)}
         return split_tokens(x, self.token_parts, 1), needed
 

@@ -24,9 +24,9 @@ def open_training_data(program: Program) -> BatchLoader:
     Raises:
       ConfigError: as `open_tokens`, or the model takes more than tokens.
     """
-    if inputs := program.blueprint.model.inputs:
+    if inputs := program.blueprint.inputs:
         raise ConfigError(
-            f"data.train_data_paths: gives tokens, but the model also takes {', '.join(inputs)}: make batches yourself, and call "
+            f"data.train_data_paths: gives tokens, but the model or the objective also takes {', '.join(inputs)}: make batches yourself, and call "
             f"trainer.train_step(batch)"
         )
     config, folder = program.blueprint.config, open_tokens(program, "train_data_paths")

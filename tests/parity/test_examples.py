@@ -37,7 +37,9 @@ def test_vit():
 
 def test_a_config_has_no_data_for_another_input():
     trainer = jaxpar.Trainer(vit.config(), vit.build())
-    with pytest.raises(ConfigError, match=r"train_data_paths: gives tokens, but the model also takes patches"):
+    with pytest.raises(
+        ConfigError, match=r"train_data_paths: gives tokens, but the model or the objective also takes patches"
+    ):
         trainer.fit()
 
 
