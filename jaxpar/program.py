@@ -40,7 +40,7 @@ class Program:
       train_step: jitted (state, batch) → (state, metrics), see `jaxpar.step.train_step`. The state is donated.
       loss_and_grads: jitted (params, batch, loss_scale=None, seed=None) → (loss, grads), see
         `jaxpar.step.loss_and_grads.build_loss_metrics_and_grads`.
-      evaluate: jitted (params, batch) → the loss without gradients, see `jaxpar.step.loss_and_grads.build_evaluate`.
+      evaluate: jitted (params, batch) → the loss without gradients, see `jaxpar.step.forward.build_evaluate`.
       statistics: jitted (params, batch, asked) → the statistics of tokens, see `build_statistics` there.
       init: jitted (params or None) → the state before the first step.
       attention_choices: once a program is traced, what computes the blocks of attention → why.

@@ -162,25 +162,21 @@ class Trainer:
         return report
 
     def log_probs(self, batch: Mapping[str, Any], temperature: float | None = None) -> Float[Array, "global_batch seq"]:
-        """log p(target) of each token at the current parameters, without gradients: float32, in nats.
+        """log p(target) of each token, float32, in nats; as `statistics`."""
+        return self.statistics(batch, temperature).log_probs
+
+    def statistics(
+        self, batch: Mapping[str, Any], temperature: float | None = None, *, entropy: bool = False
+    ) -> TokenStatistics:
+        """Statistics of each token's logits at the current parameters, without gradients, [global_batch, seq].
 
         Args:
           batch: as in `loss_and_grads`; all of it may be masked, and what the objective takes besides may be missing.
           temperature: divides the logits. Default: the objective's.
+          entropy: compute that too.
         """
-        return self._statistics(batch, Asked(), temperature).log_probs
-
-    def log_probs_and_entropy(
-        self, batch: Mapping[str, Any], temperature: float | None = None
-    ) -> tuple[Float[Array, "global_batch seq"], Float[Array, "global_batch seq"]]:
-        """As `log_probs`, and the entropy of the distribution over the vocabulary at each token, in nats."""
-        found = self._statistics(batch, Asked(entropy=True), temperature)
-        assert found.entropy is not None
-        return found.log_probs, found.entropy
-
-    def _statistics(self, batch: Mapping[str, Any], asked: Asked, temperature: float | None) -> TokenStatistics:
         blueprint, layout = self.program.blueprint, self.program.batch_layout
-        asked = asked._replace(temperature=blueprint.objective.temperature if temperature is None else temperature)
+        asked = Asked(entropy, temperature=blueprint.objective.temperature if temperature is None else temperature)
         optional = blueprint.objective.inputs.keys() - blueprint.model.inputs.keys()
         rows = layout.put_on_mesh(layout.own_rows(batch, trained=False, optional=optional))
         needed = {key: x for key, x in rows.items() if key not in optional}
@@ -196,8 +192,7 @@ class Trainer:
           The metrics of `jaxpar.step.train_step.build_train_step`.
         """
         layout = self.program.batch_layout
-        rows = layout.put_on_mesh(layout.own_rows(batch))
-        return self._train_step(rows)
+        return self._train_step(layout.put_on_mesh(layout.own_rows(batch)))
 
     def _train_step(self, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         state, metrics = self.program.train_step(self.state, rows)

@@ -30,7 +30,7 @@ from jaxpar.parallel.batch import BatchLayout
 from jaxpar.parallel.mesh import build_mesh
 from jaxpar.parallel.sharding import BATCH_SPEC, layout_tree
 from jaxpar.pipeline.schedule import IDLE, Schedule, build_schedule
-from jaxpar.step.loss_and_grads import StepSetup, build_evaluate, build_loss_and_grads, build_statistics
+from jaxpar.step import StepSetup, build_evaluate, build_loss_and_grads, build_statistics
 
 ROOT = Path(__file__).parents[1]
 SEQ, GLOBAL_BATCH = 32, 12

@@ -7,7 +7,6 @@ and its gradient is reduced, by itself. The logits are then computed twice, beca
 the gradient of any.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +40,6 @@ from jaxpar.parallel.collectives import (
     VocabularyPart,
     broadcast_from_last_stage,
     rank_and_size,
-    sum_over,
     vary,
     varying_axes,
     vocabulary_axes,
@@ -50,6 +48,7 @@ from jaxpar.parallel.collectives import (
 )
 from jaxpar.parallel.randomness import TokenKey
 from jaxpar.pipeline.loss import Loss
+from jaxpar.pipeline.token_parts import from_all_stages, join_tokens, split_tokens
 
 Batch = Mapping[str, jax.Array]
 Grads = dict[int, jax.Array]  # by index of the parameter's leaf
@@ -296,7 +295,8 @@ class EmbeddingAndLoss:
     def _split_tokens(self, x: jax.Array, batch: Batch) -> tuple[jax.Array, Batch]:
         """Splits both into parts of the tokens, [parts, ...]. (sp splits x, but not the batch.)"""
         ways = batch["tokens"].shape[1] // x.shape[1]
-        own = {"targets", "weights", "counts", self.loss_of.objective.candidates, *self.loss_of.keys} & batch.keys()
+        candidates = self.loss_of.objective.candidates
+        own = {"targets", "weights", "counts", candidates or "targets", *self.loss_of.keys} & batch.keys()
         needed = {name: split_tokens(batch[name], self.token_parts, ways) for name in sorted(own)}
         return split_tokens(x, self.token_parts, 1), needed
 
@@ -344,40 +344,3 @@ def token_info(
     inputs = {name: batch[name] for name in model.inputs}
     documents = batch.get("segment_ids") if within_documents else None
     return TokenInfo(batch["positions"], documents, layer, inputs, random, train)
-
-
-def split_tokens(x: jax.Array, parts: int, ways: int) -> jax.Array:
-    """[batch, seq, ...] → [parts, batch, seq / parts, ...]. Each part has an equal piece of each of the `ways` shards into
-    which sp splits the sequence."""
-    batch, seq, *rest = x.shape
-    pieces = x.reshape(batch, ways, parts, seq // ways // parts, *rest)
-    return jnp.moveaxis(pieces, 2, 0).reshape(parts, batch, seq // parts, *rest)
-
-
-def join_tokens(x: jax.Array, ways: int) -> jax.Array:
-    """The inverse of `split_tokens`: [parts, batch, seq / parts, ...] → [batch, seq, ...]."""
-    parts, batch, size, *rest = x.shape
-    pieces = x.reshape(parts, batch, ways, size // ways, *rest)
-    return jnp.moveaxis(pieces, 0, 2).reshape(batch, parts * size, *rest)
-
-
-def from_all_stages(shares: jax.Array) -> jax.Array:
-    """Each stage's share of the tokens, [parts, batch, share, ...] → all tokens, [parts, batch, stages * share, ...], on every
-    stage."""
-    stage, stages = rank_and_size("pp")
-    if stages == 1:
-        return shares
-    share = shares.shape[2]
-    mine = (jnp.arange(share * stages) // share == stage).reshape(-1, *[1] * (shares.ndim - 3))
-    repeated = jnp.tile(shares, (1, 1, stages, *[1] * (shares.ndim - 3)))
-    return sum_over(jnp.where(mine, repeated, 0), ("pp",))
-
-
-def least_parts(size: int, limit: int, total: int) -> int:
-    """The smallest number of equal parts of `total` elements such that `size` bytes give at most `limit` in each part."""
-    return next((n for n in range(1, total) if total % n == 0 and size <= n * limit), total)
-
-
-def nbytes(shape: tuple[int, ...]) -> int:
-    """Bytes of a float32 array."""
-    return 4 * math.prod(shape)

@@ -1,4 +1,4 @@
-"""Functions from parameters at rest and a global batch to loss and gradients, or to token losses, on any mesh.
+"""Functions from parameters at rest and a global batch to loss and gradients, on any mesh.
 
     parameters at rest → gathered over dp and cp (all-gather, in the compute dtype, once)
     shard_map: the pipeline's schedule over microbatches, float32 sums of gradients
@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -26,7 +25,7 @@ from jaxpar.attention import AttentionSettings, attention_settings
 from jaxpar.backward.recompute import Recompute
 from jaxpar.models import FunctionalModel
 from jaxpar.models.protocol import Params, TokenInfo
-from jaxpar.objectives import Asked, TokenStatistics, finished, joined
+from jaxpar.objectives import Asked, finished
 from jaxpar.objectives.cross_entropy import cross_entropy
 from jaxpar.parallel.collectives import rank_and_size, sum_over, varying_axes
 from jaxpar.parallel.mesh import AXES, REPLICA_AXES, TENSOR_AXES
@@ -41,13 +40,13 @@ from jaxpar.parallel.sharding import (
     place_layers,
     reduce_grad,
 )
-from jaxpar.parallel.zigzag import zigzag_order
-from jaxpar.pipeline.ends import EmbeddingAndLoss, least_parts, nbytes, token_info
+from jaxpar.pipeline.ends import EmbeddingAndLoss, token_info
 from jaxpar.pipeline.engine import Engine, StageFunctions
 from jaxpar.pipeline.layer_group import LayerFunctions
 from jaxpar.pipeline.layers import keep_memory_order
 from jaxpar.pipeline.loss import Loss
-from jaxpar.pipeline.schedule import Schedule, forward_only
+from jaxpar.pipeline.schedule import Schedule
+from jaxpar.pipeline.token_parts import least_parts, nbytes
 
 Batch = Mapping[str, jax.Array]
 MAX_LOGITS_BYTES = 2**29  # float32 logits that a device holds at a time
@@ -318,61 +317,6 @@ def build_loss_metrics_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.Ar
         return on_mesh(params, batch, loss_scale, seed)
 
     return loss_metrics_and_grads
-
-
-def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.Array]]:
-    """Returns (params, batch) → {"loss", "tokens", …}, without gradients, to be called inside `jax.jit`.
-
-    loss: float32, the sum of the objective's losses times their weights over the global batch. tokens: float32, the sum of the
-    counts that it is to be divided by. Beside them the objective's metrics.
-    """
-
-    def local(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        weighted, tokens = setup.weighted(batch, jnp.float32(1))
-        loss, totals = _run_forward(setup, params, weighted, lambda ends: ends.loss)
-        loss = loss.sum()
-        return {
-            **finished(joined(totals)),
-            "loss": sum_over(loss, varying_axes(loss)) * jnp.maximum(tokens, 1),
-            "tokens": tokens,
-        }
-
-    return setup.on_mesh(local, P())
-
-
-def build_statistics(setup: StepSetup, asked: Asked) -> Callable[[Params, Batch], TokenStatistics]:
-    """Returns (params, batch) → the statistics of each token, without gradients, to be called inside `jax.jit`.
-
-    Float32 [global_batch, seq], tokens in natural order.
-    """
-
-    def local(params: Params, batch: Batch) -> TokenStatistics:
-        weighted = {**batch, "weights": batch["loss_mask"]}
-        found = _run_forward(setup, params, weighted, lambda ends: ends.all_statistics, asked=asked)
-        return jax.tree.map(lambda x: x.reshape(batch["tokens"].shape), found)
-
-    on_mesh = setup.on_mesh(local, BATCH_SPEC)
-
-    def statistics(params: Params, batch: Batch) -> TokenStatistics:
-        order = np.argsort(zigzag_order(batch["tokens"].shape[1], setup.mesh.shape["cp"]))
-        return jax.tree.map(lambda x: x[:, order], on_mesh(params, batch))
-
-    return statistics
-
-
-def _run_forward(
-    setup: StepSetup,
-    params: Params,
-    batch: Batch,
-    head: Callable[[EmbeddingAndLoss], Callable[[Any, jax.Array, Any], Any]],
-    asked: Asked | None = None,
-) -> Any:
-    """What a function of the last stage's outputs returns for each microbatch, stacked."""
-    table = setup.schedule_of(len(batch["tokens"]))
-    schedule = forward_only(table.num_stages, table.num_microbatches, table.num_chunks)
-    rows, engine_params = setup.microbatches(batch, schedule), setup.engine_params(params)
-    functions = setup.stage_functions(schedule, engine_params, rows, train=False, asked=asked)
-    return Engine(schedule, functions, engine_params, rows).evaluate(head(functions.ends))
 
 
 def _only(spec: P, axes: set[str]) -> P:
