@@ -266,12 +266,10 @@ class Step:
         return jax.jit(model.init, static_argnums=0, out_shardings=self.shardings)(seed)
 
     def evaluate(self, params: Any, batch: Any) -> dict[str, np.ndarray]:
-        def run(params: Any, batch: Any) -> dict[str, Any]:
-            losses = -build_statistics(self.setup, Asked())(params, batch).log_probs
-            return {**build_evaluate(self.setup)(params, batch), "token_losses": losses}
-
-        evaluate = jax.jit(run, compiler_options=QUICK)
-        return jax.tree.map(np.asarray, evaluate(*self._placed(params, batch)))
+        placed = self._placed(params, batch)
+        losses = jax.jit(build_evaluate(self.setup), compiler_options=QUICK)(*placed)
+        statistics = jax.jit(build_statistics(self.setup, Asked()), compiler_options=QUICK)(*placed)
+        return jax.tree.map(np.asarray, {**losses, "token_losses": -statistics.log_probs})
 
     def __call__(self, params: Any, batch: Any, seed: Any = None) -> tuple[np.ndarray, Any]:
         more = () if seed is None else (None, seed)

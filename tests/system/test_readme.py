@@ -69,7 +69,11 @@ def test_commands_that_end_at_once(command):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # several layouts in one command
-@pytest.mark.parametrize("command", cases("jaxpar compile", "jaxpar bench"))
+@pytest.mark.parametrize("command", [
+    # Seven layouts take eight minutes.
+    pytest.param(command, marks=pytest.mark.exhaustive) if "bench" in command and command.count(",") > 4 else command
+    for command in cases("jaxpar compile", "jaxpar bench")
+])  # fmt: skip
 def test_commands_that_compile(command):
     """As written, except that `jaxpar bench` measures a single step."""
     result = run_jaxpar(command + (" --steps 1" if "bench" in command else ""))
