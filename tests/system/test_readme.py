@@ -71,8 +71,8 @@ def test_commands_that_end_at_once(command):
 @pytest.mark.timeout(1200)  # several layouts in one command
 @pytest.mark.parametrize("command", [
     # Seven layouts take eight minutes.
-    pytest.param(command, marks=pytest.mark.exhaustive) if "bench" in command and command.count(",") > 4 else command
-    for command in cases("jaxpar compile", "jaxpar bench")
+    pytest.param(*case.values, id=case.id, marks=pytest.mark.exhaustive) if case.values[0].count(",dp4") > 2 else case
+    for case in cases("jaxpar compile", "jaxpar bench")
 ])  # fmt: skip
 def test_commands_that_compile(command):
     """As written, except that `jaxpar bench` measures a single step."""
