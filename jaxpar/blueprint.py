@@ -120,12 +120,19 @@ class Blueprint:
                 "statistics (jaxpar.TokenStatistics), or give a model of your own"
             )
         reserved = METRICS | self.model.auxiliary.keys()
-        return Loss(self.objective, check_objective(self.objective, reserved, (self.model.vocab_size,)))
+        return Loss(self.objective, check_objective(self.objective, reserved, self.model.outputs))
 
     @property
     def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """{name: ShapeDtypeStruct of one token's} of the arrays that the model and the objective take besides tokens."""
-        return {**self.model.inputs, **self.objective.inputs}
+        model, objective = self.model.inputs, self.objective.inputs
+        for name in sorted(model.keys() & objective.keys()):
+            if (a := model[name]) != (b := objective[name]):
+                raise ConfigError(
+                    f"objective: inputs: {name!r} is {b.dtype}{list(b.shape)} for each token, but the model takes "
+                    f"{a.dtype}{list(a.shape)} by that name: choose another name"
+                )
+        return {**model, **objective}
 
     @cached_property
     def num_params(self) -> int:

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpar.blueprint import DTYPES, Blueprint, UserModel
 from jaxpar.config import Config, ConfigError
-from jaxpar.objectives import UserObjective
+from jaxpar.objectives import UserObjective, check_independence
 from jaxpar.parallel.batch import BatchLayout
 from jaxpar.parallel.mesh import build_mesh
 from jaxpar.step import (
@@ -60,10 +60,16 @@ class Program:
         self.blueprint = blueprint = Blueprint(config, len(devices), model, objective=objective)
         blueprint.check()
         _check_backend(config, devices[0].platform)
+        if objective is not None:  # the shipped ones are tested
+            check_independence(blueprint.objective, blueprint.model.outputs)
         self.mesh = build_mesh(blueprint.sizes, devices)
         within_documents = config.data.reset_attention_mask
         self.batch_layout = BatchLayout(
-            *blueprint.batch_shape, self.mesh, within_documents=within_documents, inputs=blueprint.inputs
+            *blueprint.batch_shape,
+            self.mesh,
+            within_documents=within_documents,
+            inputs=blueprint.inputs,
+            problem=blueprint.objective.problem,
         )
         optimizer, loss_scale = blueprint.optimizer, blueprint.loss_scale
         offload = config.actor.optim.optimizer_cpu_offload

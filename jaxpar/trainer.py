@@ -150,11 +150,8 @@ class Trainer:
           ConfigError: one device has too little memory.
           ValueError: the batch is wrong, as in `loss_and_grads`.
         """
-        config = self.config
-        blueprint = self.program.blueprint
-        report = compare_with_one_device(
-            config, runtime.devices(config), blueprint.user_model, batch, objective=blueprint.user_objective
-        )
+        devices, own = runtime.devices(self.config), self.program.blueprint
+        report = compare_with_one_device(self.config, devices, own.user_model, batch, objective=own.user_objective)
         if not report.passed:
             raise LayoutError(report)
         if jax.process_index() == 0:
@@ -168,16 +165,17 @@ class Trainer:
     def statistics(
         self, batch: Mapping[str, Any], temperature: float | None = None, *, entropy: bool = False
     ) -> TokenStatistics:
-        """Statistics of each token's logits at the current parameters, without gradients, [global_batch, seq].
+        """Statistics of each token's logits [global_batch, seq] at the current parameters, without gradients, with the
+        entropy if asked. Raises ConfigError if the model's outputs are no logits (`Objective.of_outputs`).
 
         Args:
           batch: as in `loss_and_grads`; all of it may be masked, and what the objective takes besides may be missing.
           temperature: divides the logits. Default: the objective's.
-          entropy: compute that too.
         """
         blueprint, layout = self.program.blueprint, self.program.batch_layout
-        asked = Asked(entropy, temperature=blueprint.objective.temperature if temperature is None else temperature)
-        optional = blueprint.objective.inputs.keys() - blueprint.model.inputs.keys()
+        objective = blueprint.objective
+        asked = Asked(entropy, temperature=objective.temperature if temperature is None else temperature)
+        optional = objective.inputs.keys() - blueprint.model.inputs.keys()
         rows = layout.put_on_mesh(layout.own_rows(batch, trained=False, optional=optional))
         needed = {key: x for key, x in rows.items() if key not in optional}
         return self.program.statistics(self.state["params"], needed, asked)

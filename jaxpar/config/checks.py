@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from jaxpar.config.architecture import Architecture
 from jaxpar.config.errors import did_you_mean, divisors, must_be_multiple, must_divide, one_of
 from jaxpar.config.keys import LOSS_TYPES, RECOMPUTE_MODULES, TP_OVERLAP_PIECES, Actor, Algorithm, Data, Model, Runner
+from jaxpar.config.layer_checks import MOE, layer_problems
 
-_MOE = "mixture of experts is not supported"
-_NOT_RECOMPUTED = {  # Megatron-LM's other names for recompute_modules
-    **dict.fromkeys(("moe", "moe_act", "shared_experts"), f"is a part of experts, but {_MOE}"),
-    "mla_up_proj": "is a part of multi-latent attention, which is not supported",
-}
 # Key → (supported values, the reason for them). Checked before training and not at load, so that `jaxpar mesh` can show
 # the mesh of a file with other values.
 LIMITS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "actor.model.expert_model_parallel_size": ((1,), _MOE),
-    "actor.model.expert_tensor_parallel_size": ((None, 1), _MOE),
-    "actor.model.num_moe_experts": ((None, 1), _MOE),
+    "actor.model.expert_model_parallel_size": ((1,), MOE),
+    "actor.model.expert_tensor_parallel_size": ((None, 1), MOE),
+    "actor.model.num_moe_experts": ((None, 1), MOE),
     "actor.model.is_lora": ((False,), "LoRA is not supported"),
     "actor.model.multi_latent_attention": ((False,), "multi-latent attention is not supported"),
     "actor.model.activation": (("swiglu", "fast-swiglu"), "the decoder only supports SwiGLU"),
@@ -92,9 +88,7 @@ def train_problems(runner: Runner, actor: Actor, dp: int | None, architecture: A
     if architecture is not None:
         yield from _architecture_problems(actor.model, architecture)
     yield from schedule_problems(actor.model, architecture.num_hidden_layers if architecture else None)
-    yield from _recompute_problems(actor.model)
-    yield from _module_problems(actor.model, RECOMPUTE_MODULES if architecture else None)
-    yield from _overlap_problems(actor.model)
+    yield from layer_problems(actor.model, RECOMPUTE_MODULES if architecture else None)
 
 
 def _limit_problems(runner: Runner, actor: Actor) -> Iterator[str]:
@@ -292,53 +286,6 @@ def _architecture_problems(model: Model, a: Architecture) -> Iterator[str]:
             yield f"actor.model.{key}: {asked}, but the config's {a.model_type} model has {has}: remove the key"
 
 
-def _recompute_problems(model: Model) -> Iterator[str]:
-    if model.recompute_granularity == "selective" and model.recompute_method is not None:
-        yield (
-            f"actor.model.recompute_method: {model.recompute_method} only applies to recompute_granularity full, but "
-            "recompute_granularity is selective: remove it, or set recompute_granularity: full"
-        )
-    if model.recompute_granularity != "full":
-        return
-    if model.recompute_method is None:
-        yield (
-            "actor.model.recompute_method: not given, but recompute_granularity full needs it: set uniform (every layer, "
-            "in groups of recompute_num_layers) or block (the first recompute_num_layers of each chunk of layers)"
-        )
-    if model.recompute_num_layers is None:
-        yield (
-            "actor.model.recompute_num_layers: not given, but recompute_granularity full needs it: set a number of "
-            "layers, such as 1"
-        )
-
-
-def _module_problems(model: Model, known: Sequence[str] | None) -> Iterator[str]:
-    """Problems of recompute_modules. `known` are the names that the model has, None if its block has yet to be traced."""
-    key, modules = "actor.model.recompute_modules", model.recompute_modules
-    if modules is None:
-        return
-    if model.recompute_granularity != "selective":
-        yield (
-            f"{key}: {modules} only applies to recompute_granularity selective, but recompute_granularity is "
-            f"{model.recompute_granularity or 'null'}: remove it, or set recompute_granularity: selective"
-        )
-    if not modules:
-        yield f"{key}: [] names nothing: name some modules, or set recompute_granularity: null"
-    for name in modules:
-        if known is not None and name not in known:
-            reason = _NOT_RECOMPUTED.get(name) or f"is unknown{did_you_mean(name, known)}"
-            yield f"{key}: {name} {reason}: {one_of(known)}"
-
-
-def _overlap_problems(model: Model) -> Iterator[str]:
-    if model.tp_comm_overlap and not model.sequence_parallel:
-        yield (
-            "actor.model.tp_comm_overlap: True needs actor.model.sequence_parallel: True, but that is False: only the "
-            "gathers and reduce-scatters of sequence parallelism are cut into pieces; set sequence_parallel: True and "
-            "tensor_model_parallel_size > 1, or tp_comm_overlap: False"
-        )
-
-
 def user_model_problems(model: Model) -> Iterator[str]:
     """Problems of settings that only the built-in decoder reads."""
     if model.tp_comm_overlap:
@@ -352,8 +299,8 @@ def algorithm_problems(algorithm: Algorithm) -> Iterator[str]:
     """Problems of the objective."""
     if algorithm.loss_type not in LOSS_TYPES:
         yield (
-            f"algorithm.loss_type: {algorithm.loss_type} is not supported{did_you_mean(algorithm.loss_type, LOSS_TYPES)}: "
-            f"{one_of(LOSS_TYPES)}, or give Trainer(config, objective=…)"
+            f"algorithm.loss_type: {algorithm.loss_type} is not supported{did_you_mean(algorithm.loss_type, tuple(LOSS_TYPES))}: "
+            f"{one_of(tuple(LOSS_TYPES))}, or give Trainer(config, objective=…)"
         )
     if algorithm.entropy_bonus and not algorithm.calculate_entropy:
         yield (

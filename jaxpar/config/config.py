@@ -12,7 +12,7 @@ from pydantic import PrivateAttr
 from jaxpar.config import checks
 from jaxpar.config.architecture import Architecture, read_architecture
 from jaxpar.config.errors import ConfigError
-from jaxpar.config.keys import Actor, Algorithm, Cluster, Data, Runner, Section
+from jaxpar.config.keys import LOSS_TYPES, Actor, Algorithm, Cluster, Data, Runner, Section
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,12 @@ class Config(Section):
             yield _ignored_note(self._ignored)
         if sched.lr_decay_style != "constant" and sched.lr_decay_iters is None and self.runner.max_steps > 0:
             yield f"actor.lr_sched.lr_decay_iters is not given: using runner.max_steps, {self.runner.max_steps}"
+        algorithm, loss_type = self.algorithm, self.algorithm.loss_type
+        unused = sorted(
+            algorithm.model_fields_set - {"loss_type", *LOSS_TYPES.get(loss_type, algorithm.model_fields_set)}
+        )
+        if unused:
+            yield f"algorithm: {', '.join(unused)} have no effect with loss_type {loss_type}"
         unsupported = [name for name in self.runner.logger.logger_backends or () if name != "tensorboard"]
         if unsupported:
             yield (

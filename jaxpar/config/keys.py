@@ -225,7 +225,19 @@ class Tokenizer(Section):
     tokenizer_model: Text | None = None  # null or "byte": bytes; or a path to a Hugging Face tokenizer
 
 
-LOSS_TYPES = ("cross_entropy", "sft", "dpo", "distillation", "actor")
+LossAggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+KlPenalty = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
+# loss_type → the keys of `algorithm` that it reads
+LOSS_TYPES: dict[str, tuple[str, ...]] = {
+    "cross_entropy": ("z_loss", "label_smoothing"),
+    "sft": ("loss_agg_func",),
+    "dpo": ("dpo_beta", "label_smoothing"),
+    "distillation": ("teacher_top_k", "distillation_alpha"),
+    "actor": (
+        "loss_agg_func", "ratio_clip_eps", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "clip_log_ratio_min",
+        "clip_log_ratio_max", "kl_beta", "kl_penalty_type", "calculate_entropy", "entropy_bonus", "sampling_params",
+    ),
+}  # fmt: skip
 
 
 class SamplingParams(Section):
@@ -236,12 +248,12 @@ class Algorithm(Section):
     """What a step minimizes. The keys of loss_type actor and of advantages, and their defaults, are RLinf's."""
 
     loss_type: Text = "cross_entropy"  # one of LOSS_TYPES; RLinf has only actor of these
-    z_loss: Number = 0.0  # ours: weight of the squared log-sum of logits, with cross_entropy
-    label_smoothing: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.0  # ours: cross_entropy and dpo
+    z_loss: Number = 0.0  # ours: weight of the squared log-sum of logits
+    label_smoothing: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.0  # ours
     dpo_beta: Positive = 0.1
-    teacher_top_k: Count = 16  # ours: tokens of the teacher for each position, with distillation
+    teacher_top_k: Count = 16  # ours: tokens of the teacher for each position
     distillation_alpha: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)] = 1.0  # ours: the teacher's share
-    loss_agg_func: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"  # sft, actor
+    loss_agg_func: LossAggregation = "token-mean"
     ratio_clip_eps: Number = 0.2
     clip_ratio_low: Number | None = None  # null: ratio_clip_eps
     clip_ratio_high: Number | None = None  # null: ratio_clip_eps
@@ -249,7 +261,7 @@ class Algorithm(Section):
     clip_log_ratio_min: float | None = None
     clip_log_ratio_max: float | None = None
     kl_beta: Number = 0.0
-    kl_penalty_type: Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"] = "low_var_kl"
+    kl_penalty_type: KlPenalty = "low_var_kl"
     calculate_entropy: bool = False
     entropy_bonus: Number = 0.0  # in the loss if calculate_entropy is True
     sampling_params: SamplingParams = SamplingParams()

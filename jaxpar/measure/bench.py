@@ -105,6 +105,15 @@ class _Run:
         return wall, cpu
 
 
+def _check_inputs(program: Program) -> None:
+    """Raises ConfigError if batches need more than tokens."""
+    if inputs := program.blueprint.inputs:
+        raise ConfigError(
+            f"bench: it makes batches of tokens, but the model or the objective also takes {', '.join(inputs)}: set "
+            f"algorithm.loss_type: cross_entropy, or time your own calls of trainer.train_step(batch)"
+        )
+
+
 def measure(config: Config, devices: list[jax.Device], steps: int, model: UserModel | None = None) -> Measurement:
     """Times `steps` steps of the config's train step after `WARM_UP` more.
 
@@ -112,6 +121,7 @@ def measure(config: Config, devices: list[jax.Device], steps: int, model: UserMo
       ConfigError: the config does not suit these devices, or they have too little memory.
     """
     program = Program(config, devices, model)
+    _check_inputs(program)
     run = _in_memory(partial(_Run, program, program.blueprint.vocab_size))
     seconds = _in_memory(lambda: [run.step()[0] for _ in range(WARM_UP + steps)])[WARM_UP:]
     low, median, high = (float(np.percentile(seconds, q)) for q in (10, 50, 90))
@@ -158,6 +168,7 @@ def compare(
       ConfigError: a config does not suit the devices, or they have too little memory.
     """
     alone = Program(one_device, devices[:1], model)
+    _check_inputs(alone)
     programs: dict[str, Program | BaselineProgram] = {
         ONE_DEVICE: alone,
         PLAIN.format(len(devices)): BaselineProgram(one_device, devices, model),

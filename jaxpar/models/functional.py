@@ -287,13 +287,19 @@ class FunctionalModel:
         return {path for path, is_used in zip(paths, used, strict=False) if is_used}
 
     @cached_property
-    def vocab_size(self) -> int:
-        """Size of the logits' last dimension."""
+    def outputs(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of what the head gives for one token; logits have [vocab]."""
 
-        def logits(params: Params, tokens: Any, info: TokenInfo) -> jax.Array:
+        def head(params: Params, tokens: Any, info: TokenInfo) -> jax.Array:
             return self.head(params, self.embed(params, tokens, info))
 
-        return jax.eval_shape(logits, self.shapes, self._tokens, self._info).shape[-1]
+        found = jax.eval_shape(head, self.shapes, self._tokens, self._info)
+        return jax.ShapeDtypeStruct(found.shape[2:], found.dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the logits' last dimension."""
+        return self.outputs.shape[-1]
 
     @property
     def is_random(self) -> bool:

@@ -2,7 +2,7 @@
 
 from jaxpar.objectives.apply import as_objective, losses_and_metrics, weights_and_counts
 from jaxpar.objectives.base import Asked, Batch, Max, Mean, Objective, Sum, TokenStatistics, UserObjective
-from jaxpar.objectives.check import check_objective
+from jaxpar.objectives.check import check_independence, check_objective
 from jaxpar.objectives.statistics import (
     LogitSums,
     Targets,
@@ -29,6 +29,7 @@ __all__ = [
     "UserObjective",
     "add_totals",
     "as_objective",
+    "check_independence",
     "check_objective",
     "finished",
     "joined",

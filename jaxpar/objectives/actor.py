@@ -15,10 +15,9 @@ The names of settings and metrics are RLinf's. Unlike there, a mean is taken ove
 import jax
 import jax.numpy as jnp
 
+from jaxpar.config.keys import KlPenalty, LossAggregation
 from jaxpar.objectives.base import Batch, Mean, Metric, Objective, TokenStatistics
-from jaxpar.objectives.fine_tuning import aggregated
-
-KL_PENALTIES = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+from jaxpar.objectives.fine_tuning import aggregated, check_name
 
 
 def actor(
@@ -30,10 +29,10 @@ def actor(
     clip_log_ratio_min: float | None = None,
     clip_log_ratio_max: float | None = None,
     kl_beta: float = 0.0,
-    kl_penalty_type: str = "low_var_kl",
+    kl_penalty_type: KlPenalty = "low_var_kl",
     entropy_bonus: float = 0.0,
     calculate_entropy: bool = False,
-    loss_agg_func: str = "token-mean",
+    loss_agg_func: LossAggregation = "token-mean",
     temperature: float = 1.0,
 ) -> Objective:
     """The objective. Batches have `advantages` and `old_log_probs`, and `ref_log_probs` if `kl_beta` is above 0; all are
@@ -42,14 +41,18 @@ def actor(
     Args:
       ratio_clip_eps: the bounds on |r - 1|, where clip_ratio_low and clip_ratio_high do not say otherwise.
       clip_ratio_c: c, above 1. None: no dual clip.
-      kl_penalty_type: one of `KL_PENALTIES`.
+      kl_penalty_type: see `kl_penalty`.
       calculate_entropy: report the entropy, and take it into the loss if entropy_bonus is above 0.
-      loss_agg_func: one of `jaxpar.objectives.fine_tuning.AGGREGATIONS`.
+      loss_agg_func: see `jaxpar.objectives.fine_tuning`.
       temperature: of the sampling, by which logits are divided.
+
+    Raises:
+      ConfigError: `kl_penalty_type` or `loss_agg_func` is unknown.
     """
+    check_name("kl_penalty_type", kl_penalty_type, KlPenalty)
+    check_name("loss_agg_func", loss_agg_func, LossAggregation)
     low = ratio_clip_eps if clip_ratio_low is None else clip_ratio_low
     high = ratio_clip_eps if clip_ratio_high is None else clip_ratio_high
-    with_entropy = calculate_entropy
 
     def loss(tokens: TokenStatistics, batch: Batch) -> tuple:
         mask, advantages = batch["loss_mask"], batch["advantages"]
@@ -89,10 +92,10 @@ def actor(
 
     names = ["advantages", "old_log_probs", *(["ref_log_probs"] if kl_beta else [])]
     inputs = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in names}
-    return Objective(loss, weights, inputs, entropy=with_entropy, temperature=temperature)
+    return Objective(loss, weights, inputs, entropy=calculate_entropy, temperature=temperature)
 
 
-def kl_penalty(log_ratio: jax.Array, kind: str) -> jax.Array:
+def kl_penalty(log_ratio: jax.Array, kind: KlPenalty) -> jax.Array:
     """An estimate of KL(π, π_ref) from `log_ratio`, log π - log π_ref of a sampled token (Schulman, 2020, "Approximating KL
     Divergence", joschu.net/blog/kl-approx.html: k1, k2, k3). k3's exponent is kept within ±20 and its value within ±10."""
     if kind in ("kl", "k1"):
@@ -101,6 +104,5 @@ def kl_penalty(log_ratio: jax.Array, kind: str) -> jax.Array:
         return jnp.abs(log_ratio)
     if kind in ("mse", "k2"):
         return 0.5 * log_ratio**2
-    assert kind in ("low_var_kl", "k3"), kind
     exponent = jnp.clip(-log_ratio, -20, 20)
     return jnp.clip(jnp.exp(exponent) - exponent - 1, -10, 10)

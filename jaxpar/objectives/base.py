@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 Batch = Mapping[str, jax.Array]
@@ -45,7 +46,7 @@ class Mean(NamedTuple):
 
     Attributes:
       values: [batch, seq].
-      weights: [batch, seq], at least 0. None: the loss's.
+      weights: [batch, seq], at least 0, of tokens whose `loss_mask` is not 0; others have none. None: the loss's.
     """
 
     values: jax.Array
@@ -86,6 +87,7 @@ class Objective:
       entropy, mean_logits: ask for these statistics.
       candidates: the name of an input, int32 [k], of tokens whose log-probabilities are asked for.
       temperature: logits are divided by it first.
+      problem: (batch of numpy arrays) → what is wrong with a batch given by hand, in a line, or None.
       of_outputs: `loss` takes the model's outputs as they are, [batch, seq, …], in the place of statistics.
     """
 
@@ -97,19 +99,21 @@ class Objective:
     mean_logits: bool = False
     candidates: str | None = None
     temperature: float = 1.0
+    problem: Callable[[Mapping[str, np.ndarray]], str | None] | None = None
     of_outputs: bool = False
 
     @property
-    def asked(self) -> "Asked":
-        return Asked(self.entropy, self.mean_logits, self.candidates is not None, self.temperature)
+    def asked(self) -> "Asked | None":
+        """The statistics that it takes; None with `of_outputs`."""
+        return None if self.of_outputs else Asked(self.entropy, self.mean_logits, self.candidates, self.temperature)
 
 
 class Asked(NamedTuple):
-    """Which statistics are computed, and of logits divided by which temperature."""
+    """Which statistics are computed, and of logits divided by which temperature; see `Objective`."""
 
     entropy: bool = False
     mean_logits: bool = False
-    candidates: bool = False
+    candidates: str | None = None
     temperature: float = 1.0
 
 

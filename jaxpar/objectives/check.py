@@ -1,4 +1,4 @@
-"""Checks an objective before it is used, by tracing it and by computing it once on a small batch."""
+"""Checks an objective before it is used: by tracing it, and a user's by computing it once on a small batch too."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,55 +14,49 @@ STANDARD = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32,
             "loss_mask": jnp.float32}  # fmt: skip
 
 
-def check_objective(
-    objective: Objective, reserved: set[str], outputs: tuple[int, ...] | None = None
-) -> tuple[str, ...]:
+TOKENS = (2, 8)  # rows and tokens of the examples
+
+
+def check_objective(objective: Objective, reserved: set[str], outputs: jax.ShapeDtypeStruct) -> tuple[str, ...]:
     """Traces an objective.
 
     Args:
       reserved: names that its metrics must not have.
-      outputs: the model's outputs of one token, if the objective takes these.
+      outputs: the model's of one token.
 
     Returns:
-      The arrays of a batch that its loss reads.
+      The arrays of a batch that its loss and its metrics need.
 
     Raises:
-      ConfigError: it reads an array that batches do not have, or returns something of another shape than it should; or a
-        token's loss depends on another token, and `whole_rows` is False, or on another row.
+      ConfigError: it reads an array that batches do not have, or returns something of another shape than it should.
     """
-    tokens = (2, 8)
-    shapes = {name: jax.ShapeDtypeStruct(tokens, dtype) for name, dtype in STANDARD.items()}
-    shapes |= {name: jax.ShapeDtypeStruct((*tokens, *x.shape), x.dtype) for name, x in objective.inputs.items()}
+    features, shapes = _examples(objective, outputs)
     if clash := sorted(objective.inputs.keys() & STANDARD.keys()):
         raise ConfigError(f"objective: inputs: {clash[0]!r} is an array that every batch has: choose another name")
     if objective.candidates is not None and objective.candidates not in objective.inputs:
         raise ConfigError(f"objective: candidates: {objective.candidates!r} is not among its inputs: declare it there")
-    read: set[str] = set()
+    read = {objective.candidates} if objective.candidates else set[str]()
 
     def run(features: Any, arrays: dict[str, Any]) -> tuple[jax.Array, dict[str, Metric]]:
         return losses_and_metrics(objective, features, _Recorded(arrays, read))
 
-    features = _example_features(objective, shapes, outputs)
     losses, metrics = jax.eval_shape(run, features, shapes)
-    if losses.shape != tokens:
-        raise ConfigError(
-            f"objective: its losses have the shape {list(losses.shape)} where the tokens are [batch, seq] = {list(tokens)}: "
-            f"return a loss for each token; jaxpar takes their weighted mean"
-        )
+    _check_shape("its losses have", losses, "return a loss for each token; jaxpar takes their weighted mean")
     if taken := sorted(metrics.keys() & reserved):
         raise ConfigError(f"objective: {taken[0]!r} is the name of another metric: choose another")
     for name, metric in metrics.items():
         for x in jax.tree.leaves(metric):
-            if x.shape != tokens:
-                raise ConfigError(
-                    f"objective: the metric {name!r} has the shape {list(x.shape)} where the tokens are [batch, seq] = "
-                    f"{list(tokens)}: return a number for each token, in a jaxpar.Mean, Sum or Max"
-                )
+            _check_shape(f"the metric {name!r} has", x, "return a number for each token, in a jaxpar.Mean, Sum or Max")
     for x in jax.eval_shape(lambda arrays: weights_and_counts(objective, _Recorded(arrays, set())), shapes):
-        if x.shape != tokens:
-            raise ConfigError(f"objective: its weights have the shape {list(x.shape)} for tokens {list(tokens)}")
-    _check_independence(objective, features, shapes)
-    return tuple(name for name in shapes if name in read)
+        _check_shape("its weights have", x, "return a weight for each token")
+    return tuple(name for name in shapes if name in read or (metrics and name == "loss_mask"))
+
+
+def _check_shape(what: str, found: Any, advice: str) -> None:
+    if found.shape != TOKENS:
+        raise ConfigError(
+            f"objective: {what} the shape {list(found.shape)} where the tokens are [batch, seq] = {list(TOKENS)}: {advice}"
+        )
 
 
 class _Recorded(Mapping[str, jax.Array]):
@@ -87,21 +81,26 @@ class _Recorded(Mapping[str, jax.Array]):
         return len(self._arrays)
 
 
-def _example_features(objective: Objective, shapes: Mapping[str, Any], outputs: tuple[int, ...] | None) -> Any:
-    tokens = shapes["tokens"].shape
+def _examples(objective: Objective, outputs: jax.ShapeDtypeStruct) -> tuple[Any, dict[str, Any]]:
+    """Shapes and dtypes of (what its loss takes, a batch)."""
+    batch: dict[str, Any] = {name: jax.ShapeDtypeStruct(TOKENS, dtype) for name, dtype in STANDARD.items()}
+    batch |= {name: jax.ShapeDtypeStruct((*TOKENS, *x.shape), x.dtype) for name, x in objective.inputs.items()}
     if objective.of_outputs:
-        return jax.ShapeDtypeStruct((*tokens, *(outputs or (8,))), jnp.float32)
-    one: Any = jax.ShapeDtypeStruct(tokens, jnp.float32)
-    candidates: Any = None
-    if objective.candidates is not None:
-        candidates = jax.ShapeDtypeStruct(shapes[objective.candidates].shape, jnp.float32)
-    return TokenStatistics(
-        one, one, one if objective.entropy else None, one if objective.mean_logits else None, candidates
-    )
+        return jax.ShapeDtypeStruct((*TOKENS, *outputs.shape), outputs.dtype), batch
+    one: Any = jax.ShapeDtypeStruct(TOKENS, jnp.float32)
+    several: Any = None
+    if objective.candidates in batch:
+        several = jax.ShapeDtypeStruct(batch[objective.candidates].shape, jnp.float32)
+    entropy, mean_logits = (one if asked else None for asked in (objective.entropy, objective.mean_logits))
+    return TokenStatistics(one, one, entropy, mean_logits, several), batch
 
 
-def _check_independence(objective: Objective, features: Any, shapes: Mapping[str, Any]) -> None:
-    """Computes on a small batch which losses change when the statistics of one token do."""
+def check_independence(objective: Objective, outputs: jax.ShapeDtypeStruct) -> None:
+    """Computes, on a small batch and one of this process's devices, which losses change when the statistics of one token do.
+
+    Raises:
+      ConfigError: a token's loss depends on another token, and `whole_rows` is False, or on another row.
+    """
     key = jax.random.key(0)
 
     def numbers(x: Any) -> jax.Array:
@@ -109,15 +108,15 @@ def _check_independence(objective: Objective, features: Any, shapes: Mapping[str
             return jnp.zeros(x.shape, x.dtype)
         return jax.random.uniform(key, x.shape, x.dtype, 0.1, 0.9)
 
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        given, batch = jax.tree.map(numbers, (features, dict(shapes)))
-        batch["loss_mask"] = jnp.ones_like(batch["loss_mask"])
+    given, batch = jax.tree.map(numbers, _examples(objective, outputs))
+    batch["loss_mask"] = jnp.ones_like(batch["loss_mask"])
 
-        def losses_with(step: jax.Array) -> jax.Array:
-            moved = jax.tree.map(lambda x: -x.at[0, 2].add(step.astype(x.dtype)), given)
-            return losses_and_metrics(objective, moved, batch)[0]
+    @jax.jit
+    def losses_with(step: float) -> jax.Array:
+        moved = jax.tree.map(lambda x: -x.at[0, 2].add(step), given)
+        return losses_and_metrics(objective, moved, batch)[0]
 
-        before, after = jax.jit(losses_with)(jnp.float32(0)), jax.jit(losses_with)(jnp.float32(0.3))
+    before, after = losses_with(0.0), losses_with(0.3)
     changed = (before != after) & jnp.isfinite(before) & jnp.isfinite(after)
     if changed[1].any():
         raise ConfigError(

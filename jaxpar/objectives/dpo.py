@@ -9,11 +9,15 @@ A pair is two consecutive documents of one row: the preferred answer y⁺ and th
 The loss is the mean over pairs. Prompts are left out with `completion_mask`.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpar.objectives.base import Batch, Objective, TokenStatistics
 from jaxpar.objectives.documents import one_for_each, sum_by
+from jaxpar.parallel.batch import number_documents
 
 
 def dpo(beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:
@@ -43,4 +47,19 @@ def dpo(beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:
     def weights(batch: Batch) -> jax.Array:
         return one_for_each(batch["segment_ids"] // 2, batch["loss_mask"] * batch["completion_mask"])
 
-    return Objective(loss, weights, inputs={"ref_log_probs": one, "completion_mask": one}, whole_rows=True)
+    inputs = {"ref_log_probs": one, "completion_mask": one}
+    return Objective(loss, weights, inputs, whole_rows=True, problem=_unpaired)
+
+
+def _unpaired(batch: Mapping[str, np.ndarray]) -> str | None:
+    """A line about the first document with trained tokens whose partner has none."""
+    ids, mask = number_documents(batch["segment_ids"]), batch["loss_mask"] * batch["completion_mask"]
+    for row, (of_row, trained) in enumerate(zip(ids, mask > 0, strict=True)):
+        found = set(of_row[trained].tolist())
+        for document in sorted(found):
+            if document ^ 1 not in found:
+                return (
+                    f"row {row}: document {document} of the row, counted from 0, has targets to train on, and its partner "
+                    f"{document ^ 1} has none: a pair is documents 2i and 2i + 1 of one row, the preferred one first"
+                )
+    return None if mask.any() else "loss_mask * completion_mask is 0 everywhere, so nothing would be trained on"

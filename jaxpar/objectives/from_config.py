@@ -40,4 +40,4 @@ _BUILDERS: dict[str, Callable[[Algorithm], Objective]] = {
     "distillation": lambda a: distillation(a.teacher_top_k, a.distillation_alpha),
     "actor": _actor,
 }
-assert _BUILDERS.keys() == set(LOSS_TYPES)
+assert _BUILDERS.keys() == LOSS_TYPES.keys()

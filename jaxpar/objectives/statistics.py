@@ -66,7 +66,7 @@ def sums_of(logits: Float[Array, "b s v"], columns: Int[Array, " v"], of: Target
     if asked.mean_logits:
         real = _real(z)
         sums = sums._replace(logits=jnp.where(real, z, 0).sum(-1), num_logits=real.sum(-1).astype(jnp.float32))
-    if of.candidates is not None and asked.candidates:
+    if of.candidates is not None:
         held, index = _held(of.candidates, columns)
         sums = sums._replace(candidates=jnp.where(held, jnp.take_along_axis(z, index, -1), 0))
     return sums

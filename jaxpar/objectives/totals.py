@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpar.objectives.base import Max, Mean, Metric, Sum
+from jaxpar.objectives.base import Batch, Max, Mean, Metric, Sum
 from jaxpar.parallel.collectives import manual, sum_over, varying_axes
 
 Totals = dict[str, "Total"]
@@ -31,12 +31,14 @@ class Total:
     is_max: bool = False
 
 
-def totals_of(metrics: Mapping[str, Metric], weights: jax.Array, counts: jax.Array) -> Totals:
+def totals_of(metrics: Mapping[str, Metric], batch: Batch) -> Totals:
     """The totals over one microbatch's tokens on this device.
 
     Args:
-      weights, counts: [batch, seq], of each token in the loss, see `Objective`.
+      batch: "weights" and "counts" (default: the weights) of the tokens in the loss, see `Objective`, and "loss_mask", each
+        [batch, seq]. Tokens that only fill up a stage's share have 0 in all of them.
     """
+    weights, counts = batch["weights"], batch.get("counts", batch["weights"])
 
     def one(metric: Any) -> Total:
         trained = weights != 0
@@ -46,6 +48,7 @@ def totals_of(metrics: Mapping[str, Metric], weights: jax.Array, counts: jax.Arr
             case Max(values):
                 return Total(jnp.where(trained, values, -jnp.inf).astype(jnp.float32).max(), is_max=True)
             case Mean(values, own):
+                own = None if own is None else jnp.where(batch["loss_mask"] != 0, own, 0)
                 weight, count = (weights, counts) if own is None else (own, own)
                 return Total(jnp.where(weight != 0, values * weight, 0).astype(jnp.float32).sum(), count.sum())
             case _:

@@ -1,6 +1,6 @@
 """How a global batch lies on the mesh, and how numpy rows of this process become arrays on it."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ class BatchLayout:
     Args:
       within_documents: whether tokens attend only to their own document (`data.reset_attention_mask`).
       inputs: what the model and the objective take for each token besides, {name: ShapeDtypeStruct of one token's}.
+      problem: what the objective finds wrong with a whole batch, in a line, or None.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class BatchLayout:
         *,
         within_documents: bool = True,
         inputs: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+        problem: Callable[[Mapping[str, np.ndarray]], str | None] | None = None,
     ):
-        self.shape, self._within_documents = (global_batch_size, seq_length), within_documents
+        self.shape, self._within_documents, self._problem = (global_batch_size, seq_length), within_documents, problem
         self._inputs = inputs or {}
         self._mesh, self.sharding = mesh, NamedSharding(mesh, BATCH_SPEC)
         self.order = zigzag_order(seq_length, mesh.shape["cp"])
@@ -84,7 +86,12 @@ class BatchLayout:
         """The same with `num_rows` rows on this process, and as many on each dp rank."""
         rows = self.shape[0] * num_rows // len(self.rows)
         return BatchLayout(
-            rows, self.shape[1], self._mesh, within_documents=self._within_documents, inputs=self._inputs
+            rows,
+            self.shape[1],
+            self._mesh,
+            within_documents=self._within_documents,
+            inputs=self._inputs,
+            problem=self._problem,
         )
 
     def own_rows(
@@ -133,6 +140,8 @@ class BatchLayout:
         whole = {**defaults, **given}
         _check_mask(whole["loss_mask"], trained)
         _check_documents(whole["segment_ids"], whole["loss_mask"])
+        if trained and self._problem and (problem := self._problem(whole)):
+            raise ValueError(f"batch: {problem}")
         return {key: np.asarray(whole[key], x.dtype)[self.rows] for key, x in self.shapes.items() if key in whole}
 
 

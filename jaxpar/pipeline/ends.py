@@ -22,10 +22,8 @@ from jaxpar.objectives import (
     Asked,
     LogitSums,
     Targets,
-    TokenStatistics,
     Totals,
     add_totals,
-    joined,
     logits_grad,
     merge,
     over_devices,
@@ -64,7 +62,7 @@ class EmbeddingAndLoss:
       reduce: ("embed" or "head", its gradients) → float32, as they are summed over microbatches. Linear.
       constrain: tells XLA how to split activations.
       loss_of: the objective.
-      asked: the statistics that are computed.
+      asked: the statistics that are computed. None: the objective takes the model's outputs as they are.
       train: False in an evaluation.
       float32_grads: as in `jaxpar.backward.take_apart`.
       token_parts, vocabulary_parts: the number of parts. At most one of them is above 1, and `vocabulary_parts` only for
@@ -80,7 +78,7 @@ class EmbeddingAndLoss:
     reduce: Callable[[str, Grads], Grads]
     constrain: Callable[[jax.Array], jax.Array]
     loss_of: Loss
-    asked: Asked
+    asked: Asked | None
     train: bool = True
     float32_grads: bool = False
     token_parts: int = 1
@@ -109,37 +107,26 @@ class EmbeddingAndLoss:
 
         return self._over_parts(lambda _, index: (None, {"embed": of_part(index)}), None)[1]["embed"]
 
-    def statistics(self, outer: Params, y: jax.Array, batch: Batch) -> TokenStatistics:
-        """The statistics of each token, [token parts, batch, any, …] each. For an automatic model, only of this stage's share
-        of the tokens."""
+    def features(self, outer: Params, y: jax.Array, batch: Batch) -> Any:
+        """What the objective takes of each token of the microbatch that this device's cp rank has: statistics, or outputs,
+        [batch, any, …] each."""
         if self.vocabulary_parts > 1:
-            sums, _ = self._logit_sums(outer, broadcast_from_last_stage(y), batch)
-            return jax.tree.map(lambda x: x[None], statistics_of(sums))
+            return statistics_of(self._logit_sums(outer, broadcast_from_last_stage(y), batch)[0])
         outer = self._gathered(outer)
-        return lax.map(lambda pieces: self._features(outer, *pieces)[0], self._split_tokens(y, batch))
-
-    def all_statistics(self, outer: Params, y: jax.Array, batch: Batch) -> TokenStatistics:
-        """The statistics of all tokens of the microbatch that this device's cp rank has, [batch, any, …] each."""
-        return self._together(self.statistics(outer, y, batch), batch)
+        pieces = lax.map(lambda pieces: self._features(outer, *pieces)[0], self._split_tokens(y, batch))
+        return self._together(pieces, batch)
 
     def loss(self, outer: Params, y: jax.Array, batch: Batch) -> tuple[jax.Array, Totals]:
         """(the sum of loss times weight, the totals of the metrics), without gradients."""
-        if self.vocabulary_parts > 1 or self._whole_rows_in_parts:
-            return self.loss_of(self._together(self.statistics(outer, y, batch), batch), batch)
-        outer = self._gathered(outer)
-        loss, totals = lax.map(lambda pieces: self._loss_of_piece(outer, *pieces), self._split_tokens(y, batch))
-        return loss.sum(), joined(totals)
+        return self.loss_of(self.features(outer, y, batch), batch)
 
     def loss_and_grads(self, outer: Params, y: jax.Array, batch: Batch) -> tuple[jax.Array, Totals, Params, jax.Array]:
         """(the sum of loss times weight, the totals of the metrics, the loss's reduced gradients with respect to `outer`, and
         with respect to y of the last stage)."""
         if self.vocabulary_parts > 1:
             return self._by_vocabulary(outer, y, batch)
-        return (self._in_two_passes if self._whole_rows_in_parts else self._by_tokens)(outer, y, batch)
-
-    @property
-    def _whole_rows_in_parts(self) -> bool:
-        return self.loss_of.objective.whole_rows and self.token_parts > 1
+        needs_two = self.loss_of.objective.whole_rows and self.token_parts > 1
+        return (self._in_two_passes if needs_two else self._by_tokens)(outer, y, batch)
 
     def _by_tokens(self, outer: Params, y: jax.Array, batch: Batch) -> tuple[jax.Array, Totals, Params, jax.Array]:
         outer = self._gathered(outer)
@@ -197,6 +184,7 @@ class EmbeddingAndLoss:
         x, to_y = jax.vjp(lambda y: vary(broadcast_from_last_stage(y), ("pp", "tp")), y)
         sums, kept = self._logit_sums(outer, x, batch, keep_logits=self.keep_logits)
         statistics, of, asked = statistics_of(sums), self._targets(batch), self.asked
+        assert asked is not None
         loss, to_statistics, totals = jax.vjp(lambda found: self.loss_of(found, batch), statistics, has_aux=True)
         statistics_grads = to_statistics(vary(jnp.ones_like(loss), varying_axes(loss)))[0]
 
@@ -220,6 +208,7 @@ class EmbeddingAndLoss:
     ) -> tuple[LogitSums, jax.Array | None]:
         """The sums over the whole vocabulary, and the logits of each part of it if they are to be kept."""
         axes, of, asked = vocabulary_axes(), self._targets(batch), self.asked
+        assert asked is not None, "outputs as they are need a model whose vocabulary is not split"
 
         def of_part(index: Any) -> tuple[LogitSums, jax.Array | None]:
             part = self._part(index)
@@ -261,7 +250,7 @@ class EmbeddingAndLoss:
         else:
             x, batch = self._share_of_stage(x, batch)
             logits = self.model.head(gathered, x)
-        if self.loss_of.objective.of_outputs:
+        if self.asked is None:
             return logits, batch
         columns = vocabulary_columns(logits.shape[-1], axes)
         return token_statistics(logits, columns, self._targets(batch), self.asked, axes), batch
@@ -282,21 +271,16 @@ class EmbeddingAndLoss:
         seq = batch["weights"].shape[1]
         if not self.model.explicit:
             features = jax.tree.map(lambda x: from_all_stages(x)[:, :, : seq // self.token_parts], features)
-        return jax.tree.map(lambda x: join_tokens(x, self._sequence_ways), features)
-
-    @property
-    def _sequence_ways(self) -> int:
-        return rank_and_size("sp")[1]
+        return jax.tree.map(lambda x: join_tokens(x, rank_and_size("sp")[1]), features)
 
     def _targets(self, batch: Batch) -> Targets:
-        candidates = self.loss_of.objective.candidates
-        return Targets(batch["targets"], batch[candidates] if candidates and self.asked.candidates else None)
+        candidates = self.asked.candidates if self.asked else None
+        return Targets(batch["targets"], batch[candidates] if candidates else None)
 
     def _split_tokens(self, x: jax.Array, batch: Batch) -> tuple[jax.Array, Batch]:
         """Splits both into parts of the tokens, [parts, ...]. (sp splits x, but not the batch.)"""
         ways = batch["tokens"].shape[1] // x.shape[1]
-        candidates = self.loss_of.objective.candidates
-        own = {"targets", "weights", "counts", candidates or "targets", *self.loss_of.keys} & batch.keys()
+        own = {"targets", "weights", "counts", *self.loss_of.keys} & batch.keys()
         needed = {name: split_tokens(batch[name], self.token_parts, ways) for name in sorted(own)}
         return split_tokens(x, self.token_parts, 1), needed
 

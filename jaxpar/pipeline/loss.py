@@ -17,7 +17,7 @@ class Loss:
     """An objective on a mesh.
 
     Attributes:
-      keys: the arrays of a batch that `objective.loss` reads.
+      keys: the arrays of a batch that its loss and its metrics need.
     """
 
     objective: Objective
@@ -38,14 +38,13 @@ class Loss:
             tokens that this device has of its rows.
           batch: `keys`, "weights" and "counts" of the same tokens.
         """
-        weights = batch["weights"]
         given = {key: batch[key] for key in self.keys}
         if not self.objective.whole_rows:
             losses, metrics = losses_and_metrics(self.objective, features, given)
         else:
             features, given = jax.tree.map(_whole_rows, (features, given))
             losses, metrics = jax.tree.map(_own_part, losses_and_metrics(self.objective, features, given))
-        return (losses * weights).sum(), totals_of(metrics, weights, batch.get("counts", weights))
+        return (losses * batch["weights"]).sum(), totals_of(metrics, batch)
 
 
 def _whole_rows(x: jax.Array) -> jax.Array:

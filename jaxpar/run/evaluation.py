@@ -22,12 +22,12 @@ class Evaluation:
         self._num_batches = min(available, max_batches or available)
 
     def loss(self, params: object) -> float:
-        """Mean loss in nats per token: the sum over all valid tokens divided by their number."""
+        """The objective's mean over all batches together; by default nats per token."""
         loss, tokens = 0.0, 0.0
         for batch in self._batches():
             sums = self._program.evaluate(params, self._program.batch_layout.put_on_mesh(batch))
             loss, tokens = loss + float(sums["loss"]), tokens + float(sums["tokens"])
-        return loss / max(tokens, 1)
+        return loss / (tokens or 1)
 
     def _batches(self) -> Iterator[Batch]:
         """This process's rows of each global batch."""

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from jaxpar.config import ConfigError
 from jaxpar.models.protocol import Params
 from jaxpar.objectives import Asked, TokenStatistics, finished, joined
 from jaxpar.parallel.collectives import sum_over, varying_axes
@@ -27,14 +27,10 @@ def build_evaluate(setup: StepSetup) -> Callable[[Params, Batch], dict[str, jax.
     """
 
     def local(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        weighted, tokens = setup.weighted(batch, jnp.float32(1))
-        loss, totals = _run_forward(setup, params, weighted, lambda ends: ends.loss)
-        loss = loss.sum()
-        return {
-            **finished(joined(totals)),
-            "loss": sum_over(loss, varying_axes(loss)) * jnp.maximum(tokens, 1),
-            "tokens": tokens,
-        }
+        weighted, tokens = setup.weighted(batch)
+        losses, totals = _run_forward(setup, params, weighted, lambda ends: ends.loss)
+        loss = losses.sum()
+        return {**finished(joined(totals)), "loss": sum_over(loss, varying_axes(loss)), "tokens": tokens}
 
     return setup.on_mesh(local, P())
 
@@ -43,11 +39,16 @@ def build_statistics(setup: StepSetup, asked: Asked) -> Callable[[Params, Batch]
     """Returns (params, batch) → the statistics of each token, without gradients, to be called inside `jax.jit`.
 
     Float32 [global_batch, seq], tokens in natural order.
+
+    Raises:
+      ConfigError: the objective takes the model's outputs as they are, so they are no logits.
     """
+    if setup.loss.objective.of_outputs:
+        raise ConfigError("log_probs: the objective takes the model's outputs as they are, so they are no logits")
 
     def local(params: Params, batch: Batch) -> TokenStatistics:
         weighted = {**batch, "weights": batch["loss_mask"]}
-        found = _run_forward(setup, params, weighted, lambda ends: ends.all_statistics, asked=asked)
+        found = _run_forward(setup, params, weighted, lambda ends: ends.features, asked=asked)
         return jax.tree.map(lambda x: x.reshape(batch["tokens"].shape), found)
 
     on_mesh = setup.on_mesh(local, BATCH_SPEC)

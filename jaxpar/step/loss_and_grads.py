@@ -231,14 +231,20 @@ class StepSetup:
             split["random"] = token_keys(seed, *split["tokens"].shape)
         return split
 
-    def weighted(self, batch: Batch, scale: Any) -> tuple[Batch, jax.Array]:
-        """(the batch with "weights", and "counts" if they differ, by which a sum of loss times weight is `scale` times the
-        loss of the global batch; the sum of the counts)."""
+    def weighted(self, batch: Batch, scale: Any = None) -> tuple[Batch, jax.Array]:
+        """(the batch with the objective's "weights", and "counts" if they differ; the sum of the counts).
+
+        Args:
+          scale: multiplies both so that the sum of loss times weight is `scale` times the loss of the global batch. If an
+            objective gives no token a weight, that is NaN, and the step is skipped.
+        """
         weights, counts = self.loss.weights(batch)
         total = sum_over(counts.sum(), REPLICA_AXES)
-        factor = scale / jnp.maximum(total, 1)
-        more = {} if counts is weights else {"counts": counts * factor}
-        return {**batch, "weights": weights * factor, **more}, total
+        found = {"weights": weights} if counts is weights else {"weights": weights, "counts": counts}
+        if scale is not None:
+            factor = scale / (total if self.loss.objective.weights else jnp.maximum(total, 1))
+            found = {name: x * factor for name, x in found.items()}
+        return {**batch, **found}, total
 
     def on_mesh(self, local: Callable, out_specs: Any, num_scalars: int = 0) -> Callable:
         """Runs `local`, a function of (params, batch, …scalars), on every device with the device's part of each. A scalar

@@ -95,7 +95,8 @@ def build_train_step(
 
     Metrics, all float32 scalars: `loss` (nats a token), `grad_norm` (global, before clipping; each parameter counts
     once), `learning_rate`, `tokens` (valid tokens in the global batch), `skipped` (1 if the update was not applied, else
-    0), `loss_scale` (the one that the step used) if it is dynamic, and those of the objective and the model's auxiliary outputs by their names.
+    0), `loss_scale` (the one that the step used) if it is dynamic, and by their names the objective's metrics and the
+    model's auxiliary outputs.
     """
     dynamic = loss_scale if isinstance(loss_scale, DynamicLossScale) else None
 
