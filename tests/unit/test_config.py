@@ -651,8 +651,9 @@ def test_reinforcement_learning_file(tmp_path):
     assert config.actor.model.precision == "bf16"
     assert config.actor.optim.lr == 2e-5
     assert config.actor.tokenizer.tokenizer_model == "/models/some"
-    note, dynamic = config.notes
+    note, algorithm, dynamic = config.notes
     assert "max_tokens_per_mbs * context_parallel_size = 8192 tokens" in dynamic
+    assert "loss_agg_func" in algorithm and "have no effect with loss_type cross_entropy" in algorithm
     for name in ("rollout", "component_placement", "apply_rope_fusion", "ckpt_convertor"):
         assert name in note
     with pytest.raises(ConfigError) as caught:
