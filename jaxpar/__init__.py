@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from jaxpar.models import Model, Stack, TokenInfo, Whole, suggest_dims
     from jaxpar.objectives import Max, Mean, Objective, Sum, TokenStatistics
     from jaxpar.parallel.mesh import build_mesh
+    from jaxpar.rl import Actor, Rollout
     from jaxpar.trainer import Trainer
 
 __all__ = [
+    "Actor",
     "Config",
     "ConfigError",
     "Max",
@@ -24,6 +26,7 @@ __all__ = [
     "MeshSizes",
     "Model",
     "Objective",
+    "Rollout",
     "Stack",
     "Sum",
     "TokenInfo",
@@ -37,11 +40,13 @@ __all__ = [
 ]
 
 _WITH_JAX = {
+    "Actor": "jaxpar.rl",
     "build_mesh": "jaxpar.parallel.mesh",
     "Max": "jaxpar.objectives",
     "Mean": "jaxpar.objectives",
     "Model": "jaxpar.models",
     "Objective": "jaxpar.objectives",
+    "Rollout": "jaxpar.rl",
     "Stack": "jaxpar.models",
     "Sum": "jaxpar.objectives",
     "TokenInfo": "jaxpar.models",

@@ -70,6 +70,7 @@ class Program:
             within_documents=within_documents,
             inputs=blueprint.inputs,
             problem=blueprint.objective.problem,
+            dynamic=config.runner.enable_dynamic_batch_size,
         )
         optimizer, loss_scale = blueprint.optimizer, blueprint.loss_scale
         offload = config.actor.optim.optimizer_cpu_offload

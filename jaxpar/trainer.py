@@ -1,12 +1,13 @@
 """The trainer and its training loop: what happens when. No maths."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from jaxpar.attention import choice_lines
 from jaxpar.checkpoint.checkpoints import Checkpoints
@@ -16,6 +17,7 @@ from jaxpar.measure.check import compare_with_one_device
 from jaxpar.measure.check_report import CheckReport, LayoutError
 from jaxpar.models import UserModel
 from jaxpar.models.assembled import assemble
+from jaxpar.models.hugging_face import export_params
 from jaxpar.models.weights import Source
 from jaxpar.objectives import Asked, TokenStatistics, UserObjective
 from jaxpar.program import Program
@@ -158,12 +160,20 @@ class Trainer:
             print("\n".join(report.lines()))
         return report
 
-    def log_probs(self, batch: Mapping[str, Any], temperature: float | None = None) -> Float[Array, "global_batch seq"]:
+    def log_probs(
+        self, batch: Mapping[str, Any], temperature: float | None = None, *, params: Any = None
+    ) -> Float[Array, "global_batch seq"]:
         """log p(target) of each token, float32, in nats; as `statistics`."""
-        return self.statistics(batch, temperature).log_probs
+        return self.statistics(batch, temperature, params=params).log_probs
 
     def statistics(
-        self, batch: Mapping[str, Any], temperature: float | None = None, *, entropy: bool = False
+        self,
+        batch: Mapping[str, Any],
+        temperature: float | None = None,
+        *,
+        entropy: bool = False,
+        candidates: Int[Any, "global_batch seq k"] | None = None,
+        params: Any = None,
     ) -> TokenStatistics:
         """Statistics of each token's logits [global_batch, seq] at the current parameters, without gradients, with the
         entropy if asked. Raises ConfigError if the model's outputs are no logits (`Objective.of_outputs`).
@@ -171,20 +181,55 @@ class Trainer:
         Args:
           batch: as in `loss_and_grads`; all of it may be masked, and what the objective takes besides may be missing.
           temperature: divides the logits. Default: the objective's.
+          candidates: tokens whose log-probabilities are asked for as well, at each position.
+          params: other parameters than the trainer's, a tree that lies like them, such as that of `reference_params`.
         """
         blueprint, layout = self.program.blueprint, self.program.batch_layout
-        objective = blueprint.objective
-        asked = Asked(entropy, temperature=objective.temperature if temperature is None else temperature)
+        objective, name = blueprint.objective, "statistics' candidates"
+        asked = Asked(
+            entropy,
+            False,
+            None if candidates is None else name,
+            objective.temperature if temperature is None else temperature,
+        )
         optional = objective.inputs.keys() - blueprint.model.inputs.keys()
+        if candidates is not None:
+            layout = layout.with_inputs({name: jax.ShapeDtypeStruct(candidates.shape[2:], np.int32)})
+            batch = {**batch, name: candidates}
         rows = layout.put_on_mesh(layout.own_rows(batch, trained=False, optional=optional))
         needed = {key: x for key, x in rows.items() if key not in optional}
-        return self.program.statistics(self.state["params"], needed, asked)
+        return self.program.statistics(self.state["params"] if params is None else params, needed, asked)
+
+    def reference_params(self) -> Any:
+        """The weights of step 0 in the compute dtype, split like the trainer's, for `log_probs(batch, params=…)`. They are read or
+        made anew, so a resumed run has the same. A collective call."""
+        return self._run_state.reference(self.program.blueprint.compute_dtype)
+
+    def export_params(self, dtype: str = "bfloat16", bucket_bytes: int = 2**30) -> Iterator[dict[str, Array]]:
+        """The built-in decoder's present parameters under Hugging Face's names and in its shapes, for an engine that samples. A
+        collective call: all processes must take all buckets.
+
+        Args:
+          bucket_bytes: size of a bucket, of which each device holds one at a time. A larger tensor has one of its own.
+
+        Yields:
+          {name: array of `dtype`, whole on every device}.
+
+        Raises:
+          ConfigError: the model is a user's own: see `module`.
+        """
+        architecture = self.program.blueprint.architecture
+        if architecture is None:
+            raise ConfigError(
+                "export_params: only the built-in decoder has Hugging Face's names: trainer.module() gives your own module"
+            )
+        return export_params(self.state["params"], architecture, dtype, bucket_bytes)
 
     def train_step(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Takes one optimizer step.
 
         Args:
-          batch: one global batch, as in `loss_and_grads`.
+          batch: one global batch, as in `loss_and_grads`. With dynamic batches it may have fewer rows, a multiple of dp.
 
         Returns:
           The metrics of `jaxpar.step.train_step.build_train_step`.

@@ -4,12 +4,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxpar.checkpoint.checkpoints import Checkpoints
 from jaxpar.config import ConfigError
 from jaxpar.models.hugging_face import has_weights, load_params
+from jaxpar.models.protocol import Params
 from jaxpar.models.weights import Source, check_params, given_params
 from jaxpar.program import Program
 from jaxpar.run.processes import raise_together
@@ -90,6 +92,21 @@ class RunState:
     def start(self) -> State:
         """Takes the state of step 0. Raises ConfigError if the weights do not fit."""
         self._state = self.restored = None
+        self._state = self._program.init(self._given())
+        return self._state
+
+    def reference(self, dtype: Any) -> Params:
+        """Another copy of the weights of step 0. Raises ConfigError as `start`."""
+        blueprint, shardings = self._program.blueprint, self._program.state_shardings["params"]
+
+        def cast(params: Params | None) -> Params:
+            params = blueprint.model.init(blueprint.config.actor.seed) if params is None else params
+            return jax.tree.map(lambda x: x.astype(dtype), params)
+
+        return jax.jit(cast, out_shardings=shardings)(self._given())
+
+    def _given(self) -> Params | None:
+        """The weights of step 0, float32; None if they are random numbers."""
         blueprint, params, problems = self._program.blueprint, None, list[str]()
         shapes, shardings = blueprint.model.shapes, self._program.state_shardings["params"]
         if self._params is not None:
@@ -100,8 +117,7 @@ class RunState:
             raise_together(problems)
         elif self._stored and blueprint.architecture:
             params = load_params(self._stored, blueprint.architecture, shapes, shardings)
-        self._state = self._program.init(params)
-        return self._state
+        return params
 
     def start_training(self, checkpoints: Checkpoints) -> tuple[dict[str, int] | None, list[str]]:
         """Takes the state from which training starts or goes on: of the checkpoint that `runner.resume_dir` names, else

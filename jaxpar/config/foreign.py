@@ -24,20 +24,20 @@ FOREIGN_KEYS: dict[str, frozenset[str]] = {
         prompt_key rollout_batch_size type unique_columns use_chat_template val_rollout_batch_size validation_shuffle
     """),
     "algorithm": _names("""
-        actor_agg_q actor_update_action_noise actor_weight_schedule adv_clip_max adv_type advantage_mode agg_q
+        actor_agg_q actor_update_action_noise actor_weight_schedule adv_clip_max advantage_mode agg_q
         backup_entropy bc_weight behave_weight_threshold bootstrap_type critic_actor_ratio
         critic_subsample_size critic_warmup_steps dagger demo_buffer down_sampling dropout_rate
         early_stop_imp_ratio enable_drq entropy_tuning entropy_type eval_rollout_epoch expectile
-        filter_rewards gae_lambda gamma group_size hidden_dims huber_delta importance_sampling_clip
+        filter_rewards hidden_dims huber_delta importance_sampling_clip
         importance_sampling_fix kl_penalty length_params logprob_forward_micro_batch_size logprob_type
-        loss_scales max_drift max_num_gen_batches n_minibatches nft_beta nft_clip_ratio nft_energy_reduction
+        loss_scales max_drift max_num_gen_batches nft_beta nft_clip_ratio nft_energy_reduction
         nft_gather_type nft_loss_form nft_target_space nft_tau nft_weight_mode nft_weight_scale
-        nft_xcur_source normalize_advantages num_updates_per_step q_head_type q_weight recompute_logprobs
-        recompute_v reference_dropout_prob reinpp_kl_beta replay_buffer reward_coef reward_type
+        nft_xcur_source num_updates_per_step q_head_type q_weight recompute_v reference_dropout_prob replay_buffer
+        reward_coef reward_type
         rewards_lower_bound rewards_upper_bound rlt_schedule rollout_batch_size_per_gpu rollout_epoch
-        rollout_store_size_per_rank shuffle_rollout staleness_threshold target_entropy target_update_freq
+        rollout_store_size_per_rank staleness_threshold target_entropy target_update_freq
         target_update_type tau temperature train_actor_steps training_batch_size_per_gpu update_epoch
-        use_critic use_fixed_reset_state_ids use_reinpp_baseline use_valid_token_scale use_value_loss
+        use_critic use_fixed_reset_state_ids use_valid_token_scale use_value_loss
         val_rollout_batch_size_per_gpu value_clip value_cliprange
     """),
     "algorithm.sampling_params": _names("""

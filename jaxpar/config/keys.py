@@ -227,6 +227,11 @@ class Tokenizer(Section):
 
 LossAggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 KlPenalty = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
+# The keys that jaxpar.Actor reads.
+ROLLOUTS = (
+    "adv_type", "group_size", "n_minibatches", "shuffle_rollout", "recompute_logprobs", "normalize_advantages", "gamma",
+    "gae_lambda", "reinpp_kl_beta", "use_reinpp_baseline",
+)  # fmt: skip
 # loss_type → the keys of `algorithm` that it reads
 LOSS_TYPES: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("z_loss", "label_smoothing"),
@@ -235,7 +240,7 @@ LOSS_TYPES: dict[str, tuple[str, ...]] = {
     "distillation": ("teacher_top_k", "distillation_alpha"),
     "actor": (
         "loss_agg_func", "ratio_clip_eps", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "clip_log_ratio_min",
-        "clip_log_ratio_max", "kl_beta", "kl_penalty_type", "calculate_entropy", "entropy_bonus", "sampling_params",
+        "clip_log_ratio_max", "kl_beta", "kl_penalty_type", "calculate_entropy", "entropy_bonus", "sampling_params", *ROLLOUTS,
     ),
 }  # fmt: skip
 
@@ -265,6 +270,18 @@ class Algorithm(Section):
     calculate_entropy: bool = False
     entropy_bonus: Number = 0.0  # in the loss if calculate_entropy is True
     sampling_params: SamplingParams = SamplingParams()
+    adv_type: Text = "grpo"  # grpo, gae, reinpp or raw
+    group_size: Count = 1  # answers to one prompt
+    n_minibatches: Count = 1  # optimizer steps for each batch of rollouts
+    shuffle_rollout: bool = False  # which rollouts are in which minibatch
+    recompute_logprobs: bool = True  # False: old_log_probs are those of the engine that sampled
+    normalize_advantages: bool = True  # of adv_type gae and raw
+    gamma: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)] = (
+        1.0  # gamma and gae_lambda: of gae with a critic
+    )
+    gae_lambda: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)] = 1.0
+    reinpp_kl_beta: Number = 0.0
+    use_reinpp_baseline: bool = False
 
 
 class Megatron(Section):

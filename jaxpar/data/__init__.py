@@ -1,7 +1,7 @@
 """Training data: documents → tokens → packed samples → global batches, in the same order on every layout."""
 
-from jaxpar.data.dynamic import DocumentCost
-from jaxpar.data.dynamic_loader import DocumentSource, build_dynamic_loader
+from jaxpar.data.dynamic import DocumentCost, plan_rows
+from jaxpar.data.dynamic_loader import DocumentSource, build_dynamic_loader, pack_row
 from jaxpar.data.loader import BatchLoader, BatchOrder, build_loader
 from jaxpar.data.packing import PackedSource, open_dataset, token_cache
 from jaxpar.data.text import DataError, documents
@@ -20,5 +20,7 @@ __all__ = [
     "documents",
     "load_tokenizer",
     "open_dataset",
+    "pack_row",
+    "plan_rows",
     "token_cache",
 ]

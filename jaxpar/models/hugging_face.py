@@ -6,7 +6,7 @@ https://huggingface.co/docs/safetensors.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,33 +93,56 @@ def save_params(path: str | Path, params: Params, architecture: Architecture, dt
       ConfigError: no Hugging Face family has this architecture.
     """
     config = _config_json(architecture, dtype)
-    folder, files, room = Path(path).expanduser(), list[list[tuple[_Parameter, int | None]]](), 0
-    for parameter in _parameters(params):
-        num_bytes = math.prod(parameter.stored_shape(architecture)) * jnp.dtype(dtype).itemsize
-        for layer in parameter.layers:
-            if not files or num_bytes > room:
-                files, room = [*files, []], MAX_FILE_BYTES
-            files[-1].append((parameter, layer))
-            room -= num_bytes
-    writes, weight_map = jax.process_index() == 0, dict[str, str]()
+    folder, weight_map = Path(path).expanduser(), dict[str, str]()
+    writes, buckets = jax.process_index() == 0, _buckets(params, architecture, dtype, MAX_FILE_BYTES)
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (WEIGHTS, INDEX):  # otherwise readers could find the old ones
             (folder / name).unlink(missing_ok=True)
-    for number, tensors in enumerate(files, 1):
-        file = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+    for number, bucket in enumerate(buckets, 1):
+        file = WEIGHTS if len(buckets) == 1 else f"model-{number:05}-of-{len(buckets):05}.safetensors"
         contents = dict[str, np.ndarray]()
-        for parameter, layer in tensors:
+        for parameter, layer in bucket:
             whole = _on_every_device(parameter.value, layer, dtype)
             if writes:
-                contents[parameter.pattern.format(layer)] = parameter.to_stored(np.asarray(whole), architecture)
+                name = parameter.pattern.format(layer)
+                contents[name] = np.ascontiguousarray(parameter.to_stored(np.asarray(whole), architecture))
         if writes:
             save_file(contents, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(contents, file)
     if writes:
-        if len(files) > 1:
+        if len(buckets) > 1:
             (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
         (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def export_params(
+    params: Params, architecture: Architecture, dtype: str, bucket_bytes: int
+) -> Iterator[dict[str, jax.Array]]:
+    """The tensors that `save_params` writes, whole on every device, in buckets of at most `bucket_bytes`; a larger tensor has a
+    bucket of its own. All processes must take all buckets."""
+    for bucket in _buckets(params, architecture, dtype, bucket_bytes):
+        yield {
+            parameter.pattern.format(layer): parameter.to_stored(
+                _on_every_device(parameter.value, layer, dtype), architecture
+            )
+            for parameter, layer in bucket
+        }
+
+
+def _buckets(
+    params: Params, architecture: Architecture, dtype: str, max_bytes: int
+) -> list[list[tuple["_Parameter", int | None]]]:
+    """The tensors, (parameter, layer), in buckets of at most `max_bytes` where tensors are not larger."""
+    buckets, room = list[list[tuple[_Parameter, int | None]]](), 0
+    for parameter in _parameters(params):
+        num_bytes = math.prod(parameter.stored_shape(architecture)) * jnp.dtype(dtype).itemsize
+        for layer in parameter.layers:
+            if not buckets or num_bytes > room:
+                buckets, room = [*buckets, []], max_bytes
+            buckets[-1].append((parameter, layer))
+            room -= num_bytes
+    return buckets
 
 
 @dataclass(frozen=True)
@@ -144,10 +167,10 @@ class _Parameter:
         sizes = self.sizes | {"v": architecture.vocab_size}  # without the padding
         return [math.prod(sizes[letter] for letter in word) for word in self.stored_dims]
 
-    def to_stored(self, value: np.ndarray, architecture: Architecture) -> np.ndarray:
+    def to_stored(self, value: Any, architecture: Architecture) -> Any:
         value = value.transpose([self.dims.index(letter) for letter in "".join(self.stored_dims)])
         value = value.reshape([math.prod(self.sizes[letter] for letter in word) for word in self.stored_dims])
-        return np.ascontiguousarray(value[tuple(map(slice, self.stored_shape(architecture)))])
+        return value[tuple(map(slice, self.stored_shape(architecture)))]
 
     def read(self, tensors: Mapping[str, Any], layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
         """A part of the parameter in float32, given its slice of each dimension; of one layer if it has layers."""

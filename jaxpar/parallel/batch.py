@@ -31,6 +31,7 @@ class BatchLayout:
       within_documents: whether tokens attend only to their own document (`data.reset_attention_mask`).
       inputs: what the model and the objective take for each token besides, {name: ShapeDtypeStruct of one token's}.
       problem: what the objective finds wrong with a whole batch, in a line, or None.
+      dynamic: batches may have fewer rows.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class BatchLayout:
         within_documents: bool = True,
         inputs: Mapping[str, jax.ShapeDtypeStruct] | None = None,
         problem: Callable[[Mapping[str, np.ndarray]], str | None] | None = None,
+        dynamic: bool = False,
     ):
         self.shape, self._within_documents, self._problem = (global_batch_size, seq_length), within_documents, problem
-        self._inputs = inputs or {}
+        self._inputs, self._dynamic = inputs or {}, dynamic
         self._mesh, self.sharding = mesh, NamedSharding(mesh, BATCH_SPEC)
         self.order = zigzag_order(seq_length, mesh.shape["cp"])
         slices = self.sharding.addressable_devices_indices_map(self.shape).values()
@@ -84,14 +86,21 @@ class BatchLayout:
 
     def resized(self, num_rows: int) -> "BatchLayout":
         """The same with `num_rows` rows on this process, and as many on each dp rank."""
-        rows = self.shape[0] * num_rows // len(self.rows)
+        return self._like(self.shape[0] * num_rows // len(self.rows), self._inputs)
+
+    def with_inputs(self, inputs: Mapping[str, jax.ShapeDtypeStruct]) -> "BatchLayout":
+        """The same with more arrays."""
+        return self._like(self.shape[0], {**self._inputs, **inputs}, dynamic=self._dynamic)
+
+    def _like(self, rows: int, inputs: Mapping[str, jax.ShapeDtypeStruct], *, dynamic: bool = False) -> "BatchLayout":
         return BatchLayout(
             rows,
             self.shape[1],
             self._mesh,
             within_documents=self._within_documents,
-            inputs=self._inputs,
+            inputs=inputs,
             problem=self._problem,
+            dynamic=dynamic,
         )
 
     def own_rows(
@@ -108,6 +117,9 @@ class BatchLayout:
             `loss_mask` has a weight that is negative or not finite or has too little weight in all, a document is in two
             parts, or documents are given that attention would ignore.
         """
+        rows = len(batch.get("tokens", ()))
+        if self._dynamic and 0 < rows < self.shape[0] and rows % self._mesh.shape["dp"] == 0:
+            return self._like(rows, self._inputs).own_rows(batch, trained=trained, optional=optional)
         if unknown := sorted(batch.keys() - DTYPES.keys() - self._inputs.keys()):
             raise ValueError(
                 f"batch: unknown keys {', '.join(unknown)}; known: {', '.join([*DTYPES, *self._inputs])}; a model or "
@@ -126,8 +138,9 @@ class BatchLayout:
                 _check_input(key, array, self._inputs[key], self.shape)
                 continue
             if array.shape != self.shape:
+                fewer = f", or fewer rows, a multiple of dp: {self._mesh.shape['dp']}" if self._dynamic else ""
                 raise ValueError(
-                    f"batch: {key} is {array.shape}, but a global batch has the shape (rows, tokens) {self.shape}"
+                    f"batch: {key} is {array.shape}, but a global batch has the shape (rows, tokens) {self.shape}{fewer}"
                 )
             _check_dtype(key, array.dtype)
         for key in ("tokens", "targets"):

@@ -274,13 +274,17 @@ class EmbeddingAndLoss:
         return jax.tree.map(lambda x: join_tokens(x, rank_and_size("sp")[1]), features)
 
     def _targets(self, batch: Batch) -> Targets:
-        candidates = self.asked.candidates if self.asked else None
-        return Targets(batch["targets"], batch[candidates] if candidates else None)
+        return Targets(batch["targets"], *(batch[name] for name in self._candidates))
+
+    @property
+    def _candidates(self) -> list[str]:
+        """The name of the candidates, if they are asked for."""
+        return [self.asked.candidates] if self.asked and self.asked.candidates else []
 
     def _split_tokens(self, x: jax.Array, batch: Batch) -> tuple[jax.Array, Batch]:
         """Splits both into parts of the tokens, [parts, ...]. (sp splits x, but not the batch.)"""
         ways = batch["tokens"].shape[1] // x.shape[1]
-        own = {"targets", "weights", "counts", *self.loss_of.keys} & batch.keys()
+        own = {"targets", "weights", "counts", *self._candidates, *self.loss_of.keys} & batch.keys()
         needed = {name: split_tokens(batch[name], self.token_parts, ways) for name in sorted(own)}
         return split_tokens(x, self.token_parts, 1), needed
 

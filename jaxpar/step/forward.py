@@ -49,7 +49,7 @@ def build_statistics(setup: StepSetup, asked: Asked) -> Callable[[Params, Batch]
     def local(params: Params, batch: Batch) -> TokenStatistics:
         weighted = {**batch, "weights": batch["loss_mask"]}
         found = _run_forward(setup, params, weighted, lambda ends: ends.features, asked=asked)
-        return jax.tree.map(lambda x: x.reshape(batch["tokens"].shape), found)
+        return jax.tree.map(lambda x: x.reshape(*batch["tokens"].shape, *x.shape[3:]), found)
 
     on_mesh = setup.on_mesh(local, BATCH_SPEC)
 
