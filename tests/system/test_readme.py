@@ -36,6 +36,17 @@ def cases(*kinds: str) -> list:
     return [pytest.param(line, id=line.replace("jaxpar ", "")[:60]) for line in found]
 
 
+def compiling_cases() -> list:
+    """Those of the first README are slow. The others give the tables of folders' READMEs: exhaustive."""
+    first = {line for file, line in COMMANDS if file == "README.md"}
+    return [
+        pytest.param(
+            *case.values, id=case.id, marks=pytest.mark.slow if case.values[0] in first else pytest.mark.exhaustive
+        )
+        for case in cases("jaxpar compile", "jaxpar bench")
+    ]
+
+
 HERE = {
     "jaxpar train", "jaxpar mesh", "jaxpar schedule", "jaxpar checkpoint", "jaxpar compile", "jaxpar bench", "jaxpar check",
     "pytest", "pip", "python", "pre-commit", "git",
@@ -67,9 +78,8 @@ def test_commands_that_end_at_once(command):
     run_jaxpar(command)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)  # several layouts in one command
-@pytest.mark.parametrize("command", cases("jaxpar compile", "jaxpar bench"))
+@pytest.mark.parametrize("command", compiling_cases())
 def test_commands_that_compile(command):
     """As written, except that `jaxpar bench` measures a single step on short sequences."""
     result = run_jaxpar(command + (" runner.seq_length=64 --steps 1" if "bench" in command else ""))
