@@ -21,11 +21,13 @@ from jaxpar.models import Decoder, FunctionalModel, UserModel
 from jaxpar.models.flops import flops_coefficients, model_flops_per_token
 from jaxpar.models.functional import METRICS
 from jaxpar.models.split_check import check_split_sequence
+from jaxpar.models.trainable import Trainable, trained_mask
 from jaxpar.objectives import Objective, UserObjective, as_objective, check_objective
 from jaxpar.objectives.from_config import objective_of
 from jaxpar.parallel.mesh import cross_host_warning
 from jaxpar.parallel.placement import LayerPlacement
 from jaxpar.parallel.sharding import layout_tree
+from jaxpar.parallel.trained import trained_layouts
 from jaxpar.pipeline.loss import Loss
 from jaxpar.pipeline.schedule import Schedule, ScheduleError, build_schedule
 from jaxpar.step.loss_scale import DynamicLossScale
@@ -45,6 +47,7 @@ class Blueprint:
         Default: the built-in decoder with the config's architecture.
       objective: a `jaxpar.Objective`, or a function (`jaxpar.TokenStatistics`, batch) → losses. Default: what the config's
         section `algorithm` names.
+      trainable: what is trained, see `jaxpar.models.trainable`. Default: what the config says, else everything.
     """
 
     def __init__(
@@ -54,9 +57,10 @@ class Blueprint:
         model: UserModel | None = None,
         *,
         objective: UserObjective | None = None,
+        trainable: Trainable | None = None,
     ):
         self.config, self.num_devices = config, num_devices
-        self._user_model, self.user_objective = model, objective
+        self._user_model, self.user_objective, self.user_trainable = model, objective, trainable
 
     def check(self) -> None:
         """Raises ConfigError with every problem that stands in the way of training."""
@@ -136,8 +140,21 @@ class Blueprint:
 
     @cached_property
     def num_params(self) -> int:
-        """How many numbers are trained, the padding of the vocabulary included."""
+        """How many numbers the parameters have, the padding of the vocabulary and frozen ones included."""
         return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.model.shapes))
+
+    @property
+    def num_trained(self) -> int:
+        """How many of them are trained."""
+        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(trained_layouts(self.param_layouts)))
+
+    @cached_property
+    def trained(self) -> Any:
+        """A tree like the parameters, with True at the trained ones."""
+        if self.user_trainable is not None:
+            return trained_mask(self.model, self.user_trainable, "trainable")
+        patterns = self.config.actor.optim.trainable
+        return trained_mask(self.model, ["*"] if patterns is None else patterns, "actor.optim.trainable")
 
     @cached_property
     def vocab_size(self) -> int:
@@ -164,6 +181,8 @@ class Blueprint:
             zero_stage=self.config.zero_stage,
             num_chunks=self.num_chunks,
             num_layers=self.model.num_layers,
+            trained=self.trained,
+            frozen_dtype=self.compute_dtype,
         )
 
     def schedule_of(self, rows: int) -> Schedule:
@@ -187,7 +206,7 @@ class Blueprint:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        return build_optimizer(self.config, self.param_layouts)
+        return build_optimizer(self.config, trained_layouts(self.param_layouts))
 
     @property
     def learning_rate(self) -> optax.Schedule:

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpar.blueprint import DTYPES, Blueprint, UserModel
 from jaxpar.config import Config, ConfigError
+from jaxpar.models.trainable import Trainable
 from jaxpar.objectives import UserObjective, check_independence
 from jaxpar.parallel.batch import BatchLayout
 from jaxpar.parallel.mesh import build_mesh
@@ -30,7 +31,7 @@ class Program:
     Args:
       config: from `jaxpar.load_config`.
       devices: all devices of the run, in the order of their hosts.
-      model, objective: as in `jaxpar.blueprint.Blueprint`.
+      model, objective, trainable: as in `jaxpar.blueprint.Blueprint`.
 
     Attributes:
       blueprint: what the config means on so many devices.
@@ -42,7 +43,7 @@ class Program:
         `jaxpar.step.loss_and_grads.build_loss_metrics_and_grads`.
       evaluate: jitted (params, batch) → the loss without gradients, see `jaxpar.step.forward.build_evaluate`.
       statistics: jitted (params, batch, asked) → the statistics of tokens, see `build_statistics` there.
-      init: jitted (params or None) → the state before the first step.
+      init: jitted (params or None, or with None for some) → the state before the first step, see `init_state`.
       attention_choices: once a program is traced, what computes the blocks of attention → why.
 
     Raises:
@@ -56,8 +57,9 @@ class Program:
         model: UserModel | None = None,
         *,
         objective: UserObjective | None = None,
+        trainable: Trainable | None = None,
     ):
-        self.blueprint = blueprint = Blueprint(config, len(devices), model, objective=objective)
+        self.blueprint = blueprint = Blueprint(config, len(devices), model, objective=objective, trainable=trainable)
         blueprint.check()
         _check_backend(config, devices[0].platform)
         if objective is not None:  # the shipped ones are tested
@@ -93,7 +95,9 @@ class Program:
             donate_argnums=0,
         )
         self.init = jax.jit(
-            lambda params: init_state(blueprint.model, optimizer, config.actor.seed, params, loss_scale),
+            lambda params: init_state(
+                blueprint.model, optimizer, config.actor.seed, params, loss_scale, param_layouts=blueprint.param_layouts
+            ),
             out_shardings=self.state_shardings,
             donate_argnums=0,
         )

@@ -16,6 +16,7 @@ from jaxpar.measure.check import compare_with_one_device
 from jaxpar.measure.check_report import CheckReport, LayoutError
 from jaxpar.models import UserModel
 from jaxpar.models.assembled import assemble
+from jaxpar.models.trainable import Trainable
 from jaxpar.models.weights import Source
 from jaxpar.objectives import Asked, TokenStatistics, UserObjective
 from jaxpar.program import Program
@@ -47,6 +48,8 @@ class Trainer:
         first needed. A checkpoint that `runner.resume_dir` finds wins over them.
       objective: a `jaxpar.Objective`, or a function (`jaxpar.TokenStatistics`, batch) → losses [batch, seq]. Default: what the
         config's section `algorithm` names, next-token cross-entropy if it names nothing.
+      trainable: what is trained: patterns of paths, such as "head/*", or a filter of nnx, such as `nnx.LoRAParam`; see
+        `jaxpar.models.trainable.trained_mask`. Default: actor.optim.trainable, else everything. The rest is frozen.
       replace_stored: take `params` although the folder actor.model.model_path has weights too.
 
     Attributes:
@@ -63,11 +66,12 @@ class Trainer:
         params: Source | None = None,
         *,
         objective: UserObjective | None = None,
+        trainable: Trainable | None = None,
         replace_stored: bool = False,
     ):
         self.config = config
         runtime.start(config)
-        self.program = Program(config, runtime.devices(config), model, objective=objective)
+        self.program = Program(config, runtime.devices(config), model, objective=objective, trainable=trainable)
         params = self.program.blueprint.model.own_params if params is None else params
         self._run_state = RunState(self.program, params, replace_stored=replace_stored)
 

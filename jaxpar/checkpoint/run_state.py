@@ -91,7 +91,7 @@ class RunState:
         """Takes the state of step 0. Raises ConfigError if the weights do not fit."""
         self._state = self.restored = None
         blueprint, params, problems = self._program.blueprint, None, list[str]()
-        shapes, shardings = blueprint.model.shapes, self._program.state_shardings["params"]
+        shapes, shardings = self._program.state_shapes["params"], self._program.state_shardings["params"]
         if self._params is not None:
             try:
                 params = given_params(self._params, shapes, shardings, blueprint.model.period)

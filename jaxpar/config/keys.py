@@ -195,6 +195,7 @@ class Optim(Section):
     adam_eps: Positive = 1e-8
     weight_decay: Number = 0.01
     clip_grad: Number | None = 1.0  # global norm; 0 or null: off
+    trainable: Paths | None = None  # ours: patterns of the paths of the parameters to train, such as head/*; null: all
     use_distributed_optimizer: bool = True  # ZeRO: optimizer state is split over dp and cp
     zero_stage: Literal[0, 1, 2, 3] | None = None  # ours; null: 1, or 0 without use_distributed_optimizer
     # Gather a layer's parameters (ZeRO-3) while the previous layer computes, and reduce its gradients (ZeRO-2 and 3)
