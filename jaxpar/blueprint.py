@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import AbstractMesh
 
 from jaxpar.attention import AttentionSettings, Backend
 from jaxpar.backward.recompute import Recompute
 from jaxpar.config import Architecture, Config, ConfigError, MeshSizes, checks
 from jaxpar.config.keys import RECOMPUTE_MODULES
+from jaxpar.config.lora import Lora
 from jaxpar.models import Decoder, FunctionalModel, UserModel
 from jaxpar.models.flops import flops_coefficients, model_flops_per_token
 from jaxpar.models.functional import METRICS
@@ -101,7 +103,13 @@ class Blueprint:
                 "actor.model: describes no model: give model_path (a Hugging Face folder) or hidden_size, "
                 "intermediate_size, num_hidden_layers, num_attention_heads, …, or Trainer(config, model=…)"
             )
-        return FunctionalModel(Decoder(self.architecture, tp_comm_overlap=self.config.actor.model.tp_comm_overlap))
+        decoder = Decoder(self.architecture, self.lora, tp_comm_overlap=self.config.actor.model.tp_comm_overlap)
+        return FunctionalModel(decoder)
+
+    @cached_property
+    def lora(self) -> Lora | None:
+        """The adapters of the built-in decoder, if it has any."""
+        return self.config.lora() if self._user_model is None else None
 
     @property
     def user_model(self) -> UserModel | None:
@@ -154,7 +162,9 @@ class Blueprint:
         if self.user_trainable is not None:
             return trained_mask(self.model, self.user_trainable, "trainable")
         patterns = self.config.actor.optim.trainable
-        return trained_mask(self.model, ["*"] if patterns is None else patterns, "actor.optim.trainable")
+        if patterns is None:
+            return trained_mask(self.model, nnx.LoRAParam if self.lora else "*", "actor.model.is_lora")
+        return trained_mask(self.model, patterns, "actor.optim.trainable")
 
     @cached_property
     def vocab_size(self) -> int:
