@@ -260,17 +260,26 @@ class Blueprint:
         and how many tokens it may attend to (None: all before it). For a user's own model an estimate, with attention as
         wide as its "embed" dimension."""
         if self.architecture:
-            return *flops_coefficients(self.architecture, self.num_params), self.architecture.sliding_window
+            coefficients = flops_coefficients(self.architecture, self.num_params, num_frozen=self._num_frozen)
+            return *coefficients, self.architecture.sliding_window
         layers = jax.tree.leaves(self.param_layouts["layers"])
         width = next((x.shape[x.dims.index("embed")] for x in layers if "embed" in x.dims), 0)
-        return 6 * self.num_params, 6 * self.model.num_layers * width, None
+        return 6 * self.num_params - 2 * self._num_frozen, 6 * self.model.num_layers * width, None
 
     @property
     def flops_per_token(self) -> float | None:
         """Useful FLOPs of a step for each token (`jaxpar.models.flops`); None for a user's own model."""
         if self.architecture is None:
             return None
-        return model_flops_per_token(self.architecture, self.num_params, self.config.row_length)
+        length = self.config.row_length
+        return model_flops_per_token(self.architecture, self.num_params, length, num_frozen=self._num_frozen)
+
+    @property
+    def _num_frozen(self) -> int:
+        """How many numbers of matrix products are frozen. A token embedding that is only looked up is none."""
+        lookups = {"embed/table"} if self.architecture and not self.architecture.tie_word_embeddings else set()
+        frozen = [x for x in jax.tree.leaves(self.param_layouts) if not x.trained and x.name not in lookups]
+        return sum(int(np.prod(x.shape)) for x in frozen)
 
     @property
     def warnings(self) -> list[str]:

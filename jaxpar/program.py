@@ -1,7 +1,8 @@
 """A blueprint on given devices: the jitted functions of a run, a benchmark, or a compile for devices that are not here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -9,8 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpar.blueprint import DTYPES, Blueprint, UserModel
 from jaxpar.config import Config, ConfigError
+from jaxpar.models.lora import merged, without_adapters
+from jaxpar.models.protocol import Params
 from jaxpar.models.trainable import Trainable
-from jaxpar.objectives import UserObjective, check_independence
+from jaxpar.objectives import Asked, TokenStatistics, UserObjective, check_independence
 from jaxpar.parallel.batch import BatchLayout
 from jaxpar.parallel.mesh import build_mesh
 from jaxpar.step import (
@@ -101,6 +104,25 @@ class Program:
             out_shardings=self.state_shardings,
             donate_argnums=0,
         )
+
+    def statistics_of(
+        self, params: Params, batch: Mapping[str, Any], temperature: float | None, *, entropy: bool
+    ) -> TokenStatistics:
+        """As `jaxpar.Trainer.statistics`, of these parameters."""
+        layout, objective = self.batch_layout, self.blueprint.objective
+        asked = Asked(entropy, temperature=objective.temperature if temperature is None else temperature)
+        optional = objective.inputs.keys() - self.blueprint.model.inputs.keys()
+        rows = layout.put_on_mesh(layout.own_rows(batch, trained=False, optional=optional))
+        return self.statistics(params, {key: x for key, x in rows.items() if key not in optional}, asked)
+
+    def merged(self, params: Params) -> Params:
+        """Copies of the parameters, float32, with adapters folded into their matrices, see `jaxpar.models.lora.merged`."""
+        lora, shardings = self.blueprint.lora, self.state_shardings["params"]
+        fold = jax.jit(
+            lambda params: merged(params, lora.scale if lora else 1),
+            out_shardings=without_adapters(shardings) if lora else shardings,
+        )
+        return fold(params)
 
     @property
     def dp_ranks(self) -> list[int]:

@@ -12,13 +12,13 @@ from jaxpar.attention import choice_lines
 from jaxpar.checkpoint.checkpoints import Checkpoints
 from jaxpar.checkpoint.run_state import RunState, warn
 from jaxpar.config import Config, ConfigError
-from jaxpar.measure.check import compare_with_one_device
-from jaxpar.measure.check_report import CheckReport, LayoutError
+from jaxpar.measure.check import check_layout
+from jaxpar.measure.check_report import CheckReport
 from jaxpar.models import UserModel
 from jaxpar.models.assembled import assemble
 from jaxpar.models.trainable import Trainable
 from jaxpar.models.weights import Source
-from jaxpar.objectives import Asked, TokenStatistics, UserObjective
+from jaxpar.objectives import TokenStatistics, UserObjective
 from jaxpar.program import Program
 from jaxpar.run import runtime
 from jaxpar.run.datasets import open_evaluation, open_training_data
@@ -130,7 +130,7 @@ class Trainer:
 
         Returns:
           (loss, grads): the loss in nats per token, float32, the mean over the whole global batch weighted by the mask;
-          grads is a float32 tree like `trainer.state["params"]`.
+          grads is a float32 tree like `trainer.state["params"]`, with None at frozen ones.
 
         Raises:
           ValueError: the batch is wrong, see `jaxpar.parallel.batch.BatchLayout.own_rows`.
@@ -154,13 +154,7 @@ class Trainer:
           ConfigError: one device has too little memory.
           ValueError: the batch is wrong, as in `loss_and_grads`.
         """
-        devices, own = runtime.devices(self.config), self.program.blueprint
-        report = compare_with_one_device(self.config, devices, own.user_model, batch, objective=own.user_objective)
-        if not report.passed:
-            raise LayoutError(report)
-        if jax.process_index() == 0:
-            print("\n".join(report.lines()))
-        return report
+        return check_layout(self.program.blueprint, runtime.devices(self.config), batch)
 
     def log_probs(self, batch: Mapping[str, Any], temperature: float | None = None) -> Float[Array, "global_batch seq"]:
         """log p(target) of each token, float32, in nats; as `statistics`."""
@@ -176,13 +170,7 @@ class Trainer:
           batch: as in `loss_and_grads`; all of it may be masked, and what the objective takes besides may be missing.
           temperature: divides the logits. Default: the objective's.
         """
-        blueprint, layout = self.program.blueprint, self.program.batch_layout
-        objective = blueprint.objective
-        asked = Asked(entropy, temperature=objective.temperature if temperature is None else temperature)
-        optional = objective.inputs.keys() - blueprint.model.inputs.keys()
-        rows = layout.put_on_mesh(layout.own_rows(batch, trained=False, optional=optional))
-        needed = {key: x for key, x in rows.items() if key not in optional}
-        return self.program.statistics(self.state["params"], needed, asked)
+        return self.program.statistics_of(self.state["params"], batch, temperature, entropy=entropy)
 
     def train_step(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Takes one optimizer step.
@@ -209,6 +197,11 @@ class Trainer:
           `jaxpar.models.assembled.Assembled`: `module(tokens)` gives logits [batch, seq, vocab].
         """
         return assemble(self.program.blueprint.model, self.state["params"])
+
+    def merged_params(self) -> Any:
+        """Copies of the current parameters, float32, like those of the model without LoRA: the adapters (`is_lora`) are folded
+        into their matrices. `jaxpar.models.hugging_face.save_params` takes them."""
+        return self.program.merged(self.state["params"])
 
     def fit(self, profile: Steps | None = None) -> None:
         """Trains from the start, or from the checkpoint that `runner.resume_dir` names, to `max_steps` or `max_epochs`.

@@ -108,6 +108,13 @@ def merged(params: Params, scale: float) -> Params:
     return fold(params)
 
 
+def only_adapters(tree: Any, inside: bool = False) -> Any:
+    """A tree like the parameters, with None at everything that is no adapter."""
+    if not isinstance(tree, dict):
+        return tree if inside else None
+    return {name: only_adapters(below, inside or name == ADAPTERS) for name, below in tree.items()}
+
+
 def without_adapters(tree: Any) -> Any:
     """A tree like the parameters, without its adapters."""
     if not isinstance(tree, dict):
