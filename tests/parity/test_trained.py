@@ -1,18 +1,39 @@
 """Training a part of the parameters: the same gradients and steps as on one device, and nothing for the frozen ones."""
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import user_models
 from flax import nnx
 from runs import QUICKSTART, SMALL, fit, layout
-from support import DECODER, Step, assert_parity, decoder_case, relative_error, slow
+from safetensors.numpy import load_file
+from support import (
+    DECODER,
+    QUICK,
+    Case,
+    Step,
+    assert_parity,
+    equal_trees,
+    make_batch,
+    random_params,
+    reference,
+    relative_error,
+    slow,
+)
 
 import jaxpar
-from jaxpar.models import FunctionalModel
+from jaxpar.attention import reference_attention
+from jaxpar.checkpoint.checkpoints import Checkpoints
+from jaxpar.config.lora import Lora
+from jaxpar.models import Decoder, FunctionalModel, TokenInfo
+from jaxpar.models.lora import merged
+from jaxpar.models.peft import save_adapters
 from jaxpar.models.trainable import trained_mask
 from jaxpar.models.weights import named_params
 from jaxpar.parallel.trained import partition
@@ -39,20 +60,30 @@ def like(model: FunctionalModel, patterns: list[str]) -> tuple[object, object]:
     return mask, jax.tree.map(lambda is_trained: is_trained or None, mask)
 
 
+@functools.cache
+def lora_case() -> Case:
+    """The decoder with adapters of all matrices, none of which is zero."""
+    model = FunctionalModel(Decoder(DECODER, Lora(4, 8.0)))
+    params, rows = random_params(model), make_batch()
+    return Case(model, params, rows, *reference(model, params, rows))
+
+
 @pytest.mark.parametrize(
     ("sizes", "options", "patterns"),
     [
-        ((2, 2, 1, 2, 2), dict(schedule="zb1p", zero_stage=3), ["layers/*/query", "*/norm/scale", "embed/*"]),
+        ((2, 2, 1, 2, 2), dict(schedule="zb1p", zero_stage=3), ["*/lora/*", "*/norm/scale", "embed/*"]),
         *slow(
-            ((2, 1, 2, 1, 1), dict(zero_stage=2), ["layers/mlp/down", "head/weight"]),
+            ((2, 1, 2, 2, 1), dict(zero_stage=1), ["*/lora/*"]),
+            ((2, 1, 2, 1, 1), dict(zero_stage=2), ["layers/mlp/down", "head/weight", "*/a"]),
             ((1, 2, 2, 1, 2), dict(num_chunks=2, schedule="interleaved_1f1b"), ["layers/attention/*"]),
             ((2, 2, 2, 1, 1), dict(zero_stage=0), ["head/*"]),
             ((2, 1, 1, 2, 2), dict(zero_stage=3), ["head/norm/*"]),
+            ((1, 1, 8, 1, 1), dict(zero_stage=0), ["*/lora/*"]),  # kv heads are repeated
         ),
     ],
 )
 def test_gradients_of_some_parameters(sizes, options, patterns):
-    case = decoder_case(DECODER)
+    case = lora_case()
     mask, some = like(case.model, patterns)
     step = Step(case.model, sizes, trained=mask, **options)
     loss, grads = step(case.params, case.batch)
@@ -60,21 +91,18 @@ def test_gradients_of_some_parameters(sizes, options, patterns):
     assert_parity(loss, grads, case.loss, partition(case.grads, some)[0])
 
 
-def products(step: Step) -> int:
-    """Matrix products in the program's text, counted once in a loop."""
-    return str(step.jaxpr).count("dot_general[")
-
-
 def test_frozen_weights_have_no_products_of_their_own():
-    model, sizes, options = decoder_case(DECODER).model, (1, 2, 1, 1, 1), dict(schedule="zb1p")
+    model = FunctionalModel(Decoder(DECODER))
+
+    def products(*patterns: str) -> int:
+        """In the program's text, where those of a loop stand once."""
+        mask, _ = like(model, list(patterns))
+        return str(Step(model, (1, 1, 1, 1, 1), trained=mask).jaxpr).count("dot_general[")
+
     matrices = 7  # of a layer: query, key, value, output, gate, up, down
-    all_of_them = products(Step(model, sizes, **options))
-    mask, _ = like(model, ["layers/*norm/scale", "head/*", "embed/*"])
-    assert products(Step(model, sizes, trained=mask, **options)) == all_of_them - matrices
+    assert products("layers/*norm/scale", "head/*", "embed/*") == products("*") - matrices
     # Nothing goes back through the layers if only the head is trained.
-    head, _ = like(model, ["head/*"])
-    names = [str(Step(model, sizes, trained=which, **options).jaxpr) for which in (mask, head)]
-    assert names[1].count("dot_general[") < names[0].count("dot_general[") - 2 * matrices
+    assert products("head/*") < products("*") - 2 * matrices
 
 
 @pytest.fixture(scope="module", params=["lora", "head"])
@@ -94,11 +122,13 @@ def ten_steps(run: jaxpar.Trainer) -> tuple[np.ndarray, dict]:
     return np.array([[float(m["loss"]), float(m["grad_norm"])] for m in metrics]), after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "more"),
     [
         ("two", "actor.optim.zero_stage=3"),
-        *slow(("all", "actor.optim.zero_stage=1"), ("pp4-tp2", "actor.model.pipeline_schedule=zb1p")),
+        ("all", "actor.optim.zero_stage=1"),
+        ("pp4-tp2", "actor.model.pipeline_schedule=zb1p"),
     ],
 )
 def test_ten_steps_equal_one_device(one_device, where, more):
@@ -112,7 +142,8 @@ def test_ten_steps_equal_one_device(one_device, where, more):
 RESUME = ["runner.resume_dir=auto", "runner.save_interval=5", "actor.lr_sched.lr_decay_iters=10", *SMALL, *LORA]
 
 
-@pytest.mark.parametrize("precision", ["bf16", *slow("fp32")])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_run_goes_on_on_another_layout(tmp_path, precision):
     """Five and five steps are ten steps. In bf16, frozen parameters are saved in bf16, and keep their bits."""
     run = [*RESUME, f"actor.model.precision={precision}"]
@@ -137,8 +168,8 @@ def test_a_run_goes_on_on_another_layout(tmp_path, precision):
 class LoraBlock(user_models.Block):
     """A user's block with adapters of nnx beside the MLP."""
 
-    def __init__(self, rngs: nnx.Rngs):
-        super().__init__(rngs)
+    def __init__(self, rngs: nnx.Rngs, attention: Any):
+        super().__init__(rngs, attention)
         named = lambda *dims: dict(out_sharding=dims)  # noqa: E731
         self.lora_up = nnx.LoRA(
             user_models.EMBED, 4, user_models.MLP, rngs=rngs, b_initializer=nnx.initializers.normal(0.1),
@@ -154,23 +185,70 @@ class LoraBlock(user_models.Block):
 
 class LoraGPT(user_models.GPT):
     def block(self, rngs: nnx.Rngs):
-        return LoraBlock(rngs)
+        return LoraBlock(rngs, self.attention)
 
 
-def test_lora_of_nnx_in_a_users_model():
-    results = []
-    for where in ("one", "two"):
-        run = trainer(*layout(where), model=LoraGPT(), trainable=nnx.LoRAParam)
-        loss, grads = run.loss_and_grads({key: x % 256 for key, x in batch(0).items()})
-        assert set(named_params(grads)) == {"layers/lora_up/lora_a", "layers/lora_up/lora_b"}
-        results.append(jax.tree.map(np.asarray, (loss, grads)))
-    assert_parity(*results[1], *results[0])
+@pytest.mark.parametrize("sizes", [(2, 1, 2, 1, 1), *slow((1, 2, 2, 2, 2))])
+def test_lora_of_nnx_in_a_users_model(sizes):
+    model, rows = FunctionalModel(LoraGPT()), make_batch()
+    params = random_params(model)
+    mask = trained_mask(model, nnx.LoRAParam, "test")
+    loss, grads = Step(model, sizes, trained=mask)(params, rows)
+    assert set(named_params(grads)) == {"layers/lora_up/lora_a", "layers/lora_up/lora_b"}
+    expected_loss, expected = reference(
+        FunctionalModel(LoraGPT(reference_attention)), params, rows, vocab=user_models.VOCAB
+    )
+    assert_parity(loss, grads, expected_loss, partition(expected, grads)[0])
 
 
-def test_merged_parameters_are_those_of_a_model_without_adapters(tmp_path):
+def test_a_checkpoint_with_frozen_parameters(tmp_path):
+    """They are saved in bf16, moments are those of the adapters, and another layout reads them."""
+    runs = [
+        trainer(
+            f"runner.output_dir={tmp_path}",
+            "runner.resume_dir=auto",
+            "actor.model.precision=bf16",
+            *LORA,
+            *layout(name),
+        )
+        for name in ("zero3", "pp4-tp2")
+    ]
+    state = runs[0].program.init(None)
+    checkpoints = Checkpoints(runs[0].config)
+    checkpoints.save(3, state, 0)
+    checkpoints.wait()
+    manifest = json.loads((tmp_path / "quickstart/checkpoints/global_step_3/manifest.json").read_text())["tree"]
+    assert manifest["params/layers/mlp/up"] == "bfloat16[4,32,48]"
+    assert manifest["params/layers/mlp/lora/up/a"] == "float32[4,32,4]"
+    moments = [name for name in manifest if name.startswith("opt_state") and "/mu/" in name]
+    assert moments and all("/lora/" in name for name in moments)
+    assert runs[1].restore() == 0  # the step that the state counts
+    assert equal_trees(runs[1].state, state)
+
+
+def test_merged_parameters_give_the_same_logits():
+    case, tokens = lora_case(), make_batch()["tokens"][:1]
+    info = TokenInfo(make_batch()["positions"][:1], None)
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def logits(model: FunctionalModel, params: dict) -> jax.Array:
+        x = model.embed(params, tokens, info)
+        for layer in range(model.num_layers):
+            x = model.block(jax.tree.map(lambda p, i=layer: p[i], params["layers"]), x, info)
+        return model.head(params, x)
+
+    plain = FunctionalModel(Decoder(DECODER))
+    found = merged(case.params, 2.0)
+    assert jax.tree.structure(found) == jax.tree.structure(plain.shapes)
+    assert relative_error(logits(plain, found), logits(case.model, case.params)) < 1e-5
+    # New adapters change nothing, and the other weights do not know of them.
+    with_adapters, without = (jax.jit(model.init, compiler_options=QUICK)(3) for model in (case.model, plain))
+    assert equal_trees(merged(with_adapters, 2.0), without)
+
+
+@pytest.mark.slow
+def test_merged_parameters_of_a_trainer():
     run, plain = trainer(*layout("dp4"), *LORA), trainer(*layout("dp4"))
-    for name, x in named_params(plain.state["params"]).items():  # the other weights do not know of adapters
-        np.testing.assert_array_equal(x, named_params(run.state["params"])[name], err_msg=name)
     for step in range(3):
         run.train_step(batch(step))
     given = run.merged_params()
@@ -182,38 +260,31 @@ def test_merged_parameters_are_those_of_a_model_without_adapters(tmp_path):
 
 
 def test_adapters_in_the_format_of_peft(tmp_path: Path):
-    """Written, read by its definition, W + B A · alpha / r, and by another run."""
-    from safetensors.numpy import load_file
-
-    from jaxpar.models.peft import save_adapters
-
-    run = trainer(*layout("dp4"), *LORA, "actor.model.lora_target_modules=[o_proj,k_proj,up_proj]")
-    run.train_step(batch(0))
-    blueprint = run.program.blueprint
-    save_adapters(tmp_path, run.state["params"], blueprint.architecture, blueprint.lora)
+    """Written, read by its definition, W + B A · alpha / r, and by a run."""
+    settings = ["actor.model.is_lora=True", f"actor.model.lora_path={tmp_path}", *layout("two")]
+    config = jaxpar.load_config(QUICKSTART, SMALL)
+    lora = Lora(4, 8.0, ("k_proj", "o_proj", "up_proj"))
+    params = random_params(FunctionalModel(Decoder(config.architecture(), lora)))
+    save_adapters(tmp_path, jax.tree.map(jnp.asarray, params), config.architecture(), lora)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == [
-        "k_proj",
-        "o_proj",
-        "up_proj",
-    ]
-    before, after = (named_params(p) for p in (trainer(*layout("dp4")).state["params"], run.merged_params()))
-    for name, stored in (
-        ("attention/output", "self_attn.o_proj"),
-        ("attention/key", "self_attn.k_proj"),
-        ("mlp/up", "mlp.up_proj"),
-    ):
-        prefix = f"base_model.model.model.layers.2.{stored}"
-        a, b = (tensors[f"{prefix}.lora_{letter}.weight"] for letter in "AB")
-        change = np.asarray(after[f"layers/{name}"] - before[f"layers/{name}"])[2]
-        inputs = a.shape[1]
-        assert a.shape[0] == b.shape[1] == 4 and relative_error(change.reshape(inputs, -1).T, b @ a * 2) < 1e-4
-    other = trainer(*layout("two"), "actor.model.is_lora=True", f"actor.model.lora_path={tmp_path}")
-    assert other.program.blueprint.lora == blueprint.lora
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (stored["r"], stored["lora_alpha"], stored["target_modules"]) == (4, 8, ["k_proj", "o_proj", "up_proj"])
+    before, after = named_params(params), named_params(merged(params, lora.scale))
+    names = {"attention/output": "self_attn.o_proj", "attention/key": "self_attn.k_proj", "mlp/up": "mlp.up_proj"}
+    assert len(tensors) == len(names) * 2 * config.architecture().num_hidden_layers
+    for name, theirs in names.items():
+        a, b = (tensors[f"base_model.model.model.layers.2.{theirs}.lora_{letter}.weight"] for letter in "AB")
+        change = np.asarray(after[f"layers/{name}"] - before[f"layers/{name}"])[2].reshape(a.shape[1], -1)
+        assert a.shape[0] == b.shape[1] == 4 and relative_error(change.T, b @ a * 2) < 1e-5
+    run = trainer(*settings)
+    assert run.program.blueprint.lora == lora
     for name, x in named_params(run.state["params"]).items():
-        np.testing.assert_array_equal(x, named_params(other.state["params"])[name], err_msg=name)
+        assert np.array_equal(x, before[name]) == ("/lora/" in name), name
     with pytest.raises(jaxpar.ConfigError, match=r"lora_rank: 8, but .* has r 4: remove the key"):
-        trainer("actor.model.is_lora=True", f"actor.model.lora_path={tmp_path}", "actor.model.lora_rank=8")
+        trainer(*settings, "actor.model.lora_rank=8")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**stored, "use_dora": True}))
+    with pytest.raises(jaxpar.ConfigError, match=r"lora_path: .*adapter_config.json: use_dora True is not supported"):
+        trainer(*settings)
 
 
 @pytest.mark.parametrize(
