@@ -252,7 +252,9 @@ def parameter_table(layouts: Any, mesh_shape: Mapping[str, int]) -> Table:
     count = sum(math.prod(layout.shape) for layout in layouts)
     total = sum(layout.bytes_per_device(mesh_shape) for layout in layouts)
     table.add_section()
-    table.add_row("all", f"{count:,} numbers", "", "", "", f"{total:,}")
+    trained = sum(math.prod(layout.shape) for layout in layouts if layout.trained)
+    some = f", {trained:,} trained" if trained < count else ""
+    table.add_row("all", f"{count:,} numbers{some}", "", "", "", f"{total:,}")
     return table
 
 
