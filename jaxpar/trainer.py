@@ -115,8 +115,10 @@ class Trainer:
     def warnings(self) -> list[str]:
         """What the user should be told once about this run, in addition to `config.notes`."""
         warnings, path = list(self.program.blueprint.warnings), self.config.actor.model.model_path
-        if self.program.blueprint.architecture and path and self._run_state.is_random:
-            warnings.append(f"actor.model.model_path: {path} has no weights: training starts from random weights")
+        blueprint = self.program.blueprint
+        if blueprint.architecture and (path or blueprint.lora) and self._run_state.is_random:
+            lacks = f"{path} has no weights" if path else "not given, but is_lora freezes the weights"
+            warnings.append(f"actor.model.model_path: {lacks}: training starts from random weights")
         return warnings
 
     def loss_and_grads(self, batch: Mapping[str, Any]) -> tuple[Float[Array, ""], Any]:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxpar.blueprint import Blueprint, UserModel
 from jaxpar.config import Config, ConfigError, config_from_dict
 from jaxpar.measure.check_report import CheckReport, Difference, LayoutError
+from jaxpar.models.lora import ADAPTERS
 from jaxpar.models.trainable import Trainable
 from jaxpar.objectives import UserObjective
 from jaxpar.program import Program
@@ -248,12 +249,15 @@ def random_batch(program: Program) -> dict[str, np.ndarray]:
 
 
 def _noisy_params(program: Program) -> Any:
-    """Initial weights with noise, float32 numpy arrays. A matrix gets noise of 1 / sqrt(its longest side), a vector of 0.2."""
-    rng = np.random.default_rng(1)
+    """Initial weights with noise, float32 numpy arrays. A matrix gets noise of 1 / sqrt(its longest side), a vector of 0.2.
+    Adapters get less, so that they do not outweigh their matrices: with sharp attention, rounding would look like mistakes."""
+    rng, lora = np.random.default_rng(1), program.blueprint.lora
 
     def noisy(path: Any, x: np.ndarray) -> np.ndarray:
         sides = x.shape[1:] if path[0].key == "layers" else x.shape
         deviation = 1 / max(sides) ** 0.5 if len(sides) > 1 else 0.2
+        if lora and ADAPTERS in {key.key for key in path} and path[-1].key == "b":
+            deviation /= lora.scale * lora.rank**0.5
         return x + np.float32(deviation) * rng.standard_normal(x.shape, np.float32)
 
     init = jax.jit(program.blueprint.model.init, static_argnums=0, out_shardings=program.state_shardings["params"])
