@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from support import (
     DECODER,
     QUICK,
+    VOCAB,
     Case,
     Step,
     assert_parity,
@@ -235,7 +236,7 @@ def test_merged_parameters_give_the_same_logits():
         x = model.embed(params, tokens, info)
         for layer in range(model.num_layers):
             x = model.block(jax.tree.map(lambda p, i=layer: p[i], params["layers"]), x, info)
-        return model.head(params, x)
+        return model.head(params, x)[..., :VOCAB]  # what pads the vocabulary would outweigh them
 
     plain = FunctionalModel(Decoder(DECODER))
     found = merged(case.params, 2.0)
