@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from jaxpar.attention import reference_attention
 from jaxpar.checkpoint.checkpoints import Checkpoints
 from jaxpar.config.lora import Lora
 from jaxpar.models import Decoder, FunctionalModel, TokenInfo
+from jaxpar.models.hugging_face import save_params
 from jaxpar.models.lora import merged
 from jaxpar.models.peft import save_adapters
 from jaxpar.models.trainable import trained_mask
@@ -286,6 +288,33 @@ def test_adapters_in_the_format_of_peft(tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**stored, "use_dora": True}))
     with pytest.raises(jaxpar.ConfigError, match=r"lora_path: .*adapter_config.json: use_dora True is not supported"):
         trainer(*settings)
+
+
+def test_adapters_begin_beside_stored_or_given_weights(tmp_path):
+    plain = trainer(*layout("one"))
+    architecture, base = plain.program.blueprint.architecture, plain.state["params"]
+    save_params(tmp_path, base, architecture, dtype="float32")
+    bf16 = ["actor.model.precision=bf16", *layout("two"), *LORA]
+    runs = [
+        trainer(*bf16, f"actor.model.model_path={tmp_path}"),
+        trainer(*bf16, params=base),
+        trainer(*bf16, params=lambda path: named_params(base)[re.sub(r"layers/\d+", "layers", path)][layer_of(path)]),
+    ]
+    adapters = named_params(trainer(*LORA, *layout("two")).state["params"])  # of random numbers
+    for run in runs:
+        for name, x in named_params(run.state["params"]["layers"]).items():
+            name = f"layers/{name}"
+            expected = adapters[name] if "/lora/" in name else np.asarray(named_params(base)[name]).astype(jnp.bfloat16)
+            np.testing.assert_array_equal(x, expected, err_msg=name)
+    with pytest.raises(
+        jaxpar.ConfigError, match="save_params: the parameters have adapters: give trainer.merged_params"
+    ):
+        save_params(tmp_path, runs[0].state["params"], architecture)
+
+
+def layer_of(path: str) -> Any:
+    found = re.search(r"layers/(\d+)/", path)
+    return int(found[1]) if found else slice(None)
 
 
 @pytest.mark.parametrize(
