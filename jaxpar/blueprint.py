@@ -11,21 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import AbstractMesh
 
 from jaxpar.attention import AttentionSettings, Backend
 from jaxpar.backward.recompute import Recompute
 from jaxpar.config import Architecture, Config, ConfigError, MeshSizes, checks
 from jaxpar.config.keys import RECOMPUTE_MODULES
+from jaxpar.config.lora import Lora
 from jaxpar.models import Decoder, FunctionalModel, UserModel
 from jaxpar.models.flops import flops_coefficients, model_flops_per_token
 from jaxpar.models.functional import METRICS
 from jaxpar.models.split_check import check_split_sequence
+from jaxpar.models.trainable import Trainable, trained_mask
 from jaxpar.objectives import Objective, UserObjective, as_objective, check_objective
 from jaxpar.objectives.from_config import objective_of
 from jaxpar.parallel.mesh import cross_host_warning
 from jaxpar.parallel.placement import LayerPlacement
 from jaxpar.parallel.sharding import layout_tree
+from jaxpar.parallel.trained import trained_layouts
 from jaxpar.pipeline.loss import Loss
 from jaxpar.pipeline.schedule import Schedule, ScheduleError, build_schedule
 from jaxpar.step.loss_scale import DynamicLossScale
@@ -45,6 +49,7 @@ class Blueprint:
         Default: the built-in decoder with the config's architecture.
       objective: a `jaxpar.Objective`, or a function (`jaxpar.TokenStatistics`, batch) → losses. Default: what the config's
         section `algorithm` names.
+      trainable: what is trained, see `jaxpar.models.trainable`. Default: what the config says, else everything.
     """
 
     def __init__(
@@ -54,9 +59,10 @@ class Blueprint:
         model: UserModel | None = None,
         *,
         objective: UserObjective | None = None,
+        trainable: Trainable | None = None,
     ):
         self.config, self.num_devices = config, num_devices
-        self._user_model, self.user_objective = model, objective
+        self._user_model, self.user_objective, self.user_trainable = model, objective, trainable
 
     def check(self) -> None:
         """Raises ConfigError with every problem that stands in the way of training."""
@@ -97,7 +103,13 @@ class Blueprint:
                 "actor.model: describes no model: give model_path (a Hugging Face folder) or hidden_size, "
                 "intermediate_size, num_hidden_layers, num_attention_heads, …, or Trainer(config, model=…)"
             )
-        return FunctionalModel(Decoder(self.architecture, tp_comm_overlap=self.config.actor.model.tp_comm_overlap))
+        decoder = Decoder(self.architecture, self.lora, tp_comm_overlap=self.config.actor.model.tp_comm_overlap)
+        return FunctionalModel(decoder)
+
+    @cached_property
+    def lora(self) -> Lora | None:
+        """The adapters of the built-in decoder, if it has any."""
+        return self.config.lora() if self._user_model is None else None
 
     @property
     def user_model(self) -> UserModel | None:
@@ -136,8 +148,23 @@ class Blueprint:
 
     @cached_property
     def num_params(self) -> int:
-        """How many numbers are trained, the padding of the vocabulary included."""
+        """How many numbers the parameters have, the padding of the vocabulary and frozen ones included."""
         return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.model.shapes))
+
+    @property
+    def num_trained(self) -> int:
+        """How many of them are trained."""
+        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(trained_layouts(self.param_layouts)))
+
+    @cached_property
+    def trained(self) -> Any:
+        """A tree like the parameters, with True at the trained ones."""
+        if self.user_trainable is not None:
+            return trained_mask(self.model, self.user_trainable, "trainable")
+        patterns = self.config.actor.optim.trainable
+        if patterns is None:
+            return trained_mask(self.model, nnx.LoRAParam if self.lora else "*", "actor.model.is_lora")
+        return trained_mask(self.model, patterns, "actor.optim.trainable")
 
     @cached_property
     def vocab_size(self) -> int:
@@ -164,6 +191,8 @@ class Blueprint:
             zero_stage=self.config.zero_stage,
             num_chunks=self.num_chunks,
             num_layers=self.model.num_layers,
+            trained=self.trained,
+            frozen_dtype=self.compute_dtype,
         )
 
     def schedule_of(self, rows: int) -> Schedule:
@@ -187,7 +216,7 @@ class Blueprint:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        return build_optimizer(self.config, self.param_layouts)
+        return build_optimizer(self.config, trained_layouts(self.param_layouts))
 
     @property
     def learning_rate(self) -> optax.Schedule:
@@ -231,17 +260,26 @@ class Blueprint:
         and how many tokens it may attend to (None: all before it). For a user's own model an estimate, with attention as
         wide as its "embed" dimension."""
         if self.architecture:
-            return *flops_coefficients(self.architecture, self.num_params), self.architecture.sliding_window
+            coefficients = flops_coefficients(self.architecture, self.num_params, num_frozen=self._num_frozen)
+            return *coefficients, self.architecture.sliding_window
         layers = jax.tree.leaves(self.param_layouts["layers"])
         width = next((x.shape[x.dims.index("embed")] for x in layers if "embed" in x.dims), 0)
-        return 6 * self.num_params, 6 * self.model.num_layers * width, None
+        return 6 * self.num_params - 2 * self._num_frozen, 6 * self.model.num_layers * width, None
 
     @property
     def flops_per_token(self) -> float | None:
         """Useful FLOPs of a step for each token (`jaxpar.models.flops`); None for a user's own model."""
         if self.architecture is None:
             return None
-        return model_flops_per_token(self.architecture, self.num_params, self.config.row_length)
+        length = self.config.row_length
+        return model_flops_per_token(self.architecture, self.num_params, length, num_frozen=self._num_frozen)
+
+    @property
+    def _num_frozen(self) -> int:
+        """How many numbers of matrix products are frozen. A token embedding that is only looked up is none."""
+        lookups = {"embed/table"} if self.architecture and not self.architecture.tie_word_embeddings else set()
+        frozen = [x for x in jax.tree.leaves(self.param_layouts) if not x.trained and x.name not in lookups]
+        return sum(int(np.prod(x.shape)) for x in frozen)
 
     @property
     def warnings(self) -> list[str]:

@@ -26,10 +26,11 @@ def training_lines(program: "Program", config: Config) -> list[str]:
     where = "simulated on the CPU" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     blueprint, schedule = program.blueprint, program.blueprint.schedule
     bubble = f", bubble {schedule.bubble_fraction():.1%}" if blueprint.sizes.pp > 1 else ""
+    trained = f", {blueprint.num_trained:,} trained" if blueprint.num_trained < blueprint.num_params else ""
     up_to = "up to " if config.runner.enable_dynamic_batch_size else ""
     return [
         f"mesh: {mesh_line(blueprint.sizes)}, {where}",
-        f"model: {blueprint.num_params:,} parameters in {config.actor.model.precision}; "
+        f"model: {blueprint.num_params:,} parameters in {config.actor.model.precision}{trained}; "
         f"{up_to}{schedule.num_microbatches} microbatches a step, schedule {schedule.name}{bubble}",
     ]
 
@@ -237,9 +238,11 @@ def parameter_table(layouts: Any, mesh_shape: Mapping[str, int]) -> Table:
     table.add_column("bytes a device", justify="right")
     table.title = "parameters (bytes: the float32 copy at rest; Adam's moments take twice as much again)"
     layouts = jax.tree.leaves(layouts)
+    if frozen := [layout for layout in layouts if not layout.trained]:
+        table.title += f"; frozen ones are in {jax.numpy.dtype(frozen[0].dtype)} and have no moments"
     for layout in layouts:
         table.add_row(
-            layout.name,
+            layout.name + " (frozen)" * (not layout.trained),
             " x ".join(map(str, layout.shape)),
             " ".join(dim or "-" for dim in layout.dims),
             _spec(layout.compute_spec),
@@ -249,7 +252,9 @@ def parameter_table(layouts: Any, mesh_shape: Mapping[str, int]) -> Table:
     count = sum(math.prod(layout.shape) for layout in layouts)
     total = sum(layout.bytes_per_device(mesh_shape) for layout in layouts)
     table.add_section()
-    table.add_row("all", f"{count:,} numbers", "", "", "", f"{total:,}")
+    trained = sum(math.prod(layout.shape) for layout in layouts if layout.trained)
+    some = f", {trained:,} trained" if trained < count else ""
+    table.add_row("all", f"{count:,} numbers{some}", "", "", "", f"{total:,}")
     return table
 
 

@@ -1,15 +1,20 @@
 """A blueprint on given devices: the jitted functions of a run, a benchmark, or a compile for devices that are not here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpar.blueprint import DTYPES, Blueprint, UserModel
 from jaxpar.config import Config, ConfigError
-from jaxpar.objectives import UserObjective, check_independence
+from jaxpar.models.lora import merged, without_adapters
+from jaxpar.models.protocol import Params
+from jaxpar.models.trainable import Trainable
+from jaxpar.objectives import Asked, TokenStatistics, UserObjective, check_independence
 from jaxpar.parallel.batch import BatchLayout
 from jaxpar.parallel.mesh import build_mesh
 from jaxpar.step import (
@@ -30,7 +35,7 @@ class Program:
     Args:
       config: from `jaxpar.load_config`.
       devices: all devices of the run, in the order of their hosts.
-      model, objective: as in `jaxpar.blueprint.Blueprint`.
+      model, objective, trainable: as in `jaxpar.blueprint.Blueprint`.
 
     Attributes:
       blueprint: what the config means on so many devices.
@@ -42,7 +47,7 @@ class Program:
         `jaxpar.step.loss_and_grads.build_loss_metrics_and_grads`.
       evaluate: jitted (params, batch) → the loss without gradients, see `jaxpar.step.forward.build_evaluate`.
       statistics: jitted (params, batch, asked) → the statistics of tokens, see `build_statistics` there.
-      init: jitted (params or None) → the state before the first step.
+      init: jitted (params or None, or with None for some) → the state before the first step, see `init_state`.
       attention_choices: once a program is traced, what computes the blocks of attention → why.
 
     Raises:
@@ -56,8 +61,9 @@ class Program:
         model: UserModel | None = None,
         *,
         objective: UserObjective | None = None,
+        trainable: Trainable | None = None,
     ):
-        self.blueprint = blueprint = Blueprint(config, len(devices), model, objective=objective)
+        self.blueprint = blueprint = Blueprint(config, len(devices), model, objective=objective, trainable=trainable)
         blueprint.check()
         _check_backend(config, devices[0].platform)
         if objective is not None:  # the shipped ones are tested
@@ -94,10 +100,42 @@ class Program:
             donate_argnums=0,
         )
         self.init = jax.jit(
-            lambda params: init_state(blueprint.model, optimizer, config.actor.seed, params, loss_scale),
+            lambda params: init_state(
+                blueprint.model, optimizer, config.actor.seed, params, loss_scale, param_layouts=blueprint.param_layouts
+            ),
             out_shardings=self.state_shardings,
             donate_argnums=0,
         )
+
+    def statistics_of(
+        self,
+        params: Params,
+        batch: Mapping[str, Any],
+        temperature: float | None = None,
+        *,
+        entropy: bool = False,
+        candidates: Any = None,
+    ) -> TokenStatistics:
+        """As `jaxpar.Trainer.statistics`, of these parameters."""
+        layout, objective = self.batch_layout, self.blueprint.objective
+        optional = objective.inputs.keys() - self.blueprint.model.inputs.keys()
+        temperature, name = objective.temperature if temperature is None else temperature, None
+        if candidates is not None:
+            name = "statistics' candidates"
+            layout = layout.with_inputs({name: jax.ShapeDtypeStruct(candidates.shape[2:], np.int32)})
+            batch = {**batch, name: candidates}
+        asked = Asked(entropy, candidates=name, temperature=temperature)
+        rows = layout.put_on_mesh(layout.own_rows(batch, trained=False, optional=optional))
+        return self.statistics(params, {key: x for key, x in rows.items() if key not in optional}, asked)
+
+    def merged(self, params: Params) -> Params:
+        """Copies of the parameters, float32, with adapters folded into their matrices, see `jaxpar.models.lora.merged`."""
+        lora, shardings = self.blueprint.lora, self.state_shardings["params"]
+        fold = jax.jit(
+            lambda params: merged(params, lora.scale if lora else 1),
+            out_shardings=without_adapters(shardings) if lora else shardings,
+        )
+        return fold(params)
 
     @property
     def dp_ranks(self) -> list[int]:

@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxpar.attention import choice_lines
 from jaxpar.checkpoint.checkpoints import Checkpoints
 from jaxpar.checkpoint.run_state import RunState, warn
 from jaxpar.config import Config, ConfigError
-from jaxpar.measure.check import compare_with_one_device
-from jaxpar.measure.check_report import CheckReport, LayoutError
+from jaxpar.measure.check import check_layout
+from jaxpar.measure.check_report import CheckReport
 from jaxpar.models import UserModel
 from jaxpar.models.assembled import assemble
 from jaxpar.models.hugging_face import export_params
+from jaxpar.models.trainable import Trainable
 from jaxpar.models.weights import Source
-from jaxpar.objectives import Asked, TokenStatistics, UserObjective
+from jaxpar.objectives import TokenStatistics, UserObjective
 from jaxpar.program import Program
 from jaxpar.run import runtime
 from jaxpar.run.datasets import open_evaluation, open_training_data
@@ -49,6 +49,8 @@ class Trainer:
         first needed. A checkpoint that `runner.resume_dir` finds wins over them.
       objective: a `jaxpar.Objective`, or a function (`jaxpar.TokenStatistics`, batch) → losses [batch, seq]. Default: what the
         config's section `algorithm` names, next-token cross-entropy if it names nothing.
+      trainable: what is trained: patterns of paths, such as "head/*", or a filter of nnx, such as `nnx.LoRAParam`; see
+        `jaxpar.models.trainable.trained_mask`. Default: actor.optim.trainable, else everything. The rest is frozen.
       replace_stored: take `params` although the folder actor.model.model_path has weights too.
 
     Attributes:
@@ -65,11 +67,12 @@ class Trainer:
         params: Source | None = None,
         *,
         objective: UserObjective | None = None,
+        trainable: Trainable | None = None,
         replace_stored: bool = False,
     ):
         self.config = config
         runtime.start(config)
-        self.program = Program(config, runtime.devices(config), model, objective=objective)
+        self.program = Program(config, runtime.devices(config), model, objective=objective, trainable=trainable)
         params = self.program.blueprint.model.own_params if params is None else params
         self._run_state = RunState(self.program, params, replace_stored=replace_stored)
 
@@ -113,8 +116,10 @@ class Trainer:
     def warnings(self) -> list[str]:
         """What the user should be told once about this run, in addition to `config.notes`."""
         warnings, path = list(self.program.blueprint.warnings), self.config.actor.model.model_path
-        if self.program.blueprint.architecture and path and self._run_state.is_random:
-            warnings.append(f"actor.model.model_path: {path} has no weights: training starts from random weights")
+        blueprint = self.program.blueprint
+        if blueprint.architecture and (path or blueprint.lora) and self._run_state.is_random:
+            lacks = f"{path} has no weights" if path else "not given, but is_lora freezes the weights"
+            warnings.append(f"actor.model.model_path: {lacks}: training starts from random weights")
         return warnings
 
     def loss_and_grads(self, batch: Mapping[str, Any]) -> tuple[Float[Array, ""], Any]:
@@ -128,7 +133,7 @@ class Trainer:
 
         Returns:
           (loss, grads): the loss in nats per token, float32, the mean over the whole global batch weighted by the mask;
-          grads is a float32 tree like `trainer.state["params"]`.
+          grads is a float32 tree like `trainer.state["params"]`, with None at frozen ones.
 
         Raises:
           ValueError: the batch is wrong, see `jaxpar.parallel.batch.BatchLayout.own_rows`.
@@ -152,13 +157,7 @@ class Trainer:
           ConfigError: one device has too little memory.
           ValueError: the batch is wrong, as in `loss_and_grads`.
         """
-        devices, own = runtime.devices(self.config), self.program.blueprint
-        report = compare_with_one_device(self.config, devices, own.user_model, batch, objective=own.user_objective)
-        if not report.passed:
-            raise LayoutError(report)
-        if jax.process_index() == 0:
-            print("\n".join(report.lines()))
-        return report
+        return check_layout(self.program.blueprint, runtime.devices(self.config), batch)
 
     def log_probs(
         self, batch: Mapping[str, Any], temperature: float | None = None, *, params: Any = None
@@ -184,21 +183,13 @@ class Trainer:
           candidates: tokens whose log-probabilities are asked for as well, at each position.
           params: other parameters than the trainer's, a tree that lies like them, such as that of `reference_params`.
         """
-        blueprint, layout = self.program.blueprint, self.program.batch_layout
-        objective, name = blueprint.objective, "statistics' candidates"
-        asked = Asked(
-            entropy,
-            False,
-            None if candidates is None else name,
-            objective.temperature if temperature is None else temperature,
+        return self.program.statistics_of(
+            self.state["params"] if params is None else params,
+            batch,
+            temperature,
+            entropy=entropy,
+            candidates=candidates,
         )
-        optional = objective.inputs.keys() - blueprint.model.inputs.keys()
-        if candidates is not None:
-            layout = layout.with_inputs({name: jax.ShapeDtypeStruct(candidates.shape[2:], np.int32)})
-            batch = {**batch, name: candidates}
-        rows = layout.put_on_mesh(layout.own_rows(batch, trained=False, optional=optional))
-        needed = {key: x for key, x in rows.items() if key not in optional}
-        return self.program.statistics(self.state["params"] if params is None else params, needed, asked)
 
     def reference_params(self) -> Any:
         """The weights of step 0 in the compute dtype, split like the trainer's, for `log_probs(batch, params=…)`. They are read or
@@ -206,8 +197,8 @@ class Trainer:
         return self._run_state.reference(self.program.blueprint.compute_dtype)
 
     def export_params(self, dtype: str = "bfloat16", bucket_bytes: int = 2**30) -> Iterator[dict[str, Array]]:
-        """The built-in decoder's present parameters under Hugging Face's names and in its shapes, for an engine that samples. A
-        collective call: all processes must take all buckets.
+        """The built-in decoder's present parameters under Hugging Face's names and in its shapes, for an engine that samples; adapters
+        are folded in. A collective call: all processes must take all buckets.
 
         Args:
           bucket_bytes: size of a bucket, of which each device holds one at a time. A larger tensor has one of its own.
@@ -223,7 +214,8 @@ class Trainer:
             raise ConfigError(
                 "export_params: only the built-in decoder has Hugging Face's names: trainer.module() gives your own module"
             )
-        return export_params(self.state["params"], architecture, dtype, bucket_bytes)
+        params = self.merged_params() if self.program.blueprint.lora else self.state["params"]
+        return export_params(params, architecture, dtype, bucket_bytes)
 
     def train_step(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Takes one optimizer step.
@@ -250,6 +242,11 @@ class Trainer:
           `jaxpar.models.assembled.Assembled`: `module(tokens)` gives logits [batch, seq, vocab].
         """
         return assemble(self.program.blueprint.model, self.state["params"])
+
+    def merged_params(self) -> Any:
+        """Copies of the current parameters, float32, like those of the model without LoRA: the adapters (`is_lora`) are folded
+        into their matrices. `jaxpar.models.hugging_face.save_params` takes them."""
+        return self.program.merged(self.state["params"])
 
     def fit(self, profile: Steps | None = None) -> None:
         """Trains from the start, or from the checkpoint that `runner.resume_dir` names, to `max_steps` or `max_epochs`.

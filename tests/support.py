@@ -218,6 +218,7 @@ class Step:
         compute_dtype: Any = jnp.float32,
         rows: int = GLOBAL_BATCH,
         seq: int = SEQ,
+        trained: Any = None,
         **setup: Any,
     ):
         self.mesh = make_mesh(sizes)
@@ -229,6 +230,8 @@ class Step:
             zero_stage=zero_stage,
             num_chunks=num_chunks,
             num_layers=model.num_layers,
+            trained=trained,
+            frozen_dtype=compute_dtype,
         )
         self.shardings = jax.tree.map(lambda layout: NamedSharding(self.mesh, layout.rest_spec), self.layouts)
         self.schedule = build_schedule(schedule, sizes[1], num_microbatches, num_chunks)

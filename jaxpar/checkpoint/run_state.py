@@ -10,9 +10,11 @@ import jax
 
 from jaxpar.checkpoint.checkpoints import Checkpoints
 from jaxpar.config import ConfigError
-from jaxpar.models.hugging_face import has_weights, load_params
+from jaxpar.models.hugging_face import has_weights
+from jaxpar.models.initial import InitialParams
 from jaxpar.models.protocol import Params
-from jaxpar.models.weights import Source, check_params, given_params
+from jaxpar.models.weights import Source
+from jaxpar.parallel.trained import merge
 from jaxpar.program import Program
 from jaxpar.run.processes import raise_together
 from jaxpar.step.train_step import State
@@ -33,24 +35,28 @@ class RunState:
 
     def __init__(self, program: Program, params: Source | None = None, *, replace_stored: bool = False):
         self._program, self._config = program, program.blueprint.config
-        self._params, self._state = params, None  # type: Source | None, State | None
+        self._state: State | None = None
         self.restored: Path | None = None
-        path = self._config.actor.model.model_path
-        self._stored = path if program.blueprint.architecture and path and has_weights(path) else None
-        if params is None:
-            return
-        if self._stored and not replace_stored:
+        blueprint, path = program.blueprint, self._config.actor.model.model_path
+        stored = path if blueprint.architecture and path and has_weights(path) else None
+        if params is not None and stored and not replace_stored:
             raise ConfigError(
                 f"actor.model.model_path: {path} has weights, and params are given too: leave out params, or say with "
                 f"Trainer(…, params=…, replace_stored=True) that they are meant"
             )
-        if not callable(params):
-            check_params(params, program.blueprint.model.shapes)
+        self._initial = InitialParams(
+            program.state_shapes["params"],
+            blueprint.architecture,
+            given=params,
+            folder=stored,
+            adapters=self._config.actor.model.lora_path if blueprint.lora else None,
+            period=blueprint.model.period,
+        )
 
     @property
     def is_random(self) -> bool:
         """Whether weights of step 0 are random numbers."""
-        return self._params is None and self._stored is None
+        return self._initial.are_random
 
     def get(self) -> State:
         """The state, on first use that of the checkpoint which `runner.resume_dir` names, else that of step 0.
@@ -99,24 +105,21 @@ class RunState:
         """Another copy of the weights of step 0. Raises ConfigError as `start`."""
         blueprint, shardings = self._program.blueprint, self._program.state_shardings["params"]
 
-        def cast(params: Params | None) -> Params:
-            params = blueprint.model.init(blueprint.config.actor.seed) if params is None else params
+        def cast(given: Params) -> Params:
+            params = merge(given, blueprint.model.init(blueprint.config.actor.seed))
             return jax.tree.map(lambda x: x.astype(dtype), params)
 
         return jax.jit(cast, out_shardings=shardings)(self._given())
 
-    def _given(self) -> Params | None:
-        """The weights of step 0, float32; None if they are random numbers."""
-        blueprint, params, problems = self._program.blueprint, None, list[str]()
-        shapes, shardings = blueprint.model.shapes, self._program.state_shardings["params"]
-        if self._params is not None:
-            try:
-                params = given_params(self._params, shapes, shardings, blueprint.model.period)
-            except ConfigError as error:  # perhaps in this process alone
-                problems = error.problems
-            raise_together(problems)
-        elif self._stored and blueprint.architecture:
-            params = load_params(self._stored, blueprint.architecture, shapes, shardings)
+    def _given(self) -> Params:
+        """The weights of step 0, with None at those that are to be initialized."""
+        params: Any = None
+        problems = list[str]()
+        try:
+            params = self._initial.load(self._program.state_shardings["params"])
+        except ConfigError as error:  # perhaps in this process alone
+            problems = error.problems
+        raise_together(problems)
         return params
 
     def start_training(self, checkpoints: Checkpoints) -> tuple[dict[str, int] | None, list[str]]:
@@ -139,13 +142,17 @@ class RunState:
                 more = "training starts anew: to continue from it, set runner.resume_dir"
                 notes = [*notes, f"{self.restored} was restored, but {more}"]
             self.start()
-        self._params = None  # so that a second copy of the model does not stay in memory
+        self._initial.given = None  # so that a second copy of the model does not stay in memory
         return position, notes
 
     def unused(self, found: Path) -> list[str]:
         """A line if a checkpoint has won over given weights."""
         names = "which runner.resume_dir names"
-        return [] if self._params is None else [f"params: not used, because there is the checkpoint {found}, {names}"]
+        return (
+            []
+            if self._initial.given is None
+            else [f"params: not used, because there is the checkpoint {found}, {names}"]
+        )
 
 
 def warn(lines: Sequence[str]) -> None:

@@ -17,7 +17,6 @@ LIMITS: dict[str, tuple[tuple[Any, ...], str]] = {
     "actor.model.expert_model_parallel_size": ((1,), MOE),
     "actor.model.expert_tensor_parallel_size": ((None, 1), MOE),
     "actor.model.num_moe_experts": ((None, 1), MOE),
-    "actor.model.is_lora": ((False,), "LoRA is not supported"),
     "actor.model.multi_latent_attention": ((False,), "multi-latent attention is not supported"),
     "actor.model.activation": (("swiglu", "fast-swiglu"), "the decoder only supports SwiGLU"),
     "actor.model.normalization": (("rmsnorm", "RMSNorm"), "the decoder only supports RMSNorm"),
@@ -288,6 +287,11 @@ def _architecture_problems(model: Model, a: Architecture) -> Iterator[str]:
 
 def user_model_problems(model: Model) -> Iterator[str]:
     """Problems of settings that only the built-in decoder reads."""
+    if model.is_lora:
+        yield (
+            "actor.model.is_lora: True has no effect on your own model: set it to False, build the model with nnx.LoRA modules, and "
+            "give Trainer(config, model, trainable=nnx.LoRAParam) or the paths of the adapters in actor.optim.trainable"
+        )
     if model.tp_comm_overlap:
         yield (
             "actor.model.tp_comm_overlap: True has no effect on your own model: set it to False. A model with "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from jaxpar.config import checks
 from jaxpar.config.architecture import Architecture, read_architecture
 from jaxpar.config.errors import ConfigError
 from jaxpar.config.keys import LOSS_TYPES, Actor, Algorithm, Cluster, Data, Runner, Section
+from jaxpar.config.lora import Lora, lora_note, read_lora
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Config(Section):
     def setting_notes(self) -> Iterator[str]:
         """Those of `notes` that are not about the built-in decoder."""
         sched = self.actor.lr_sched
+        if note := lora_note(self.actor.model):
+            yield note
         if self._ignored:
             yield _ignored_note(self._ignored)
         if sched.lr_decay_style != "constant" and sched.lr_decay_iters is None and self.runner.max_steps > 0:
@@ -172,6 +175,14 @@ class Config(Section):
         """
         return read_architecture(self.actor)[0]
 
+    def lora(self) -> Lora | None:
+        """The adapters of the decoder; None without is_lora.
+
+        Raises:
+          ConfigError: the folder lora_path cannot be read, or a setting is wrong.
+        """
+        return read_lora(self.actor.model)
+
     def check_train(self, sizes: MeshSizes, architecture: Architecture | None) -> None:
         """Checks everything that training needs and that `load_config` and `mesh_sizes` have not checked.
 
@@ -183,6 +194,7 @@ class Config(Section):
           ConfigError: with every problem found.
         """
         problems = list(checks.train_problems(self.runner, self.actor, sizes.dp, architecture))
+        problems += [] if architecture is None else _problems_of(self.lora)
         problems += checks.algorithm_problems(self.algorithm)
         problems += checks.data_problems(self.runner, self.data)
         problems += checks.user_model_problems(self.actor.model) if architecture is None else []
@@ -201,12 +213,20 @@ class Config(Section):
         except ConfigError as error:
             problems += error.problems
         dp = None if problems else self.mesh_sizes(num_devices).dp
-        problems += checks.train_problems(self.runner, self.actor, dp, architecture)
+        problems += [*checks.train_problems(self.runner, self.actor, dp, architecture), *_problems_of(self.lora)]
         problems += checks.algorithm_problems(self.algorithm)
         problems += checks.data_problems(self.runner, self.data)
         if problems:
             raise ConfigError(problems)
         return self.mesh_sizes(num_devices), architecture
+
+
+def _problems_of(read: Callable[[], object]) -> list[str]:
+    try:
+        read()
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _ignored_note(ignored: Sequence[str]) -> str:

@@ -177,7 +177,17 @@ class Model(ArchitectureFields):
     model_path: Text | None = None  # folder with a Hugging Face config.json
     model_type: Text | None = None
     make_vocab_size_divisible_by: Count = 128
-    is_lora: bool = False
+    is_lora: bool = (
+        False  # train low-rank adapters (LoRA) and freeze the rest, unless optim.trainable says what is trained
+    )
+    lora_rank: Count | None = None  # null: that of lora_path, else 32, RLinf's default
+    lora_path: Text | None = None  # folder with adapters in PEFT's format, to start from
+    # Ours, from here to lora_dropout, under PEFT's names.
+    lora_alpha: Positive | None = (
+        None  # the adapters' product is multiplied by alpha / rank; null: that of lora_path, else rank
+    )
+    lora_target_modules: Paths | None = None  # q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; null: all
+    lora_dropout: Number = 0.0  # only 0 is supported
     multi_latent_attention: bool = False
     activation: Text = "swiglu"
     normalization: Text = "rmsnorm"
@@ -195,6 +205,7 @@ class Optim(Section):
     adam_eps: Positive = 1e-8
     weight_decay: Number = 0.01
     clip_grad: Number | None = 1.0  # global norm; 0 or null: off
+    trainable: Paths | None = None  # ours: patterns of the paths of the parameters to train, such as head/*; null: all
     use_distributed_optimizer: bool = True  # ZeRO: optimizer state is split over dp and cp
     zero_stage: Literal[0, 1, 2, 3] | None = None  # ours; null: 1, or 0 without use_distributed_optimizer
     # Gather a layer's parameters (ZeRO-3) while the previous layer computes, and reduce its gradients (ZeRO-2 and 3)

@@ -16,6 +16,7 @@ from jaxpar.config import Config, ConfigError, MeshSizes
 from jaxpar.models import TokenInfo
 from jaxpar.parallel.batch import BatchLayout
 from jaxpar.parallel.mesh import build_mesh
+from jaxpar.parallel.trained import trained_layouts, vjp
 from jaxpar.step import build_train_step, init_state
 
 
@@ -35,7 +36,7 @@ class BaselineProgram:
 
     def __init__(self, config: Config, devices: Sequence[jax.Device], model: UserModel | None = None):
         blueprint, rows = Blueprint(config, 1, model), config.actor.global_batch_size
-        functions, optimizer = blueprint.model, blueprint.optimizer
+        functions, optimizer, layouts = blueprint.model, blueprint.optimizer, blueprint.param_layouts
         if config.runner.enable_dynamic_batch_size:
             raise ConfigError(
                 "runner.enable_dynamic_batch_size: True, but layouts are compared on batches of one shape: set it to False"
@@ -63,14 +64,15 @@ class BaselineProgram:
             return (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
 
         def loss_auxiliary_and_grads(params: Any, batch: Any, *_: Any) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-            value, grads = jax.value_and_grad(loss)(params, batch)
-            return value, {}, grads
+            value, backward = vjp(lambda params: loss(params, batch), params, trained_layouts(layouts))
+            return value, {}, backward(jnp.ones_like(value))[0]
 
         everywhere = NamedSharding(self.mesh, P())
         self.init = jax.jit(
-            lambda params: init_state(functions, optimizer, config.actor.seed, params), out_shardings=everywhere
+            lambda params: init_state(functions, optimizer, config.actor.seed, params, param_layouts=layouts),
+            out_shardings=everywhere,
         )
-        self.state_shapes = jax.eval_shape(lambda: init_state(functions, optimizer, config.actor.seed))
+        self.state_shapes = jax.eval_shape(self.init, None)
         self.state_shardings = jax.tree.map(lambda _: everywhere, self.state_shapes)
         self.train_step = jax.jit(
             build_train_step(loss_auxiliary_and_grads, optimizer, blueprint.learning_rate),

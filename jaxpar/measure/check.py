@@ -4,7 +4,7 @@ A model that is right on one device can be wrong on a mesh, without an error: it
 rank if the sequence is split, and so do positions from `jnp.arange`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpar.blueprint import UserModel
+from jaxpar.blueprint import Blueprint, UserModel
 from jaxpar.config import Config, ConfigError, config_from_dict
-from jaxpar.measure.check_report import CheckReport, Difference
+from jaxpar.measure.check_report import CheckReport, Difference, LayoutError
+from jaxpar.models.lora import ADAPTERS
+from jaxpar.models.trainable import Trainable
 from jaxpar.objectives import UserObjective
 from jaxpar.program import Program
 
@@ -89,6 +91,9 @@ def comparable(config: Config, num_devices: int) -> tuple[Config, list[str]]:
     return with_settings(config, settings), notes
 
 
+Build = Callable[[Config, Sequence[jax.Device]], Program]
+
+
 @dataclass(frozen=True)
 class Reference:
     """What one device computes: numpy weights and batch, the loss, and the gradients, a tree like the weights."""
@@ -106,6 +111,7 @@ def compare_with_one_device(
     batch: Mapping[str, Any] | None = None,
     *,
     objective: UserObjective | None = None,
+    trainable: Trainable | None = None,
     notes: Sequence[str] = (),
     each_axis: bool = False,
 ) -> CheckReport:
@@ -115,7 +121,7 @@ def compare_with_one_device(
 
     Args:
       config: the layout; it is compared as `comparable` makes it.
-      model, objective: as in `jaxpar.blueprint.Blueprint`.
+      model, objective, trainable: as in `jaxpar.blueprint.Blueprint`.
       batch: as in `jaxpar.Trainer.loss_and_grads`; its first rows are used. Default: random tokens in packed documents.
       notes: what the caller has changed in the config, for the report.
       each_axis: if the layout is wrong, compare each of its axes by itself too.
@@ -124,32 +130,52 @@ def compare_with_one_device(
       ConfigError: the config does not suit these devices, or one device has too little memory for the model.
       ValueError: the batch is wrong, as in `jaxpar.Trainer.loss_and_grads`.
     """
+
+    def build(config: Config, devices: Sequence[jax.Device]) -> Program:
+        return Program(config, devices, model, objective=objective, trainable=trainable)
+
     config, changes = comparable(config, len(devices))
     sizes = config.mesh_sizes(len(devices))
     one = next(device for device in devices if device.process_index == jax.process_index())
     with jax.default_matmul_precision("highest"):
-        reference = _reference(config, one, model, objective, batch)
-        report = replace(_compare(config, devices, model, objective, reference), notes=[*notes, *changes])
+        reference = _reference(config, one, build, batch)
+        report = replace(_compare(config, devices, build, reference), notes=[*notes, *changes])
         if not each_axis or report.passed or sum(size > 1 for size in sizes.as_dict().values()) < 2:
             return report
         alone = {
-            f"{axis} {size}": _compare(
-                _one_axis(config, axis, size), devices[:size], model, objective, reference
-            ).passed
+            f"{axis} {size}": _compare(_one_axis(config, axis, size), devices[:size], build, reference).passed
             for axis, size in sizes.as_dict().items()
             if size > 1
         }
     return replace(report, alone=alone)
 
 
+def check_layout(
+    blueprint: Blueprint, devices: Sequence[jax.Device], batch: Mapping[str, Any] | None = None
+) -> CheckReport:
+    """As `jaxpar.Trainer.check`: `compare_with_one_device`, printed. Raises LayoutError if the layout is wrong."""
+    report = compare_with_one_device(
+        blueprint.config,
+        devices,
+        blueprint.user_model,
+        batch,
+        objective=blueprint.user_objective,
+        trainable=blueprint.user_trainable,
+    )
+    if not report.passed:
+        raise LayoutError(report)
+    if jax.process_index() == 0:
+        print("\n".join(report.lines()))
+    return report
+
+
 def _reference(
     config: Config,
     device: jax.Device,
-    model: UserModel | None,
-    objective: UserObjective | None,
+    build: Build,
     batch: Mapping[str, Any] | None,
 ) -> Reference:
-    program = Program(with_settings(config, ONE_DEVICE), [device], model, objective=objective)
+    program = build(with_settings(config, ONE_DEVICE), [device])
     if batch is None:
         batch = random_batch(program)
     batch = {key: np.asarray(array)[: program.batch_layout.shape[0]] for key, array in batch.items()}
@@ -169,11 +195,10 @@ def _reference(
 def _compare(
     config: Config,
     devices: Sequence[jax.Device],
-    model: UserModel | None,
-    objective: UserObjective | None,
+    build: Build,
     reference: Reference,
 ) -> CheckReport:
-    program = Program(config, devices, model, objective=objective)
+    program = build(config, devices)
     loss, grads = _loss_and_grads(program, reference.params, reference.batch)
     return CheckReport(
         sizes=program.blueprint.sizes,
@@ -183,7 +208,7 @@ def _compare(
         expected_loss=reference.loss,
         differences=_differences(program, grads, reference.grads),
         notes=[],
-        own_model=model is not None,
+        own_model=program.blueprint.user_model is not None,
     )
 
 
@@ -224,12 +249,15 @@ def random_batch(program: Program) -> dict[str, np.ndarray]:
 
 
 def _noisy_params(program: Program) -> Any:
-    """Initial weights with noise, float32 numpy arrays. A matrix gets noise of 1 / sqrt(its longest side), a vector of 0.2."""
-    rng = np.random.default_rng(1)
+    """Initial weights with noise, float32 numpy arrays. A matrix gets noise of 1 / sqrt(its longest side), a vector of 0.2.
+    Adapters get less, so that they do not outweigh their matrices: with sharp attention, rounding would look like mistakes."""
+    rng, lora = np.random.default_rng(1), program.blueprint.lora
 
     def noisy(path: Any, x: np.ndarray) -> np.ndarray:
         sides = x.shape[1:] if path[0].key == "layers" else x.shape
         deviation = 1 / max(sides) ** 0.5 if len(sides) > 1 else 0.2
+        if lora and ADAPTERS in {key.key for key in path} and path[-1].key == "b":
+            deviation /= lora.scale * lora.rank**0.5
         return x + np.float32(deviation) * rng.standard_normal(x.shape, np.float32)
 
     init = jax.jit(program.blueprint.model.init, static_argnums=0, out_shardings=program.state_shardings["params"])

@@ -68,8 +68,9 @@ def assemble(model: FunctionalModel, params: Params) -> Any:
     variables), of a stack an `Assembled`.
 
     Args:
-      params: as `FunctionalModel.init` gives them.
+      params: as `FunctionalModel.init` gives them; any float dtypes.
     """
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     embed, blocks, head = model.modules(params)
     return Assembled(embed, blocks, head) if blocks else embed
 

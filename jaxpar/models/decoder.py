@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxpar.attention import attention
 from jaxpar.config import Architecture, RopeScaling
+from jaxpar.config.lora import Lora
+from jaxpar.models.lora import add_adapters, column_parallel, row_parallel
 from jaxpar.models.protocol import TokenInfo
-from jaxpar.parallel.collective_matmul import gather_then_multiply, multiply_then_scatter
 from jaxpar.parallel.collectives import (
     WHOLE,
     VocabularyPart,
@@ -34,20 +35,24 @@ class Decoder:
 
     Args:
       architecture: sizes and switches, from `config.architecture()`.
+      lora: adapters beside the matrices. None: none.
       tp_comm_overlap: with sequence parallelism, tensor collectives travel in pieces while other pieces are multiplied.
     """
 
     explicit_tensor_collectives = True
 
-    def __init__(self, architecture: Architecture, *, tp_comm_overlap: bool = False):
-        self.architecture, self.tp_comm_overlap = architecture, tp_comm_overlap
+    def __init__(self, architecture: Architecture, lora: Lora | None = None, *, tp_comm_overlap: bool = False):
+        self.architecture, self.lora, self.tp_comm_overlap = architecture, lora, tp_comm_overlap
         self.num_layers = architecture.num_hidden_layers
 
     def embed(self, rngs: nnx.Rngs) -> nnx.Module:
         return Embedding(self.architecture, rngs)
 
     def block(self, rngs: nnx.Rngs) -> nnx.Module:
-        return Block(self.architecture, rngs, overlap=self.tp_comm_overlap)
+        block = Block(self.architecture, rngs, overlap=self.tp_comm_overlap)
+        if self.lora:  # last, so that the other weights are those of a model without adapters
+            add_adapters([block.attention, block.mlp], self.lora, rngs)
+        return block
 
     def head(self, rngs: nnx.Rngs) -> nnx.Module:
         return Head(self.architecture, rngs)
@@ -118,9 +123,9 @@ class Attention(nnx.Module):
             self.key_norm = RMSNorm(head_dim, "head_dim", arch.rms_norm_eps)
 
     def __call__(self, x: Float[Array, "b s e"], info: TokenInfo) -> Float[Array, "b s e"]:
-        weights = self.query[...], self.key[...], self.value[...]
+        names = ["query", "key", "value"]
         with jax.named_scope("linear_qkv"):
-            query, key, value = gather_then_multiply("bse,ehd->bshd", x, *weights, overlap=self.overlap)
+            query, key, value = column_parallel(self, names, "bse,ehd->bshd", x, overlap=self.overlap)
         if self.arch.attention_bias:
             query, key, value = query + self.query_bias[...], key + self.key_bias[...], value + self.value_bias[...]
         if self.arch.qk_norm:
@@ -131,9 +136,7 @@ class Attention(nnx.Module):
             segment_ids=info.segment_ids, window=self.arch.sliding_window,
         )  # fmt: skip
         with jax.named_scope("linear_proj"):
-            return multiply_then_scatter(
-                "bshd,hde->bse", lambda x: x, out, weight=self.output[...], overlap=self.overlap
-            )
+            return row_parallel(self, "output", "bshd,hde->bse", lambda x: x, out, overlap=self.overlap)
 
 
 class MLP(nnx.Module):
@@ -147,8 +150,8 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "b s e"]) -> Float[Array, "b s e"]:
-        gate, up = gather_then_multiply("bse,em->bsm", x, self.gate[...], self.up[...], overlap=self.overlap)
-        return multiply_then_scatter("bsm,me->bse", swiglu, gate, up, weight=self.down[...], overlap=self.overlap)
+        gate, up = column_parallel(self, ["gate", "up"], "bse,em->bsm", x, overlap=self.overlap)
+        return row_parallel(self, "down", "bsm,me->bse", swiglu, gate, up, overlap=self.overlap)
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:

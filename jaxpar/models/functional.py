@@ -39,6 +39,7 @@ class FunctionalModel:
       shapes: tree of ShapeDtypeStruct, the global shapes; layers are stacked, [num_layers, ...].
       dims: the same tree with a tuple of dimension names at each leaf, or None if a parameter has none.
       width: size of the activations' last dimension; of a whole model, of the logits'.
+      parts: the modules, {"embed", "layers", "head"}, with "layers" {"0", "1", …} if blocks are of several kinds.
       own_params: the weights that a whole model came with; None: it is to be initialized.
       auxiliary: {name: weight in the loss} of the blocks' auxiliary outputs that are taken.
       inputs: {name: ShapeDtypeStruct of one token's} of a batch's additional arrays.
@@ -96,7 +97,7 @@ class FunctionalModel:
         parts: dict[str, Any] = {"embed": self._embed, "layers": self._kinds[0], "head": self._head}
         if self.period > 1:
             parts["layers"] = {str(j): kind for j, kind in enumerate(self._kinds)}
-        is_part = lambda x: isinstance(x, Part)  # noqa: E731
+        self.parts, is_part = parts, lambda x: isinstance(x, Part)
         shapes = jax.tree.map(lambda part: part.shapes, parts, is_leaf=is_part)
         own = jax.tree.map(lambda part: part.names, parts, is_leaf=is_part)
         dims = named_dimensions(shapes, own, getattr(model, "dims", None), getattr(model, "names", None))

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxpar.config import Architecture, ConfigError
+from jaxpar.models.lora import ADAPTERS
 from jaxpar.models.protocol import Params
 from jaxpar.models.weights import Problems, fill_params, named_params
 
@@ -65,15 +66,15 @@ def load_params(path: str | Path, architecture: Architecture, shapes: Params, sh
       shardings: the same tree with a `jax.sharding.Sharding` at each leaf.
 
     Returns:
-      float32 arrays of these shapes and shardings. Rows that pad the vocabulary are zeros.
+      arrays of these shapes, dtypes and shardings. Rows that pad the vocabulary are zeros.
 
     Raises:
       ConfigError: the folder has no safetensors, a file cannot be read, or tensors are missing, unexpected, or of
         the wrong shape or dtype. All problems are reported at once, with one line for the same problem in several layers.
     """
     parameters, where = _parameters(shapes), f"actor.model.model_path: {path}"
-    stored = _open_tensors(Path(path).expanduser(), where)
-    _find_problems(stored, parameters, architecture, where).check()
+    stored = open_tensors(Path(path).expanduser(), where)
+    find_problems(stored, parameters, architecture, where).check()
     by_name = {parameter.name: parameter for parameter in parameters}
     return fill_params(shapes, shardings, lambda name, layer, index: by_name[name].read(stored, layer, index))
 
@@ -103,7 +104,7 @@ def save_params(path: str | Path, params: Params, architecture: Architecture, dt
         file = WEIGHTS if len(buckets) == 1 else f"model-{number:05}-of-{len(buckets):05}.safetensors"
         contents = dict[str, np.ndarray]()
         for parameter, layer in bucket:
-            whole = _on_every_device(parameter.value, layer, dtype)
+            whole = on_every_device(parameter.value, layer, dtype)
             if writes:
                 name = parameter.pattern.format(layer)
                 contents[name] = np.ascontiguousarray(parameter.to_stored(np.asarray(whole), architecture))
@@ -124,7 +125,7 @@ def export_params(
     for bucket in _buckets(params, architecture, dtype, bucket_bytes):
         yield {
             parameter.pattern.format(layer): parameter.to_stored(
-                _on_every_device(parameter.value, layer, dtype), architecture
+                on_every_device(parameter.value, layer, dtype), architecture
             )
             for parameter, layer in bucket
         }
@@ -132,9 +133,9 @@ def export_params(
 
 def _buckets(
     params: Params, architecture: Architecture, dtype: str, max_bytes: int
-) -> list[list[tuple["_Parameter", int | None]]]:
+) -> list[list[tuple["Parameter", int | None]]]:
     """The tensors, (parameter, layer), in buckets of at most `max_bytes` where tensors are not larger."""
-    buckets, room = list[list[tuple[_Parameter, int | None]]](), 0
+    buckets, room = list[list[tuple[Parameter, int | None]]](), 0
     for parameter in _parameters(params):
         num_bytes = math.prod(parameter.stored_shape(architecture)) * jnp.dtype(dtype).itemsize
         for layer in parameter.layers:
@@ -146,8 +147,8 @@ def _buckets(
 
 
 @dataclass(frozen=True)
-class _Parameter:
-    """One row of `NAMES`, with the array or shape of the parameter."""
+class Parameter:
+    """One row of `NAMES` or of a table like it, with the array or shape of the parameter."""
 
     name: str
     value: Any
@@ -191,18 +192,22 @@ class _Parameter:
         return block.reshape(shape)[tuple(cut)].transpose([letters.index(letter) for letter in self.dims])
 
 
-def _parameters(tree: Params) -> list[_Parameter]:
+def _parameters(tree: Params) -> list[Parameter]:
     named = named_params(tree)
+    if any(f"/{ADAPTERS}/" in name for name in named):
+        raise ConfigError(
+            "save_params: the parameters have adapters: give trainer.merged_params(), or use save_adapters"
+        )
     if unknown := [name for name in named if name not in NAMES]:
         raise ConfigError(
             f"actor.model.model_path: only supported for the built-in decoder, which has no {', '.join(unknown)}"
         )
-    return [_Parameter(name, x, *NAMES[name][:2], NAMES[name][2].split()) for name, x in named.items()]
+    return [Parameter(name, x, *NAMES[name][:2], NAMES[name][2].split()) for name, x in named.items()]
 
 
-def _open_tensors(folder: Path, where: str) -> dict[str, Any]:
+def open_tensors(folder: Path, where: str, name: str = WEIGHTS) -> dict[str, Any]:
     """A view of each tensor, by name. Reads only the headers of the files."""
-    file, stored = folder / WEIGHTS, dict[str, Any]()
+    file, stored = folder / name, dict[str, Any]()
     try:
         files = [file]
         if not file.exists():
@@ -221,8 +226,8 @@ def _open_tensors(folder: Path, where: str) -> dict[str, Any]:
     return stored
 
 
-def _find_problems(
-    stored: Mapping[str, Any], parameters: list[_Parameter], architecture: Architecture, where: str
+def find_problems(
+    stored: Mapping[str, Any], parameters: list[Parameter], architecture: Architecture, where: str
 ) -> Problems:
     problems = Problems(where)
     report = problems.report
@@ -250,7 +255,7 @@ def _find_problems(
     return problems
 
 
-def _on_every_device(value: jax.Array, layer: int | None, dtype: str) -> jax.Array:
+def on_every_device(value: jax.Array, layer: int | None, dtype: str) -> jax.Array:
     """A whole parameter, or one whole layer of it, on every device."""
     sharding = value.sharding
     if isinstance(sharding, NamedSharding):

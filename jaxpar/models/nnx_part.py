@@ -35,7 +35,8 @@ class NnxPart(Part):
     def __init__(self, name: str, build: Build, module: nnx.Module):
         self.name, self._build = name, build
         self._graph, params, random, others = _split(module)
-        for path, v in nnx.to_flat_state(params):
+        self.variables = dict(nnx.to_flat_state(params))
+        for path, v in self.variables.items():
             if v.get_metadata().get("linen_meta_type") is linen.Partitioned:
                 raise names_mesh_axes(name, path)
         flat = nnx.to_flat_state(others)
@@ -47,7 +48,7 @@ class NnxPart(Part):
                 f"the blocks draw numbers, because each stage computes the head for a share of the tokens"
             )
         self.shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), nnx.to_pure_dict(params))
-        named = {path: v.get_metadata().get("out_sharding") for path, v in nnx.to_flat_state(params)}
+        named = {path: v.get_metadata().get("out_sharding") for path, v in self.variables.items()}
         self.names = nnx.traversals.unflatten_mapping(named)
         self.constants = constants_of(name, self._others) if len(flat) else {}
 

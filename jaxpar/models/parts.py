@@ -3,7 +3,7 @@
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from types import FunctionType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import jax
@@ -24,12 +24,14 @@ class Part(ABC):
       name: for messages, such as "layers".
       shapes: nested dict of ShapeDtypeStruct, float32.
       names: the same with the names of dimensions that stand on the parameters, or None.
+      variables: what filters of nnx are asked about, by path: the parameter's `nnx.Variable`. Of Linen none.
       constants: what the module holds that is neither trained nor random, numpy arrays by path.
     """
 
     name: str
     shapes: dict[str, Any]
     names: dict[str, Any]
+    variables: Mapping[Path, Any] = MappingProxyType({})
     constants: Mapping[Path, np.ndarray]
 
     @abstractmethod

@@ -55,23 +55,23 @@ def named_params(tree: Any) -> dict[str, Any]:
 
 
 def fill_params(shapes: Params, shardings: Params, read: ReadPart) -> Params:
-    """Float32 arrays, made of the parts that this process's devices need.
+    """Arrays, made of the parts that this process's devices need.
 
     Layers are read one after the other, and a part that several devices hold is read once. The host holds the shards of
     one parameter at most, and of these only the ones with the same layers.
 
     Args:
-      shapes: `FunctionalModel.shapes`; layers are stacked, [num_layers, ...].
+      shapes: like `FunctionalModel.shapes`; layers are stacked, [num_layers, ...]. They say the dtypes.
       shardings: the same tree with a `jax.sharding.Sharding` at each leaf.
       read: returns one part of a parameter, in any float dtype.
     """
     named = zip(named_params(shapes).items(), jax.tree.leaves(shardings), strict=True)
-    arrays = [_fill_one(name, leaf.shape, sharding, read) for (name, leaf), sharding in named]
+    arrays = [_fill_one(name, leaf, sharding, read) for (name, leaf), sharding in named]
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 
 
 def given_params(source: Source, shapes: Params, shardings: Params, period: int = 1) -> Params:
-    """The parameters that a user gives, float32, on the mesh. The user's own arrays stay valid.
+    """The parameters that a user gives, on the mesh. The user's own arrays stay valid.
 
     Args:
       source: a tree like `shapes`, of numpy or jax arrays; or a function of a path, such as layers/3/attention/query,
@@ -87,7 +87,7 @@ def given_params(source: Source, shapes: Params, shardings: Params, period: int 
         check_params(source, shapes)
         tree = named_params(source)
         named = zip(named_params(shapes).items(), jax.tree.leaves(shardings), strict=True)
-        arrays = [_copy(name, tree[name], leaf.shape, sharding) for (name, leaf), sharding in named]
+        arrays = [_copy(name, tree[name], leaf, sharding) for (name, leaf), sharding in named]
         return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
     function = _Function(source, shapes, period)
     params = fill_params(shapes, shardings, function.read)
@@ -153,10 +153,10 @@ class _Function:
         return None if found else np.asarray(value)
 
 
-def _copy(name: str, value: Any, shape: tuple[int, ...], sharding: Any) -> jax.Array:
+def _copy(name: str, value: Any, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
     if isinstance(value, jax.Array):
         if value.sharding.device_set == sharding.device_set:  # not through the host
-            return jax.device_put(value.astype(jnp.float32), sharding, may_alias=False)
+            return jax.device_put(value.astype(leaf.dtype), sharding, may_alias=False)
         if not value.is_fully_addressable:
             raise ConfigError(
                 f"params: {name} is on devices of several processes, but not on those of this run: give a function of "
@@ -167,11 +167,11 @@ def _copy(name: str, value: Any, shape: tuple[int, ...], sharding: Any) -> jax.A
         one = value if layer is None else value[layer]
         return (np.asarray(one) if isinstance(one, jax.Array) else one)[index]
 
-    return _fill_one(name, shape, sharding, read)
+    return _fill_one(name, leaf, sharding, read)
 
 
-def _fill_one(name: str, shape: tuple[int, ...], sharding: Any, read: ReadPart) -> jax.Array:
-    layered = name.startswith(_LAYERS)
+def _fill_one(name: str, leaf: jax.ShapeDtypeStruct, sharding: Any, read: ReadPart) -> jax.Array:
+    layered, shape = name.startswith(_LAYERS), leaf.shape
     places: dict[Bounds, dict[Bounds, list[jax.Device]]] = {}  # its layers, its part of each → devices
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
@@ -179,19 +179,21 @@ def _fill_one(name: str, shape: tuple[int, ...], sharding: Any, read: ReadPart) 
         places.setdefault(layers, {}).setdefault(rest, []).append(device)
     arrays = []
     for layers, parts in places.items():
-        for bounds, shard in _shards(name, layers, list(parts), read):
+        for bounds, shard in _shards(name, layers, list(parts), read, leaf.dtype):
             arrays += [jax.device_put(shard, device) for device in parts[bounds]]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def _shards(name: str, layers: Bounds, parts: list[Bounds], read: ReadPart) -> Iterator[tuple[Bounds, np.ndarray]]:
+def _shards(
+    name: str, layers: Bounds, parts: list[Bounds], read: ReadPart, dtype: Any
+) -> Iterator[tuple[Bounds, np.ndarray]]:
     """Several parts of the same layers; `layers` is () for a parameter that has none."""
     index = {bounds: tuple(slice(*bound) for bound in bounds) for bounds in parts}
     if not layers:
-        yield from ((bounds, np.array(read(name, None, index[bounds]), np.float32)) for bounds in parts)
+        yield from ((bounds, np.array(read(name, None, index[bounds]), dtype)) for bounds in parts)
         return
     ((start, stop),) = layers
-    shards = {bounds: np.empty((stop - start, *(b - a for a, b in bounds)), np.float32) for bounds in parts}
+    shards = {bounds: np.empty((stop - start, *(b - a for a, b in bounds)), dtype) for bounds in parts}
     for layer in range(start, stop):
         for bounds, shard in shards.items():
             shard[layer - start] = read(name, layer, index[bounds])

@@ -2,7 +2,8 @@
 
 A parameter names its dimensions, such as `("embed", "heads", "head_dim")`. The table says which mesh axes split each
 of them during a step. Between steps ("at rest": float32 weights and optimizer moments) a parameter is also split over
-dp and cp where a dimension divides: ZeRO (Rajbhandari et al., 2020, arXiv:1910.02054).
+dp and cp where a dimension divides: ZeRO (Rajbhandari et al., 2020, arXiv:1910.02054). A frozen parameter rests in the
+compute dtype, as a step needs it, so only ZeRO stage 3 splits it.
 
 At rest, layers are one array [num_layers, ...] in their order, on any mesh. Where stages hold them in another order
 (chunks) or in unequal numbers, pp splits another dimension at rest, and the layers move to their stages once a step.
@@ -11,7 +12,7 @@ At rest, layers are one array [num_layers, ...] in their order, on any mesh. Whe
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -60,6 +61,8 @@ class ParamLayout:
       stages: (placement, dimension that pp splits at rest, or None), if layers move before a step; else None.
       repeated: (dimension, axes) if there are fewer kv heads than tensor ranks; else None. The parameter is then kept
         whole, and each rank takes the one head that it needs.
+      trained: it has a gradient.
+      dtype: at rest.
     """
 
     name: str
@@ -70,11 +73,13 @@ class ParamLayout:
     gather: tuple[tuple[str, ...], int] | None
     stages: tuple[LayerPlacement, int | None] | None
     repeated: tuple[int, tuple[str, ...]] | None
+    trained: bool = True
+    dtype: Any = jnp.float32
 
-    def bytes_per_device(self, mesh_shape: Mapping[str, int], itemsize: int = 4) -> int:
-        """Bytes of one device's shard at rest."""
+    def bytes_per_device(self, mesh_shape: Mapping[str, int], itemsize: int | None = None) -> int:
+        """Bytes of one device's shard at rest. `itemsize`: default: that of `dtype`."""
         ways = math.prod(mesh_shape[axis] for entry in self.rest_spec for axis in _axes(entry))
-        return math.prod(self.shape) * itemsize // ways
+        return math.prod(self.shape) * (itemsize or jnp.dtype(self.dtype).itemsize) // ways
 
 
 def param_layout(
@@ -198,32 +203,40 @@ def layout_tree(
     zero_stage: int,
     num_chunks: int = 1,
     num_layers: int | None = None,
+    trained: Any = None,
+    frozen_dtype: Any = jnp.float32,
 ) -> Any:
     """Applies `param_layout` to a tree of ShapeDtypeStructs and the matching tree of dimension names (tuples or None).
+
+    Args:
+      trained: the same tree with a bool at each leaf. None: all.
+      frozen_dtype: in which the others rest.
 
     Raises:
       ConfigError: with the problems of all parameters at once.
     """
     problems: list[str] = []
 
-    def one(path: Any, shape: Any, names: Any) -> ParamLayout | None:
+    def one(path: Any, shape: Any, names: Any, is_trained: bool) -> ParamLayout | None:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         try:
-            return param_layout(
+            layout = param_layout(
                 name,
                 shape.shape,
                 names,
                 mesh.shape,
                 explicit=explicit,
-                zero_stage=zero_stage,
+                zero_stage=zero_stage if is_trained or zero_stage == 3 else 0,
                 num_chunks=num_chunks,
                 num_layers=num_layers,
             )
+            return layout if is_trained else replace(layout, trained=False, dtype=frozen_dtype)
         except ConfigError as error:
             problems.extend(error.problems)
             return None
 
-    tree = jax.tree_util.tree_map_with_path(one, shapes, dims)
+    trained = jax.tree.map(lambda _: True, shapes) if trained is None else trained
+    tree = jax.tree_util.tree_map_with_path(one, shapes, dims, trained)
     if problems:
         raise ConfigError(problems)
     return tree

@@ -45,6 +45,7 @@ from jaxpar.parallel.collectives import (
     zeros,
 )
 from jaxpar.parallel.randomness import TokenKey
+from jaxpar.parallel.trained import trained_layouts, vjp
 from jaxpar.pipeline.loss import Loss
 from jaxpar.pipeline.token_parts import from_all_stages, join_tokens, split_tokens
 
@@ -102,7 +103,7 @@ class EmbeddingAndLoss:
 
         def of_part(index: Any) -> Grads:
             embed = self._gathered(outer, index, "embed")
-            _, backward = jax.vjp(lambda embed: self._embed(embed, batch, self._part(index)), embed)
+            _, backward = self._vjp(lambda embed: self._embed(embed, batch, self._part(index)), embed)
             return self._reduced("embed", backward(x_grad)[0]["embed"])
 
         return self._over_parts(lambda _, index: (None, {"embed": of_part(index)}), None)[1]["embed"]
@@ -132,7 +133,7 @@ class EmbeddingAndLoss:
         outer = self._gathered(outer)
 
         def of_part(pieces: tuple[jax.Array, Batch]) -> tuple[jax.Array, Totals, Params, jax.Array]:
-            loss, backward, totals = jax.vjp(
+            loss, backward, totals = self._vjp(
                 lambda outer, y: self._loss_of_piece(outer, y, pieces[1]), outer, pieces[0], has_aux=True
             )
             return loss, totals, *self._backward(backward, vary(jnp.ones_like(loss), varying_axes(loss)))
@@ -151,7 +152,7 @@ class EmbeddingAndLoss:
 
         def of_part(part: tuple[tuple[jax.Array, Batch], Any]) -> tuple[jax.Array, Totals, Params, jax.Array]:
             (y, batch), grads = part
-            _, backward = jax.vjp(lambda outer, y: self._features(outer, y, batch)[0], gathered, y)
+            _, backward = self._vjp(lambda outer, y: self._features(outer, y, batch)[0], gathered, y)
             return jnp.float32(0), {}, *self._backward(backward, grads)
 
         _, _, grads, y_grad = self._over_token_parts(of_part, (pieces, grads_of_parts), y)
@@ -190,7 +191,7 @@ class EmbeddingAndLoss:
 
         def of_part(x_grad: jax.Array, index: Any) -> tuple[jax.Array, Params]:
             gathered, part = self._gathered(outer, index), self._part(index)
-            logits, backward = jax.vjp(lambda params, x: self.model.head(params, x, part), gathered, x)
+            logits, backward = self._vjp(lambda params, x: self.model.head(params, x, part), gathered, x)
             logits = logits if kept is None else kept[index]  # then XLA drops the product that nothing needs
             columns = vocabulary_columns(logits.shape[-1], vocabulary_axes(), part)
             of_logits = logits_grad(logits, columns, of, asked, statistics, sums.num_logits, statistics_grads)
@@ -199,6 +200,14 @@ class EmbeddingAndLoss:
 
         x_grad, grads = self._over_parts(of_part, zeros(x, dtype=jnp.float32))
         return loss, totals, grads, to_y(x_grad.astype(x.dtype))[0]
+
+    def _vjp(self, function: Callable, gathered: Params, *args: Any, has_aux: bool = False) -> Any:
+        return vjp(function, gathered, {name: self._like[name] for name in gathered}, *args, has_aux=has_aux)
+
+    @property
+    def _like(self) -> Any:
+        """The layouts, with None at frozen parameters."""
+        return trained_layouts(self.param_layouts)
 
     def _backward(self, backward: Callable[[Any], Any], y_grad: Any) -> Any:
         return in_float32(backward, y_grad) if self.float32_grads else backward(y_grad)
@@ -321,7 +330,7 @@ class EmbeddingAndLoss:
             return jnp.moveaxis(stacked, 0, dimension).reshape(shape)
 
         carry, stacked = lax.scan(of_part, start, jnp.arange(self.vocabulary_parts))
-        return carry, {name: jax.tree.map(merge, grads, self.param_layouts[name]) for name, grads in stacked.items()}
+        return carry, {name: jax.tree.map(merge, grads, self._like[name]) for name, grads in stacked.items()}
 
 
 def token_info(

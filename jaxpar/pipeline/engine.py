@@ -164,6 +164,8 @@ class Engine:
         carry = carry._replace(
             loss=carry.loss + loss, totals=totals, grads={**carry.grads, **_add(carry.grads, outer_grads)}
         )
+        if not jax.tree.leaves((carry.grads["embed"], carry.grads["layers"])):
+            return carry  # nothing below the head is trained
         if self.num_virtual > 1:
             arrived = _take(carry.from_above, row["from_above_read_B"][self.stage])
             is_last = (self.stage == self.last) & (chunk == self.schedule.num_chunks - 1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpar.parallel.collectives import vary, varying_axes
+from jaxpar.parallel.trained import merge
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class LayerFunctions:
         output is a float32 scalar, a sum over this device's tokens.
       gather: (stacked layers as the engine holds them) → as `block` takes them, stacked. Linear.
       reduce: ({index of a leaf: gradient of stacked layers}) → the same, float32, as it is summed over microbatches.
-        Linear.
+        Linear. The leaves are the trained ones.
+      like: parameters of a layer, with None at the frozen ones.
       float32_grads: products give gradients of parameters in float32, as `reduce` takes them.
       overlap_param_gather: gather a layer while the one before it computes.
       overlap_grad_reduce: reduce a layer's gradients while the next one computes.
@@ -33,6 +35,7 @@ class LayerFunctions:
     block: Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
     gather: Callable[[Any], Any]
     reduce: Callable[[dict[int, jax.Array]], dict[int, jax.Array]]
+    like: Any
     float32_grads: bool = False
     overlap_param_gather: bool = False
     overlap_grad_reduce: bool = False
@@ -48,17 +51,19 @@ class LayerInfo(NamedTuple):
       item: info of the `Item`.
       is_real: bool [layers of the group], which are not padding. None: all.
       layer: int [layers of the group], their indices. None: blocks do not need them.
+      frozen: the frozen parameters of the layers, which have no gradient; None in the place of the others.
     """
 
     item: Any
     is_real: jax.Array | None
     layer: jax.Array | None
+    frozen: Any
 
 
 def layer_group(
     functions: LayerFunctions, size: int, *, unrolled: bool
 ) -> Callable[[Any, jax.Array, LayerInfo], tuple]:
-    """`size` layers as one function of their parameters, x and info → (x, auxiliary outputs)."""
+    """`size` layers as one function of their trained parameters, x and info → (x, auxiliary outputs)."""
 
     def layer(params: Any, x: jax.Array, item: Any, is_real: Any, index: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         y, auxiliary = functions.block(params, x, item, index)
@@ -70,7 +75,7 @@ def layer_group(
         return y, auxiliary
 
     def group(params: Any, x: jax.Array, info: LayerInfo) -> tuple[jax.Array, dict[str, jax.Array]]:
-        of_layers = info.is_real, info.layer
+        params, of_layers = merge(params, info.frozen), (info.is_real, info.layer)
         if size == 1:
             return layer(params, x, info.item, *jax.tree.map(lambda a: a[0], of_layers))
         if unrolled:  # W is looked for among products outside of loops

@@ -15,6 +15,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxpar.backward import LayerRun, Overlap, Pullback, Recompute, overlapped_loop, take_apart
 from jaxpar.parallel.collectives import DEVICE, HOST, put_in, vary, varying_axes, zeros
+from jaxpar.parallel.trained import partition
 from jaxpar.pipeline.layer_group import LayerFunctions, LayerInfo, layer_group
 from jaxpar.pipeline.schedule import Schedule
 
@@ -85,7 +86,7 @@ class Layers:
 
     def zero_grads(self, params: Any) -> Any:
         """Float32 zeros like the sums of the layers' gradients."""
-        leaves, tree = jax.tree.flatten(self._functions.gather(params))
+        leaves, tree = jax.tree.flatten(partition(self._functions.gather(params), self._functions.like)[0])
         return jax.tree.unflatten(tree, [zeros(g) for g in self._functions.reduce(dict(enumerate(leaves))).values()])
 
     def forward(self, item: Item, x: jax.Array, kept: Place) -> tuple[jax.Array, dict[str, jax.Array], SavedValues]:
@@ -141,7 +142,7 @@ class _RunOfLayers:
         self._run_first, self._size, self.count = run.first, run.size, run.count
         self._splits_weights, self._offload = splits_weights, offload
         group = layer_group(functions, run.size, unrolled=splits_weights)
-        params, info = self._params(example, 0), self._info(example, 0)
+        params, info = self._params_and_info(example, 0, self._params(example, 0))
         self.pullback: Pullback = take_apart(
             group,
             params,
@@ -160,7 +161,8 @@ class _RunOfLayers:
 
         def compute(carry: Any, i: Any, params: Any) -> tuple[Any, Any]:
             x, auxiliary, kept = carry
-            x, found, values = self.pullback.forward(params, x, self._info(item, i))
+            params, info = self._params_and_info(item, i, params)
+            x, found, values = self.pullback.forward(params, x, info)
             return (x, jax.tree.map(jnp.add, auxiliary, found), kept), values
 
         def store(carry: Any, i: Any, values: Any) -> Any:
@@ -184,7 +186,7 @@ class _RunOfLayers:
             if values is None:
                 overlap = self._backward_overlap
                 values = _take(*kept, _after(i, [y_grad], varying_axes(y_grad)) if overlap.in_pairs else i)
-            info = self._info(item, i)
+            params, info = self._params_and_info(item, i, params)
             if self._splits_weights:
                 found, x_grad, handed_over = self.pullback.input_grad(values, params, info, y_grad)
                 buffers = _put(buffers, handed_over, pending[1], i)
@@ -210,7 +212,8 @@ class _RunOfLayers:
 
         def compute(grads: Any, i: Any, fetched: Any) -> tuple[Any, Any]:
             params, values, handed_over = fetched
-            return grads, self.pullback.weight_grad(values, params, self._info(item, i), handed_over)
+            params, info = self._params_and_info(item, i, params)
+            return grads, self.pullback.weight_grad(values, params, info, handed_over)
 
         def store(grads: Any, i: Any, found: Any) -> Any:
             return self._accumulate(item, grads, found, i)
@@ -232,7 +235,9 @@ class _RunOfLayers:
         group = self._functions.gather(stacked)
         return group if self._size > 1 else jax.tree.map(lambda p: p[0], group)
 
-    def _info(self, item: Item, i: Any) -> LayerInfo:
+    def _params_and_info(self, item: Item, i: Any, params: Any) -> tuple[Any, LayerInfo]:
+        """(the trained parameters of group i, what it is told). `params`: all of them."""
+        trained, frozen = partition(params, self._functions.like)
         num_real, layer_index = self._functions.num_real, self._functions.layer_index
         is_real = index = None
         if num_real is not None:
@@ -240,7 +245,7 @@ class _RunOfLayers:
         if layer_index is not None:
             first = self._run_first + i * self._size
             index = lax.dynamic_slice_in_dim(layer_index[item.chunk], first, self._size)
-        return LayerInfo(item.info, is_real, index)
+        return trained, LayerInfo(item.info, is_real, index, frozen)
 
     def _accumulate(self, item: Item, grads: Any, found: dict[int, jax.Array], i: Any) -> Any:
         totals, tree = jax.tree.flatten(grads)

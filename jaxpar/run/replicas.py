@@ -22,7 +22,7 @@ def check_replicas(params: Any) -> None:
     A shard that only one device holds, such as a shard of a parameter that ZeRO splits, has no replica to compare with.
 
     Args:
-      params: tree of float32 arrays on one mesh.
+      params: tree of arrays of floats on one mesh.
 
     Raises:
       ReplicaError: some replicas differ; raised in all processes.
@@ -32,8 +32,8 @@ def check_replicas(params: Any) -> None:
     axes = tuple(mesh.axis_names)
 
     def local(leaves: list[jax.Array]) -> jax.Array:
-        sums = [lax.bitcast_convert_type(leaf, jnp.uint32).sum(dtype=jnp.uint32) for leaf in leaves]
-        return jnp.stack(sums)[None]
+        bits = [lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}") for leaf in leaves]
+        return jnp.stack([x.sum(dtype=jnp.uint32) for x in bits])[None]
 
     leaves = [leaf for _, leaf in named]
     specs = [leaf.sharding.spec for leaf in leaves]

@@ -40,6 +40,7 @@ from jaxpar.parallel.sharding import (
     place_layers,
     reduce_grad,
 )
+from jaxpar.parallel.trained import partition, trained_layouts
 from jaxpar.pipeline.ends import EmbeddingAndLoss, token_info
 from jaxpar.pipeline.engine import Engine, StageFunctions
 from jaxpar.pipeline.layer_group import LayerFunctions
@@ -95,6 +96,7 @@ class StepSetup:
         """Parameters at rest → as the engine holds them. Linear.
 
         Args:
+          params: all, or with None at the frozen ones.
           gathered: all-gather the shards over dp and cp.
         """
         # Sums over tp stay where the model's own collectives put them. All others wait for the end of the step. The head
@@ -105,7 +107,9 @@ class StepSetup:
             param = place_layers(param, layout)
             return mark_varying(gather_param(param, layout) if gathered else param, layout, accumulate_axes)
 
-        return jax.tree.map(one, params, self.param_layouts)
+        return jax.tree.map(
+            lambda layout, param: None if param is None else one(param, layout), self.param_layouts, params
+        )
 
     def engine_params(self, params: Params) -> Params:
         """Parameters at rest → as the engine holds them: in the compute dtype, but with ZeRO stage 3, where a layer is
@@ -122,7 +126,8 @@ class StepSetup:
         This is the transpose of `to_engine`, so the two cannot disagree.
         """
         cast = lambda tree: jax.tree.map(lambda x: x.astype(self.reduce_dtype), tree)  # noqa: E731
-        _, transpose = jax.vjp(lambda params: self.to_engine(params, gathered=self.zero_stage < 2), cast(params))
+        trained = cast(partition(params, grads)[0])
+        _, transpose = jax.vjp(lambda params: self.to_engine(params, gathered=self.zero_stage < 2), trained)
         return jax.tree.map(lambda x: x.astype(jnp.float32), transpose(cast(grads))[0])
 
     @property
@@ -138,9 +143,9 @@ class StepSetup:
         return jax.tree.map(gather_param, jax.tree.map(self._to_compute_dtype, params), self.param_layouts[part])
 
     def reduce(self, part: str, grads: dict[int, jax.Array]) -> dict[int, jax.Array]:
-        """Gradients of a part of the model, by index of the leaf → float32, as they are summed over microbatches."""
+        """Gradients of a part of the model, by index of the trained leaf → float32, as they are summed over microbatches."""
         if self.zero_stage > 1:
-            layouts = jax.tree.leaves(self.param_layouts[part])
+            layouts = jax.tree.leaves(trained_layouts(self.param_layouts[part]))
             grads = {i: reduce_grad(grad.astype(self.reduce_dtype), layouts[i]) for i, grad in grads.items()}
         return {i: grad.astype(jnp.float32) for i, grad in grads.items()}
 
@@ -171,6 +176,7 @@ class StepSetup:
             block,
             partial(self.gather, "layers"),
             partial(self.reduce, "layers"),
+            trained_layouts(self.param_layouts["layers"]),
             float32_grads=self.float32_grads,
             overlap_param_gather=self.zero_stage == 3 and is_split and self.overlap_param_gather,
             overlap_grad_reduce=self.zero_stage > 1 and is_split and self.overlap_grad_reduce,
@@ -283,7 +289,8 @@ def build_loss_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.Array, Par
 def build_loss_metrics_and_grads(setup: StepSetup) -> Callable[..., tuple[jax.Array, dict[str, jax.Array], Params]]:
     """Returns (params, batch, loss_scale=None, seed=None) → (loss, metrics, grads), to be called inside `jax.jit`.
 
-    params: float32, each split by its layout's rest_spec; grads likewise.
+    params: float32, each split by its layout's rest_spec; frozen ones in their layout's dtype. grads: float32, split likewise, and
+      None at the frozen ones.
     batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `loss_mask` float32, each [global_batch, seq], and what the
       model and the objective take besides, split by `jaxpar.parallel.sharding.BATCH_SPEC`.
     loss_scale: float32 scalar that multiplies the loss during the backward pass.

@@ -13,9 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpar.models import FunctionalModel
 from jaxpar.parallel.collectives import DEVICE, put_in
+from jaxpar.parallel.trained import merge, partition, trained_layouts
 from jaxpar.step.loss_scale import DynamicLossScale
 
-# "step" int32, "params" and "opt_state" float32, "rng" uint32 key data, and "loss_scale" if it is dynamic
+# "step" int32, "params" and "opt_state" float32, "rng" uint32 key data, and "loss_scale" if it is dynamic. Frozen "params"
+# have the dtype of their layout, and "opt_state" has None for them.
 State = dict[str, Any]
 LossScale = float | DynamicLossScale | None
 Metrics = dict[str, jax.Array]
@@ -37,12 +39,12 @@ def state_shardings(
     """
     everywhere = NamedSharding(mesh, P())
     params = jax.tree.map(lambda layout: NamedSharding(mesh, layout.rest_spec), param_layouts)
-    shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0, loss_scale=loss_scale))
+    shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0, loss_scale=loss_scale, param_layouts=param_layouts))
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, sharding: _in_host_memory(sharding) if offload else sharding,
         shapes["opt_state"],
-        params,
+        partition(params, trained_layouts(param_layouts))[0],
         transform_non_params=lambda _: everywhere,
     )
     shardings = jax.tree.map(lambda _: everywhere, shapes)
@@ -62,17 +64,26 @@ def init_state(
     seed: int,
     params: Any = None,
     loss_scale: LossScale = None,
+    *,
+    param_layouts: Any = None,
 ) -> State:
     """The state before the first step.
 
     Args:
-      params: parameters to start from. None: new ones, which depend on the seed alone and not on the mesh.
+      params: parameters to start from. None, or a tree with None in some places: the others are new ones, which depend on the
+        seed alone and not on the mesh.
+      param_layouts: tree of `ParamLayout`, which says what is frozen. None: nothing.
     """
-    params = model.init(seed) if params is None else params
+    new = model.init(seed)
+    params = new if params is None else merge(params, new)
+    trained = params
+    if param_layouts is not None:
+        params = jax.tree.map(lambda x, layout: x.astype(layout.dtype), params, param_layouts)
+        trained = partition(params, trained_layouts(param_layouts))[0]
     state = {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
-        "opt_state": optimizer.init(params),
+        "opt_state": optimizer.init(trained),
         "rng": jax.random.key_data(jax.random.key(seed)),
     }
     return {**state, "loss_scale": loss_scale.init()} if isinstance(loss_scale, DynamicLossScale) else state
@@ -109,8 +120,9 @@ def build_train_step(
             # Fetched once there are gradients. XLA would begin before the forward pass, when activations need the memory.
             opt_state, grads = lax.optimization_barrier((state["opt_state"], grads))
             state = {**state, "opt_state": jax.tree.map(partial(put_in, DEVICE), opt_state)}
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        updated = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
+        params, frozen = partition(state["params"], grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        updated = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
         metrics = {
             **more,
             "loss": loss,
@@ -120,8 +132,9 @@ def build_train_step(
             "tokens": batch["loss_mask"].sum(),
             "skipped": 1 - finite.astype(jnp.float32),
         }
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, {key: state[key] for key in updated})
-        state = {**state, **kept, "step": state["step"] + 1}
+        before = {"params": params, "opt_state": state["opt_state"]}
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, before)
+        state = {**state, **kept, "params": merge(kept["params"], frozen), "step": state["step"] + 1}
         if dynamic:
             metrics["loss_scale"] = scale
             state["loss_scale"] = dynamic.update(state["loss_scale"], finite)

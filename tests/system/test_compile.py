@@ -45,6 +45,19 @@ def compile_(tmp_path: Path, name: str, *overrides: str) -> dict:
     return json.loads(report.read_text())
 
 
+@needs_plugin
+@pytest.mark.slow
+def test_lora_needs_little_more_memory_than_the_frozen_weights_and_activations(tmp_path):
+    report = compile_(tmp_path, "llama3_8b_1node_lora.yaml")
+    weights = 2 * 8_030_261_248  # in bf16
+    adapters = 83_886_080 * (12 / 8 + 2 + 4)  # float32 and moments over 8 devices, a bf16 copy, sums of gradients
+    numbers = 4 * 4096 + 2 * 1024 + 2 * 14336 + 7 * 32  # kept of a token in a layer
+    activations = 32 * 8192 * (2 * numbers + 4 * (32 + 2))  # beside them sums of attention and norms in float32
+    assert report["memory"]["peak"] <= 1.1 * (weights + adapters + activations)
+    full = compile_(tmp_path, "llama3_8b_1node_lora.yaml", "actor.model.is_lora=False", "actor.optim.zero_stage=3")
+    assert 0.6 < report["flops"] / full["flops"] < 0.8
+
+
 def traffic(report: dict, kind: str, axes: set[str]) -> tuple[int, int]:
     """Executions and bytes per step of all collectives of one kind over exactly these axes."""
     found = [c for c in report["collectives"] if c["kind"] == kind and set(c["axes"]) == axes]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxpar.config import Config, ConfigError, MeshSizes, RopeScaling, config_from_dict, load_config
+from jaxpar.config.lora import Lora
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -434,6 +435,37 @@ def test_a_users_own_model_has_no_tp_comm_overlap():
 def test_a_users_own_model_has_its_own_recompute_modules():
     config = train_config(model=dict(recompute_granularity="selective", recompute_modules=["feed_forward"]))
     config.check_train(config.mesh_sizes(1), None)
+
+
+@pytest.mark.parametrize(
+    "settings,expected",
+    [
+        ({"lora_dropout": 0.1}, "lora_dropout: 0.1, but dropout in adapters is not supported: set it to 0"),
+        (
+            {"lora_target_modules": ["q_prj"]},
+            "lora_target_modules: q_prj is unknown (did you mean q_proj?): choose one of q_proj,",
+        ),
+        ({"lora_target_modules": []}, "lora_target_modules: [] names nothing: choose one of q_proj,"),
+        ({"lora_path": "nowhere"}, "lora_path: nowhere/adapter_config.json: cannot be read: FileNotFoundError"),
+    ],
+)
+def test_wrong_settings_of_lora(settings, expected):
+    config = train_config(model=dict(is_lora=True, **settings))
+    with pytest.raises(ConfigError) as caught:
+        config.prepare_train(1)
+    assert [p for p in caught.value.problems if p.startswith(f"actor.model.{expected}")], caught.value.problems
+
+
+def test_settings_of_lora():
+    lora = train_config(model=dict(is_lora=True, lora_alpha=64)).lora()
+    assert lora == Lora(32, 64.0) and lora.scale == 2 and len(lora.targets) == 7
+    chosen = train_config(model=dict(is_lora=True, lora_target_modules=["v_proj", "q_proj"])).lora()
+    assert chosen == Lora(32, 32, ("q_proj", "v_proj"))
+    off = train_config(model=dict(lora_rank=8))
+    assert off.lora() is None and "actor.model: lora_rank have no effect without is_lora" in off.notes
+    own = train_config(model=dict(is_lora=True))
+    with pytest.raises(ConfigError, match="is_lora: True has no effect on your own model: .* trainable=nnx.LoRAParam"):
+        own.check_train(own.mesh_sizes(1), None)
 
 
 def test_zero_stage():

@@ -182,10 +182,10 @@ def test_a_device_reads_its_own_slice_only(tmp_path: Path, monkeypatch: pytest.M
             reads.setdefault(self.name, []).append(part.size)
             return part
 
-    open_tensors = hugging_face._open_tensors
+    open_tensors = hugging_face.open_tensors
     monkeypatch.setattr(
         hugging_face,
-        "_open_tensors",
+        "open_tensors",
         lambda folder, where: {name: View(name, view) for name, view in open_tensors(folder, where).items()},
     )
     load(tmp_path, architecture(), on_mesh(FunctionalModel(Decoder(architecture())), {"dp": 2, "pp": 2, "tp": 2}))
