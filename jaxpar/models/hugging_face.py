@@ -106,8 +106,7 @@ def save_params(path: str | Path, params: Params, architecture: Architecture, dt
         for parameter, layer in bucket:
             whole = on_every_device(parameter.value, layer, dtype)
             if writes:
-                name = parameter.pattern.format(layer)
-                contents[name] = np.ascontiguousarray(parameter.to_stored(np.asarray(whole), architecture))
+                contents[parameter.pattern.format(layer)] = parameter.to_stored(np.asarray(whole), architecture)
         if writes:
             save_file(contents, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(contents, file)
@@ -171,7 +170,9 @@ class Parameter:
     def to_stored(self, value: Any, architecture: Architecture) -> Any:
         value = value.transpose([self.dims.index(letter) for letter in "".join(self.stored_dims)])
         value = value.reshape([math.prod(self.sizes[letter] for letter in word) for word in self.stored_dims])
-        return value[tuple(map(slice, self.stored_shape(architecture)))]
+        value = value[tuple(map(slice, self.stored_shape(architecture)))]
+        # safetensors writes numpy's memory as it lies, whatever the strides.
+        return np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value
 
     def read(self, tensors: Mapping[str, Any], layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
         """A part of the parameter in float32, given its slice of each dimension; of one layer if it has layers."""
