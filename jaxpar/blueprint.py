@@ -28,8 +28,9 @@ from jaxpar.parallel.placement import LayerPlacement
 from jaxpar.parallel.sharding import layout_tree
 from jaxpar.pipeline.loss import Loss
 from jaxpar.pipeline.schedule import Schedule, ScheduleError, build_schedule
+from jaxpar.step.ema import with_ema
 from jaxpar.step.loss_scale import DynamicLossScale
-from jaxpar.step.optimizer import build_optimizer, learning_rate_schedule
+from jaxpar.step.optimizer import build_optimizer, check_update, learning_rate_schedule, unused_settings
 from jaxpar.step.train_step import LossScale
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
@@ -45,6 +46,8 @@ class Blueprint:
         Default: the built-in decoder with the config's architecture.
       objective: a `jaxpar.Objective`, or a function (`jaxpar.TokenStatistics`, batch) → losses. Default: what the config's
         section `algorithm` names.
+      optimizer: any transformation of optax, with its learning rate. Default: what `actor.optim` names.
+      learning_rate: step, from 0 → rate, for the optimizer that `actor.optim` names. Default: that of `actor.lr_sched`.
     """
 
     def __init__(
@@ -54,21 +57,26 @@ class Blueprint:
         model: UserModel | None = None,
         *,
         objective: UserObjective | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        learning_rate: optax.Schedule | None = None,
     ):
         self.config, self.num_devices = config, num_devices
         self._user_model, self.user_objective = model, objective
+        self._user_optimizer, self._user_rate = optimizer, learning_rate
 
     def check(self) -> None:
         """Raises ConfigError with every problem that stands in the way of training."""
+        own_rate = self._user_optimizer is not None or self._user_rate is not None
         if self._user_model is not None:  # it has its own sizes, whatever architecture the file describes
-            self.config.check_train(self.sizes, None)
+            self.config.check_train(self.sizes, None, own_rate=own_rate)
         else:
-            self.config.prepare_train(self.num_devices)
+            self.config.prepare_train(self.num_devices, own_rate=own_rate)
         if problems := list(
             checks.schedule_problems(self.config.actor.model, self.model.num_layers, self.model.pattern)
         ):
             raise ConfigError(problems)
         _ = self.param_layouts, self.schedule, self.loss
+        check_update(self.optimizer, self.model.shapes)
         if self.sizes.cp > 1:
             check_split_sequence(self.model, self.sizes.cp, self.config.row_length)
 
@@ -185,13 +193,22 @@ class Blueprint:
         rows_per_microbatch = self.sizes.dp * self.config.rows_per_microbatch
         return rows_per_microbatch * self.schedule.num_microbatches, self.config.row_length
 
-    @property
+    @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return build_optimizer(self.config, self.param_layouts)
+        """The caller's, or the config's; with the average of the weights that the config asks for."""
+        if self._user_optimizer is not None and self._user_rate is not None:
+            raise ConfigError("learning_rate: an optimizer that is given has its own: give one of the two")
+        optimizer, decay = self._user_optimizer, self.config.actor.optim.ema_decay
+        if optimizer is None:
+            optimizer = build_optimizer(self.config, self.param_layouts, self.learning_rate, self.mesh_shape)
+        return with_ema(optimizer, decay) if decay else optimizer
 
     @property
-    def learning_rate(self) -> optax.Schedule:
-        return learning_rate_schedule(self.config)
+    def learning_rate(self) -> optax.Schedule | None:
+        """None: the caller's optimizer has its own."""
+        if self._user_optimizer is not None:
+            return None
+        return self._user_rate or learning_rate_schedule(self.config)
 
     @property
     def loss_scale(self) -> LossScale:
@@ -245,9 +262,11 @@ class Blueprint:
 
     @property
     def warnings(self) -> list[str]:
-        """What to tell the user about the mesh and the model."""
+        """What to tell the user about the mesh, the model and the optimizer."""
         warning = cross_host_warning(self.sizes, self.num_devices // self.config.cluster.num_nodes)
         warnings = [warning] if warning else []
+        own_optimizer, own_rate = self._user_optimizer is not None, self._user_rate is not None
+        warnings += unused_settings(self.config, own_optimizer=own_optimizer, own_rate=own_optimizer or own_rate)
         if self.config.data.reset_attention_mask and not self.model.knows_documents:
             warnings.append(
                 "the model does not use info.segment_ids, so tokens attend across the documents of a packed row: pass "

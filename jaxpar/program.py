@@ -1,15 +1,17 @@
 """A blueprint on given devices: the jitted functions of a run, a benchmark, or a compile for devices that are not here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
+import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpar.blueprint import DTYPES, Blueprint, UserModel
 from jaxpar.config import Config, ConfigError
-from jaxpar.objectives import UserObjective, check_independence
+from jaxpar.objectives import Asked, TokenStatistics, UserObjective, check_independence
 from jaxpar.parallel.batch import BatchLayout
 from jaxpar.parallel.mesh import build_mesh
 from jaxpar.step import (
@@ -30,7 +32,7 @@ class Program:
     Args:
       config: from `jaxpar.load_config`.
       devices: all devices of the run, in the order of their hosts.
-      model, objective: as in `jaxpar.blueprint.Blueprint`.
+      model, objective, optimizer, learning_rate: as in `jaxpar.blueprint.Blueprint`.
 
     Attributes:
       blueprint: what the config means on so many devices.
@@ -56,8 +58,12 @@ class Program:
         model: UserModel | None = None,
         *,
         objective: UserObjective | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        learning_rate: optax.Schedule | None = None,
     ):
-        self.blueprint = blueprint = Blueprint(config, len(devices), model, objective=objective)
+        self.blueprint = blueprint = Blueprint(
+            config, len(devices), model, objective=objective, optimizer=optimizer, learning_rate=learning_rate
+        )
         blueprint.check()
         _check_backend(config, devices[0].platform)
         if objective is not None:  # the shipped ones are tested
@@ -71,7 +77,7 @@ class Program:
             inputs=blueprint.inputs,
             problem=blueprint.objective.problem,
         )
-        optimizer, loss_scale = blueprint.optimizer, blueprint.loss_scale
+        optimizer, loss_scale = blueprint.optimizer, blueprint.loss_scale  # with the average of the weights
         offload = config.actor.optim.optimizer_cpu_offload
         self.state_shapes, self.state_shardings = state_shardings(
             blueprint.model, optimizer, blueprint.param_layouts, self.mesh, loss_scale, offload=offload
@@ -97,6 +103,16 @@ class Program:
             out_shardings=self.state_shardings,
             donate_argnums=0,
         )
+
+    def statistics_of(
+        self, params: Any, batch: Mapping[str, Any], temperature: float | None, *, entropy: bool
+    ) -> TokenStatistics:
+        """`statistics` of a batch of the whole run's arrays; see `jaxpar.Trainer.statistics`."""
+        layout, objective = self.batch_layout, self.blueprint.objective
+        asked = Asked(entropy, temperature=objective.temperature if temperature is None else temperature)
+        optional = objective.inputs.keys() - self.blueprint.model.inputs.keys()
+        rows = layout.put_on_mesh(layout.own_rows(batch, trained=False, optional=optional))
+        return self.statistics(params, {key: x for key, x in rows.items() if key not in optional}, asked)
 
     @property
     def dp_ranks(self) -> list[int]:

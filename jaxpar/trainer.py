@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from jaxtyping import Array, Float
 
 from jaxpar.attention import choice_lines
@@ -17,7 +18,7 @@ from jaxpar.measure.check_report import CheckReport, LayoutError
 from jaxpar.models import UserModel
 from jaxpar.models.assembled import assemble
 from jaxpar.models.weights import Source
-from jaxpar.objectives import Asked, TokenStatistics, UserObjective
+from jaxpar.objectives import TokenStatistics, UserObjective
 from jaxpar.program import Program
 from jaxpar.run import runtime
 from jaxpar.run.datasets import open_evaluation, open_training_data
@@ -28,6 +29,7 @@ from jaxpar.run.replicas import ReplicaError, check_replicas
 from jaxpar.run.signals import Interrupted, Signals
 from jaxpar.run.step_log import NonFiniteError, StepLog
 from jaxpar.run.watchdog import Watchdog
+from jaxpar.step.ema import ema_params
 from jaxpar.step.train_step import State, scale_of, seed_of
 
 __all__ = ["Interrupted", "NonFiniteError", "ReplicaError", "Trainer"]
@@ -47,6 +49,8 @@ class Trainer:
         first needed. A checkpoint that `runner.resume_dir` finds wins over them.
       objective: a `jaxpar.Objective`, or a function (`jaxpar.TokenStatistics`, batch) → losses [batch, seq]. Default: what the
         config's section `algorithm` names, next-token cross-entropy if it names nothing.
+      optimizer: any `optax.GradientTransformation`, with its own learning rate. Default: what `actor.optim` names.
+      learning_rate: step (from 0) → rate, instead of `actor.lr_sched`'s, for the optimizer that `actor.optim` names.
       replace_stored: take `params` although the folder actor.model.model_path has weights too.
 
     Attributes:
@@ -63,11 +67,14 @@ class Trainer:
         params: Source | None = None,
         *,
         objective: UserObjective | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        learning_rate: optax.Schedule | None = None,
         replace_stored: bool = False,
     ):
         self.config = config
         runtime.start(config)
-        self.program = Program(config, runtime.devices(config), model, objective=objective)
+        given = {"objective": objective, "optimizer": optimizer, "learning_rate": learning_rate}
+        self.program = Program(config, runtime.devices(config), model, **given)
         params = self.program.blueprint.model.own_params if params is None else params
         self._run_state = RunState(self.program, params, replace_stored=replace_stored)
 
@@ -172,13 +179,7 @@ class Trainer:
           batch: as in `loss_and_grads`; all of it may be masked, and what the objective takes besides may be missing.
           temperature: divides the logits. Default: the objective's.
         """
-        blueprint, layout = self.program.blueprint, self.program.batch_layout
-        objective = blueprint.objective
-        asked = Asked(entropy, temperature=objective.temperature if temperature is None else temperature)
-        optional = objective.inputs.keys() - blueprint.model.inputs.keys()
-        rows = layout.put_on_mesh(layout.own_rows(batch, trained=False, optional=optional))
-        needed = {key: x for key, x in rows.items() if key not in optional}
-        return self.program.statistics(self.state["params"], needed, asked)
+        return self.program.statistics_of(self.state["params"], batch, temperature, entropy=entropy)
 
     def train_step(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Takes one optimizer step.
@@ -197,14 +198,15 @@ class Trainer:
         self._run_state.set(state)
         return metrics
 
-    def module(self) -> Any:
-        """The model with the current parameters, float32, as a module of Flax, for evaluation.
+    def module(self, *, ema: bool = False) -> Any:
+        """The model with the current parameters, or `ema`, their average (`actor.optim.ema_decay`): float32, for evaluation.
 
         Returns:
           Of a whole model, the user's own module (if it is Linen, bound to its variables). Of a stack, a
           `jaxpar.models.assembled.Assembled`: `module(tokens)` gives logits [batch, seq, vocab].
         """
-        return assemble(self.program.blueprint.model, self.state["params"])
+        params = ema_params(self.state["opt_state"]) if ema else self.state["params"]
+        return assemble(self.program.blueprint.model, params)
 
     def fit(self, profile: Steps | None = None) -> None:
         """Trains from the start, or from the checkpoint that `runner.resume_dir` names, to `max_steps` or `max_epochs`.
