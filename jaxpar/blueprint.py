@@ -30,6 +30,7 @@ from jaxpar.pipeline.loss import Loss
 from jaxpar.pipeline.schedule import Schedule, ScheduleError, build_schedule
 from jaxpar.step.ema import with_ema
 from jaxpar.step.loss_scale import DynamicLossScale
+from jaxpar.step.opt_state import bytes_everywhere
 from jaxpar.step.optimizer import build_optimizer, check_update, learning_rate_schedule, unused_settings
 from jaxpar.step.train_step import LossScale
 
@@ -262,15 +263,26 @@ class Blueprint:
 
     @property
     def warnings(self) -> list[str]:
-        """What to tell the user about the mesh, the model and the optimizer."""
+        """What to tell the user about the mesh and the model."""
         warning = cross_host_warning(self.sizes, self.num_devices // self.config.cluster.num_nodes)
         warnings = [warning] if warning else []
-        own_optimizer, own_rate = self._user_optimizer is not None, self._user_rate is not None
-        warnings += unused_settings(self.config, own_optimizer=own_optimizer, own_rate=own_optimizer or own_rate)
         if self.config.data.reset_attention_mask and not self.model.knows_documents:
             warnings.append(
                 "the model does not use info.segment_ids, so tokens attend across the documents of a packed row: pass "
                 "segment_ids=info.segment_ids to jaxpar.attention.attention, or say that it is meant with "
                 "data.reset_attention_mask: False"
+            )
+        return warnings
+
+    @property
+    def training_warnings(self) -> list[str]:
+        """What to tell the user before training: `warnings`, and what is to be said of the optimizer."""
+        warnings = self.warnings
+        own_optimizer, own_rate = self._user_optimizer is not None, self._user_rate is not None
+        warnings += unused_settings(self.config, own_optimizer=own_optimizer, own_rate=own_optimizer or own_rate)
+        opt_state = jax.eval_shape(self.optimizer.init, self.model.shapes)
+        if self.num_devices > 1 and (whole := bytes_everywhere(opt_state, self.param_layouts)) >= 2**20:
+            warnings.append(
+                f"optimizer: {whole / 2**20:,.0f} MiB of its state lie whole on every device: the shapes are not those of parameters"
             )
         return warnings

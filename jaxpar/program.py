@@ -77,7 +77,7 @@ class Program:
             inputs=blueprint.inputs,
             problem=blueprint.objective.problem,
         )
-        optimizer, loss_scale = blueprint.optimizer, blueprint.loss_scale  # with the average of the weights
+        optimizer, loss_scale = blueprint.optimizer, blueprint.loss_scale
         offload = config.actor.optim.optimizer_cpu_offload
         self.state_shapes, self.state_shardings = state_shardings(
             blueprint.model, optimizer, blueprint.param_layouts, self.mesh, loss_scale, offload=offload

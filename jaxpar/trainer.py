@@ -117,7 +117,7 @@ class Trainer:
     @property
     def warnings(self) -> list[str]:
         """What the user should be told once about this run, in addition to `config.notes`."""
-        warnings, path = list(self.program.blueprint.warnings), self.config.actor.model.model_path
+        warnings, path = self.program.blueprint.training_warnings, self.config.actor.model.model_path
         if self.program.blueprint.architecture and path and self._run_state.is_random:
             warnings.append(f"actor.model.model_path: {path} has no weights: training starts from random weights")
         return warnings

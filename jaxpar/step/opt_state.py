@@ -41,6 +41,17 @@ def opt_state_specs(shapes: Any, param_layouts: Any) -> Any:
     return jax.tree_util.tree_map_with_path(spec, shapes)
 
 
+def bytes_everywhere(shapes: Any, param_layouts: Any) -> int:
+    """Bytes of the arrays of an optimizer's state that lie whole on every device, because no parameter has their shape."""
+    find, specs = by_path(param_layouts), jax.tree.leaves(opt_state_specs(shapes, param_layouts))
+    leaves = zip(jax.tree_util.tree_leaves_with_path(shapes), specs, strict=True)
+    return sum(
+        leaf.size * leaf.dtype.itemsize
+        for (path, leaf), spec in leaves
+        if leaf.ndim and not any(spec) and ((layout := find(path)) is None or any(layout.rest_spec))
+    )
+
+
 def num_updates(opt_state: Any, step: jax.Array) -> jax.Array:
     """How many updates were applied, int32: the state's own count, or if it has none, the number of steps."""
     counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from runs import QUICKSTART, SMALL, layout
+from runs import QUICKSTART, SMALL, layout, metrics
 from support import DECODER, QUICK, Step, collectives, equal_trees, random_params, relative_error, slow
 
 import jaxpar
@@ -149,6 +149,36 @@ def test_an_optimizer_s_state_lies_like_the_parameters_and_its_updates_are_optax
     found = _three_updates(optimizer, place(params), place(grads))
     for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert relative_error(x, y) < 1e-5
+
+
+def own_trainer(folder, **choices):
+    settings = [
+        f"runner.output_dir={folder}",
+        "runner.max_steps=2",
+        "actor.optim.ema_decay=0.5",
+        *SMALL,
+        *layout("one"),
+    ]
+    return jaxpar.Trainer(jaxpar.load_config(QUICKSTART, settings), **choices)
+
+
+def test_a_trainer_takes_an_optimizer_or_a_schedule_of_one_s_own(tmp_path):
+    optim, sched = own_trainer(tmp_path, optimizer=optax.lion(1e-2)).warnings
+    assert optim.startswith("actor.optim: adam_beta1, ") and sched.startswith("actor.lr_sched: lr_decay_iters, ")
+    rate, sched = own_trainer(tmp_path, learning_rate=optax.constant_schedule(1.0)).warnings
+    assert rate.startswith("actor.optim.lr has no effect") and sched.startswith("actor.lr_sched: lr_decay_iters, ")
+
+
+@pytest.mark.slow
+def test_a_run_with_an_optimizer_of_one_s_own(tmp_path):
+    trainer = own_trainer(tmp_path, optimizer=optax.chain(optax.clip(1.0), optax.lion(1e-2)))
+    trainer.fit()
+    assert [row["learning_rate"] for row in metrics(tmp_path)] == [None, None]
+    tokens = np.arange(32)[None]
+    average, last = (trainer.module(ema=ema)(tokens)[..., :258] for ema in (True, False))
+    assert relative_error(average, last) > 1e-3
+    with pytest.raises(jaxpar.ConfigError, match=r"all in opt_state: the parameters are the same"):
+        own_trainer(tmp_path, optimizer=optax.lion(1e-2)).restore()
 
 
 # --- Muon -------------------------------------------------------------------------------------------------------------

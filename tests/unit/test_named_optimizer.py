@@ -1,5 +1,7 @@
 """Optimizers by name and as objects: their arguments, groups of parameters, the average of the weights, notes and errors."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,18 @@ from jaxpar.step.named_optimizer import optimizer_names
 from jaxpar.step.opt_state import opt_state_specs
 from jaxpar.step.optimizer import build_optimizer, check_update, unused_settings
 from jaxpar.step.train_step import build_train_step
+
+SETTINGS = {
+    "runner": {"max_steps": 5, "seq_length": 8},
+    "actor": {
+        "micro_batch_size": 1,
+        "global_batch_size": 1,
+        "model": {
+            "model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "vocab_size": 8, "precision": "fp32",
+        },
+    },
+}  # fmt: skip
 
 DIMS = {
     "embed": {"table": ("vocab", "embed")},
@@ -149,6 +163,14 @@ def test_a_state_lies_like_the_dimensions_that_it_has():
     }
 
 
+def test_a_state_that_lies_whole_is_said_to():
+    model = {**SETTINGS["actor"]["model"], "hidden_size": 256, "intermediate_size": 512}
+    own = config_from_dict({**SETTINGS, "actor": {**SETTINGS["actor"], "global_batch_size": 2, "model": model}})
+    (warning,) = Blueprint(own, 2, optimizer=optax.flatten(optax.adam(1e-3))).training_warnings
+    assert re.fullmatch(r"optimizer: 6 MiB of its state lie whole on every device: the shapes are not .*", warning)
+    assert Blueprint(own, 2, optimizer=optax.adafactor(1e-3)).training_warnings == []
+
+
 def test_parameters_without_a_gradient_have_no_state():
     """Their leaves are None in the trees that the optimizer sees; the layouts have them all."""
     some = {"embed": {"table": None}, "layers": ones()["layers"]}
@@ -271,19 +293,6 @@ def test_settings_without_effect_are_noted():
     assert "applies it to biases and norms too" in notes(config("novograd"))[0]
 
 
-SETTINGS = {
-    "runner": {"max_steps": 5, "seq_length": 8},
-    "actor": {
-        "micro_batch_size": 1,
-        "global_batch_size": 1,
-        "model": {
-            "model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-            "num_attention_heads": 1, "vocab_size": 8, "precision": "fp32",
-        },
-    },
-}  # fmt: skip
-
-
 def test_an_optimizer_of_one_s_own():
     own = config_from_dict(SETTINGS)
     with pytest.raises(ConfigError, match=r"actor\.optim\.lr: not given"):
@@ -291,7 +300,7 @@ def test_an_optimizer_of_one_s_own():
     lion = optax.lion(1e-3)
     blueprint = Blueprint(own, 1, optimizer=lion)
     blueprint.check()
-    assert blueprint.optimizer is lion and blueprint.learning_rate is None and blueprint.warnings == []
+    assert blueprint.optimizer is lion and blueprint.learning_rate is None and blueprint.training_warnings == []
     rate = optax.constant_schedule(0.5)
     blueprint = Blueprint(own, 1, learning_rate=rate)
     blueprint.check()
