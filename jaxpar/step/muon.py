@@ -31,23 +31,22 @@ class MatrixDims(NamedTuple):
 
 
 def matrix_dims(layout: ParamLayout) -> MatrixDims | None:
-    """None: not a matrix of a layer, so Adam trains it: embeddings and the head, biases, norms, and a parameter of more than
-    two dimensions whose names do not tell which ones the product sums over.
+    """None: not a matrix, so Adam trains it: embeddings and the head, which have "vocab", biases, norms, and parameters whose
+    names do not tell which dimensions the product sums over.
 
     Of `("embed", "heads", "head_dim")` the rows are "embed", of `("heads", "head_dim", "embed")` the columns: "embed" is one
     side. Unnamed dimensions beside them are many matrices, as "layers" is.
     """
-    own = tuple(i for i, dim in enumerate(layout.dims) if dim != "layers")
-    if "vocab" in layout.dims or layout.name.startswith(("embed/", "head/")) or layout.name.endswith("bias"):
+    own = tuple(i for i, dim in enumerate(layout.dims) if dim not in ("layers", None))
+    if "vocab" in layout.dims or layout.name.endswith("bias") or len(own) < 2:
         return None
     if len(own) == 2:
         return MatrixDims(own[:1], own[1:])
-    named = tuple(i for i in own if layout.dims[i] is not None)
-    if len(named) < 2 or [layout.dims[i] for i in named].count("embed") != 1:
+    if [layout.dims[i] for i in own].count("embed") != 1:
         return None
-    if layout.dims[named[0]] == "embed":
-        return MatrixDims(named[:1], named[1:])
-    return MatrixDims(named[:-1], named[-1:]) if layout.dims[named[-1]] == "embed" else None
+    if layout.dims[own[0]] == "embed":
+        return MatrixDims(own[:1], own[1:])
+    return MatrixDims(own[:-1], own[-1:]) if layout.dims[own[-1]] == "embed" else None
 
 
 def muon(

@@ -1,5 +1,6 @@
 """Optimizers of optax on a mesh: the same steps as on one device, with a checkpoint read on another layout; Muon's transfers."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -10,12 +11,14 @@ import numpy as np
 import optax
 import pytest
 from runs import QUICKSTART, SMALL, layout, metrics
-from support import DECODER, QUICK, Step, collectives, equal_trees, random_params, relative_error, slow
+from support import DECODER, QUICK, SEQ, Step, collectives, equal_trees, random_params, relative_error, slow
+from user_models import NoStack
 
 import jaxpar
 from jaxpar.checkpoint.checkpoints import Checkpoints
 from jaxpar.measure.check import random_batch
 from jaxpar.models import Decoder, FunctionalModel
+from jaxpar.parallel.sharding import ParamLayout
 from jaxpar.program import Program
 from jaxpar.step.muon import matrix_dims, muon
 from jaxpar.step.opt_state import by_path, opt_state_specs
@@ -110,8 +113,9 @@ def test_ten_steps_on_a_layout_are_those_on_one_device(name, where, more):
     assert_near(Run("unused", name, where, *more).steps(0, NUM_STEPS), on_one_device(name, *more)[1])
 
 
-def decoder(sizes, **kwargs):
-    model = FunctionalModel(Decoder(DECODER))
+def decoder(sizes, *, whole=False, **kwargs):
+    """`whole`: a model that is not a stack."""
+    model = FunctionalModel(NoStack, SEQ) if whole else FunctionalModel(Decoder(DECODER))
     return model, Step(model, sizes, **kwargs)
 
 
@@ -193,6 +197,13 @@ def test_what_is_a_matrix():
         "attention/output": ((1, 2), (3,)),
         **dict.fromkeys(("mlp/gate", "mlp/up", "mlp/down"), ((1,), (2,))),
     }
+    _, step = decoder((1, 1, 1, 1, 1), whole=True)
+    names = {x.name.removesuffix("/kernel") for x in jax.tree.leaves(step.layouts) if matrix_dims(x)}
+    block = {f"embed/block/{name}" for name in ("query", "key", "value", "out", "up", "down")}
+    assert names == {*block, "embed/gate", "embed/mix"}
+    stacked = ParamLayout("qkv", (4, 3, 8, 2, 4), ("layers", None, "embed", "heads", "head_dim"), *[None] * 5)
+    assert matrix_dims(stacked) == ((2,), (3, 4))
+    assert matrix_dims(dataclasses.replace(stacked, dims=("layers", None, "heads", "mlp", "head_dim"))) is None
 
 
 @pytest.mark.parametrize(
@@ -204,6 +215,7 @@ def test_what_is_a_matrix():
             ((1, 2, 4, 1, 1), {"num_chunks": 2, "schedule": "interleaved_1f1b"}),
             ((2, 1, 1, 4, 1), {"zero_stage": 0}),
             ((8, 1, 1, 1, 1), {"zero_stage": 2}),
+            ((2, 1, 2, 1, 2), {"zero_stage": 2, "whole": True}),
         ),
     ],
 )
