@@ -30,6 +30,7 @@ from jaxpar.pipeline.loss import Loss
 from jaxpar.pipeline.schedule import Schedule, ScheduleError, build_schedule
 from jaxpar.step.ema import with_ema
 from jaxpar.step.loss_scale import DynamicLossScale
+from jaxpar.step.muon import left_to_adam
 from jaxpar.step.opt_state import bytes_everywhere
 from jaxpar.step.optimizer import build_optimizer, check_update, learning_rate_schedule, unused_settings
 from jaxpar.step.train_step import LossScale
@@ -280,6 +281,15 @@ class Blueprint:
         warnings = self.warnings
         own_optimizer, own_rate = self._user_optimizer is not None, self._user_rate is not None
         warnings += unused_settings(self.config, own_optimizer=own_optimizer, own_rate=own_optimizer or own_rate)
+        if (
+            not own_optimizer
+            and self.config.actor.optim.optimizer == "muon"
+            and (names := left_to_adam(self.param_layouts))
+        ):
+            warnings.append(
+                f"actor.optim.optimizer: muon leaves {', '.join(names)} to Adam: the names of their dimensions do not tell what is "
+                "summed over"
+            )
         opt_state = jax.eval_shape(self.optimizer.init, self.model.shapes)
         if self.num_devices > 1 and (whole := bytes_everywhere(opt_state, self.param_layouts)) >= 2**20:
             warnings.append(

@@ -49,6 +49,18 @@ def matrix_dims(layout: ParamLayout) -> MatrixDims | None:
     return MatrixDims(own[:-1], own[-1:]) if layout.dims[own[-1]] == "embed" else None
 
 
+def left_to_adam(param_layouts: Any) -> list[str]:
+    """Names of parameters that may be matrices of layers, but whose dimensions' names do not say so."""
+    return [
+        layout.name
+        for layout in jax.tree.leaves(param_layouts)
+        if matrix_dims(layout) is None
+        and sum(dim != "layers" for dim in layout.dims) > 1
+        and "vocab" not in layout.dims
+        and not layout.name.endswith("bias")
+    ]
+
+
 def muon(
     learning_rate: optax.Schedule,
     *,

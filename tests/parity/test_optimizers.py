@@ -20,7 +20,7 @@ from jaxpar.measure.check import random_batch
 from jaxpar.models import Decoder, FunctionalModel
 from jaxpar.parallel.sharding import ParamLayout
 from jaxpar.program import Program
-from jaxpar.step.muon import matrix_dims, muon
+from jaxpar.step.muon import left_to_adam, matrix_dims, muon
 from jaxpar.step.opt_state import by_path, opt_state_specs
 from jaxpar.step.optimizer import build_optimizer
 
@@ -31,6 +31,7 @@ OPTIMIZERS = {
 }
 GROUPS = ("actor.optim.groups=[{match: layers/*/attention/*, lr_mult: 0.5, weight_decay: 0}]",)
 NUM_STEPS = 10
+AXES = ("tensor_model", "pipeline_model", "context")
 
 
 class Run:
@@ -169,6 +170,14 @@ def own_trainer(folder, **choices):
 def test_a_trainer_takes_an_optimizer_or_a_schedule_of_one_s_own(tmp_path):
     optim, sched = own_trainer(tmp_path, optimizer=optax.lion(1e-2)).warnings
     assert optim.startswith("actor.optim: adam_beta1, ") and sched.startswith("actor.lr_sched: lr_decay_iters, ")
+    settings = [
+        "actor.optim.optimizer=muon",
+        *(f"actor.model.{a}_parallel_size=1" for a in AXES),
+        "cluster.num_gpus_per_node=1",
+    ]
+    config = jaxpar.load_config(QUICKSTART, [*settings, "actor.model.sequence_parallel=False", "runner.seq_length=32"])
+    *_, muon_note = jaxpar.Trainer(config, lambda rngs: NoStack(rngs)).warnings
+    assert muon_note.startswith("actor.optim.optimizer: muon leaves embed/embed/positions/embedding to Adam: ")
     rate, sched = own_trainer(tmp_path, learning_rate=optax.constant_schedule(1.0)).warnings
     assert rate.startswith("actor.optim.lr has no effect") and sched.startswith("actor.lr_sched: lr_decay_iters, ")
 
@@ -201,6 +210,7 @@ def test_what_is_a_matrix():
     names = {x.name.removesuffix("/kernel") for x in jax.tree.leaves(step.layouts) if matrix_dims(x)}
     block = {f"embed/block/{name}" for name in ("query", "key", "value", "out", "up", "down")}
     assert names == {*block, "embed/gate", "embed/mix"}
+    assert left_to_adam(step.layouts) == ["embed/embed/positions/embedding"]
     stacked = ParamLayout("qkv", (4, 3, 8, 2, 4), ("layers", None, "embed", "heads", "head_dim"), *[None] * 5)
     assert matrix_dims(stacked) == ((2,), (3, 4))
     assert matrix_dims(dataclasses.replace(stacked, dims=("layers", None, "heads", "mlp", "head_dim"))) is None
