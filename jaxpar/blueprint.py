@@ -29,11 +29,14 @@ from jaxpar.objectives.from_config import objective_of
 from jaxpar.parallel.mesh import cross_host_warning
 from jaxpar.parallel.placement import LayerPlacement
 from jaxpar.parallel.sharding import layout_tree
-from jaxpar.parallel.trained import trained_layouts
+from jaxpar.parallel.trained import partition, trained_layouts
 from jaxpar.pipeline.loss import Loss
 from jaxpar.pipeline.schedule import Schedule, ScheduleError, build_schedule
+from jaxpar.step.ema import with_ema
 from jaxpar.step.loss_scale import DynamicLossScale
-from jaxpar.step.optimizer import build_optimizer, learning_rate_schedule
+from jaxpar.step.muon import left_to_adam
+from jaxpar.step.opt_state import bytes_everywhere
+from jaxpar.step.optimizer import build_optimizer, check_update, learning_rate_schedule, unused_settings
 from jaxpar.step.train_step import LossScale
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
@@ -50,6 +53,8 @@ class Blueprint:
       objective: a `jaxpar.Objective`, or a function (`jaxpar.TokenStatistics`, batch) → losses. Default: what the config's
         section `algorithm` names.
       trainable: what is trained, see `jaxpar.models.trainable`. Default: what the config says, else everything.
+      optimizer: any transformation of optax, with its learning rate. Default: what `actor.optim` names.
+      learning_rate: step, from 0 → rate, for the optimizer that `actor.optim` names. Default: that of `actor.lr_sched`.
     """
 
     def __init__(
@@ -60,21 +65,26 @@ class Blueprint:
         *,
         objective: UserObjective | None = None,
         trainable: Trainable | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        learning_rate: optax.Schedule | None = None,
     ):
         self.config, self.num_devices = config, num_devices
         self._user_model, self.user_objective, self.user_trainable = model, objective, trainable
+        self._user_optimizer, self._user_rate = optimizer, learning_rate
 
     def check(self) -> None:
         """Raises ConfigError with every problem that stands in the way of training."""
+        own_rate = self._user_optimizer is not None or self._user_rate is not None
         if self._user_model is not None:  # it has its own sizes, whatever architecture the file describes
-            self.config.check_train(self.sizes, None)
+            self.config.check_train(self.sizes, None, own_rate=own_rate)
         else:
-            self.config.prepare_train(self.num_devices)
+            self.config.prepare_train(self.num_devices, own_rate=own_rate)
         if problems := list(
             checks.schedule_problems(self.config.actor.model, self.model.num_layers, self.model.pattern)
         ):
             raise ConfigError(problems)
         _ = self.param_layouts, self.schedule, self.loss
+        check_update(self.optimizer, self._trained_shapes)
         if self.sizes.cp > 1:
             check_split_sequence(self.model, self.sizes.cp, self.config.row_length)
 
@@ -154,7 +164,16 @@ class Blueprint:
     @property
     def num_trained(self) -> int:
         """How many of them are trained."""
-        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(trained_layouts(self.param_layouts)))
+        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self._trained_layouts))
+
+    @property
+    def _trained_layouts(self) -> Any:
+        """`param_layouts`, with None at the frozen parameters."""
+        return trained_layouts(self.param_layouts)
+
+    @property
+    def _trained_shapes(self) -> Any:
+        return partition(self.model.shapes, self._trained_layouts)[0]
 
     @cached_property
     def trained(self) -> Any:
@@ -214,13 +233,22 @@ class Blueprint:
         rows_per_microbatch = self.sizes.dp * self.config.rows_per_microbatch
         return rows_per_microbatch * self.schedule.num_microbatches, self.config.row_length
 
-    @property
+    @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return build_optimizer(self.config, trained_layouts(self.param_layouts))
+        """The caller's, or the config's; with the average of the weights that the config asks for."""
+        if self._user_optimizer is not None and self._user_rate is not None:
+            raise ConfigError("learning_rate: an optimizer that is given has its own: give one of the two")
+        optimizer, decay = self._user_optimizer, self.config.actor.optim.ema_decay
+        if optimizer is None:
+            optimizer = build_optimizer(self.config, self._trained_layouts, self.learning_rate, self.mesh_shape)
+        return with_ema(optimizer, decay) if decay else optimizer
 
     @property
-    def learning_rate(self) -> optax.Schedule:
-        return learning_rate_schedule(self.config)
+    def learning_rate(self) -> optax.Schedule | None:
+        """None: the caller's optimizer has its own."""
+        if self._user_optimizer is not None:
+            return None
+        return self._user_rate or learning_rate_schedule(self.config)
 
     @property
     def loss_scale(self) -> LossScale:
@@ -291,5 +319,27 @@ class Blueprint:
                 "the model does not use info.segment_ids, so tokens attend across the documents of a packed row: pass "
                 "segment_ids=info.segment_ids to jaxpar.attention.attention, or say that it is meant with "
                 "data.reset_attention_mask: False"
+            )
+        return warnings
+
+    @property
+    def training_warnings(self) -> list[str]:
+        """What to tell the user before training: `warnings`, and what is to be said of the optimizer."""
+        warnings = self.warnings
+        own_optimizer, own_rate = self._user_optimizer is not None, self._user_rate is not None
+        warnings += unused_settings(self.config, own_optimizer=own_optimizer, own_rate=own_optimizer or own_rate)
+        if (
+            not own_optimizer
+            and self.config.actor.optim.optimizer == "muon"
+            and (names := left_to_adam(self._trained_layouts))
+        ):
+            warnings.append(
+                f"actor.optim.optimizer: muon leaves {', '.join(names)} to Adam: the names of their dimensions do not tell what is "
+                "summed over"
+            )
+        opt_state = jax.eval_shape(self.optimizer.init, self._trained_shapes)
+        if self.num_devices > 1 and (whole := bytes_everywhere(opt_state, self._trained_layouts)) >= 2**20:
+            warnings.append(
+                f"optimizer: {whole / 2**20:,.0f} MiB of its state lie whole on every device: the shapes are not those of parameters"
             )
         return warnings

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,7 +36,7 @@ class Program:
     Args:
       config: from `jaxpar.load_config`.
       devices: all devices of the run, in the order of their hosts.
-      model, objective, trainable: as in `jaxpar.blueprint.Blueprint`.
+      model, objective, trainable, optimizer, learning_rate: as in `jaxpar.blueprint.Blueprint`.
 
     Attributes:
       blueprint: what the config means on so many devices.
@@ -62,8 +63,18 @@ class Program:
         *,
         objective: UserObjective | None = None,
         trainable: Trainable | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        learning_rate: optax.Schedule | None = None,
     ):
-        self.blueprint = blueprint = Blueprint(config, len(devices), model, objective=objective, trainable=trainable)
+        self.blueprint = blueprint = Blueprint(
+            config,
+            len(devices),
+            model,
+            objective=objective,
+            trainable=trainable,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+        )
         blueprint.check()
         _check_backend(config, devices[0].platform)
         if objective is not None:  # the shipped ones are tested

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from jaxtyping import Array, Float, Int
 
 from jaxpar.attention import choice_lines
@@ -20,6 +21,7 @@ from jaxpar.models.hugging_face import export_params
 from jaxpar.models.trainable import Trainable
 from jaxpar.models.weights import Source
 from jaxpar.objectives import TokenStatistics, UserObjective
+from jaxpar.parallel.trained import merge
 from jaxpar.program import Program
 from jaxpar.run import runtime
 from jaxpar.run.datasets import open_evaluation, open_training_data
@@ -30,6 +32,7 @@ from jaxpar.run.replicas import ReplicaError, check_replicas
 from jaxpar.run.signals import Interrupted, Signals
 from jaxpar.run.step_log import NonFiniteError, StepLog
 from jaxpar.run.watchdog import Watchdog
+from jaxpar.step.ema import ema_params
 from jaxpar.step.train_step import State, scale_of, seed_of
 
 __all__ = ["Interrupted", "NonFiniteError", "ReplicaError", "Trainer"]
@@ -51,6 +54,8 @@ class Trainer:
         config's section `algorithm` names, next-token cross-entropy if it names nothing.
       trainable: what is trained: patterns of paths, such as "head/*", or a filter of nnx, such as `nnx.LoRAParam`; see
         `jaxpar.models.trainable.trained_mask`. Default: actor.optim.trainable, else everything. The rest is frozen.
+      optimizer: any `optax.GradientTransformation`, with its own learning rate. Default: what `actor.optim` names.
+      learning_rate: step (from 0) → rate, instead of `actor.lr_sched`'s, for the optimizer that `actor.optim` names.
       replace_stored: take `params` although the folder actor.model.model_path has weights too.
 
     Attributes:
@@ -68,11 +73,21 @@ class Trainer:
         *,
         objective: UserObjective | None = None,
         trainable: Trainable | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        learning_rate: optax.Schedule | None = None,
         replace_stored: bool = False,
     ):
         self.config = config
         runtime.start(config)
-        self.program = Program(config, runtime.devices(config), model, objective=objective, trainable=trainable)
+        self.program = Program(
+            config,
+            runtime.devices(config),
+            model,
+            objective=objective,
+            trainable=trainable,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+        )
         params = self.program.blueprint.model.own_params if params is None else params
         self._run_state = RunState(self.program, params, replace_stored=replace_stored)
 
@@ -115,7 +130,7 @@ class Trainer:
     @property
     def warnings(self) -> list[str]:
         """What the user should be told once about this run, in addition to `config.notes`."""
-        warnings, path = list(self.program.blueprint.warnings), self.config.actor.model.model_path
+        warnings, path = self.program.blueprint.training_warnings, self.config.actor.model.model_path
         blueprint = self.program.blueprint
         if blueprint.architecture and (path or blueprint.lora) and self._run_state.is_random:
             lacks = f"{path} has no weights" if path else "not given, but is_lora freezes the weights"
@@ -234,14 +249,16 @@ class Trainer:
         self._run_state.set(state)
         return metrics
 
-    def module(self) -> Any:
-        """The model with the current parameters, float32, as a module of Flax, for evaluation.
+    def module(self, *, ema: bool = False) -> Any:
+        """The model with the current parameters, or `ema`, their average (`actor.optim.ema_decay`): float32, for evaluation.
 
         Returns:
           Of a whole model, the user's own module (if it is Linen, bound to its variables). Of a stack, a
           `jaxpar.models.assembled.Assembled`: `module(tokens)` gives logits [batch, seq, vocab].
         """
-        return assemble(self.program.blueprint.model, self.state["params"])
+        params = self.state["params"]
+        params = merge(ema_params(self.state["opt_state"]), params) if ema else params
+        return assemble(self.program.blueprint.model, params)
 
     def merged_params(self) -> Any:
         """Copies of the current parameters, float32, like those of the model without LoRA: the adapters (`is_lora`) are folded

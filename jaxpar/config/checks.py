@@ -8,7 +8,17 @@ from typing import Any
 
 from jaxpar.config.architecture import Architecture
 from jaxpar.config.errors import did_you_mean, divisors, must_be_multiple, must_divide, one_of
-from jaxpar.config.keys import LOSS_TYPES, RECOMPUTE_MODULES, TP_OVERLAP_PIECES, Actor, Algorithm, Data, Model, Runner
+from jaxpar.config.keys import (
+    LOSS_TYPES,
+    RECOMPUTE_MODULES,
+    TP_OVERLAP_PIECES,
+    Actor,
+    Algorithm,
+    Data,
+    Model,
+    Optim,
+    Runner,
+)
 from jaxpar.config.layer_checks import MOE, layer_problems
 
 # Key → (supported values, the reason for them). Checked before training and not at load, so that `jaxpar mesh` can show
@@ -22,7 +32,6 @@ LIMITS: dict[str, tuple[tuple[Any, ...], str]] = {
     "actor.model.normalization": (("rmsnorm", "RMSNorm"), "the decoder only supports RMSNorm"),
     "actor.model.position_embedding_type": (("rope",), "the decoder only supports RoPE"),
     "actor.model.add_bias_linear": ((False,), "the decoder's linear layers have no bias"),
-    "actor.optim.optimizer": (("adam", "adamw"), "only AdamW is supported"),
 }
 
 
@@ -73,17 +82,21 @@ def all_to_all_problem(heads: int, kv_heads: int, ranks: int) -> str | None:
     )
 
 
-def train_problems(runner: Runner, actor: Actor, dp: int | None, architecture: Architecture | None) -> Iterator[str]:
+def train_problems(
+    runner: Runner, actor: Actor, dp: int | None, architecture: Architecture | None, *, own_rate: bool = False
+) -> Iterator[str]:
     """All problems of a training run.
 
     Args:
       dp: None if it is unknown because the mesh itself has problems.
       architecture: None for a user's own model.
+      own_rate: the learning rate is the caller's, and not from the file.
     """
     yield from _limit_problems(runner, actor)
     yield from batch_problems(runner, actor, dp)
     yield from (_budget_problems if runner.enable_dynamic_batch_size else _sequence_problems)(runner, actor.model)
-    yield from _optimizer_problems(runner, actor)
+    yield from _optimizer_problems(runner, actor.optim)
+    yield from () if own_rate else _rate_problems(runner, actor)
     if architecture is not None:
         yield from _architecture_problems(actor.model, architecture)
     yield from schedule_problems(actor.model, architecture.num_hidden_layers if architecture else None)
@@ -199,8 +212,7 @@ def _sequence_parallel_factors(model: Model) -> Iterator[tuple[str, int]]:
         yield "the pieces of tp_comm_overlap", TP_OVERLAP_PIECES
 
 
-def _optimizer_problems(runner: Runner, actor: Actor) -> Iterator[str]:
-    optim, sched = actor.optim, actor.lr_sched
+def _optimizer_problems(runner: Runner, optim: Optim) -> Iterator[str]:
     if runner.max_steps <= 0 and runner.max_epochs <= 0:
         yield (
             f"runner.max_steps: {runner.max_steps} and runner.max_epochs: {runner.max_epochs} both mean no limit: "
@@ -211,6 +223,15 @@ def _optimizer_problems(runner: Runner, actor: Actor) -> Iterator[str]:
             f"actor.optim.zero_stage: {optim.zero_stage}, but actor.optim.use_distributed_optimizer is False: remove one "
             "of them"
         )
+    if optim.initial_loss_scale < optim.min_loss_scale:
+        yield (
+            f"actor.optim.initial_loss_scale: {optim.initial_loss_scale:g} is below min_loss_scale "
+            f"{optim.min_loss_scale:g}: raise it"
+        )
+
+
+def _rate_problems(runner: Runner, actor: Actor) -> Iterator[str]:
+    optim, sched = actor.optim, actor.lr_sched
     if not optim.lr:
         yield "actor.optim.lr: not given: set the peak learning rate, for example 3.0e-4"
     if sched.max_lr is not None and optim.lr and sched.max_lr != optim.lr:
@@ -238,11 +259,6 @@ def _optimizer_problems(runner: Runner, actor: Actor) -> Iterator[str]:
         yield (
             f"actor.lr_sched.lr_warmup_iters: {sched.lr_warmup_iters} is not below lr_decay_iters {decay}, so no "
             "steps are left for the decay: lower it"
-        )
-    if optim.initial_loss_scale < optim.min_loss_scale:
-        yield (
-            f"actor.optim.initial_loss_scale: {optim.initial_loss_scale:g} is below min_loss_scale "
-            f"{optim.min_loss_scale:g}: raise it"
         )
 
 

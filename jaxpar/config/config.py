@@ -183,17 +183,18 @@ class Config(Section):
         """
         return read_lora(self.actor.model)
 
-    def check_train(self, sizes: MeshSizes, architecture: Architecture | None) -> None:
+    def check_train(self, sizes: MeshSizes, architecture: Architecture | None, *, own_rate: bool = False) -> None:
         """Checks everything that training needs and that `load_config` and `mesh_sizes` have not checked.
 
         Args:
           sizes: the mesh, from `mesh_sizes`.
           architecture: the built-in decoder's, or None for a user's own model, whose sizes are unknown here.
+          own_rate: the learning rate is the caller's, and not from the file.
 
         Raises:
           ConfigError: with every problem found.
         """
-        problems = list(checks.train_problems(self.runner, self.actor, sizes.dp, architecture))
+        problems = list(checks.train_problems(self.runner, self.actor, sizes.dp, architecture, own_rate=own_rate))
         problems += [] if architecture is None else _problems_of(self.lora)
         problems += checks.algorithm_problems(self.algorithm)
         problems += checks.data_problems(self.runner, self.data)
@@ -201,7 +202,7 @@ class Config(Section):
         if problems:
             raise ConfigError(problems)
 
-    def prepare_train(self, num_devices: int) -> tuple[MeshSizes, Architecture | None]:
+    def prepare_train(self, num_devices: int, *, own_rate: bool = False) -> tuple[MeshSizes, Architecture | None]:
         """`mesh_sizes`, `architecture` and `check_train` in one call, so that their problems are reported together.
 
         Raises:
@@ -213,7 +214,8 @@ class Config(Section):
         except ConfigError as error:
             problems += error.problems
         dp = None if problems else self.mesh_sizes(num_devices).dp
-        problems += [*checks.train_problems(self.runner, self.actor, dp, architecture), *_problems_of(self.lora)]
+        problems += checks.train_problems(self.runner, self.actor, dp, architecture, own_rate=own_rate)
+        problems += _problems_of(self.lora)
         problems += checks.algorithm_problems(self.algorithm)
         problems += checks.data_problems(self.runner, self.data)
         if problems:

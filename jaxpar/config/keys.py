@@ -197,8 +197,21 @@ class Model(ArchitectureFields):
     qk_layernorm: bool | None = None  # follows from model_type and is checked against it
 
 
+class ParamGroup(Section):
+    """Parameters with a learning rate or weight decay of their own. Ours."""
+
+    match: Text  # a pattern of names such as layers/attention/*
+    lr_mult: Number = 1.0  # times the learning rate
+    weight_decay: Number | None = None  # null: that of the others
+
+
 class Optim(Section):
-    optimizer: Text = "adam"  # with decoupled weight decay (AdamW), as in Megatron
+    # adam and adamw: with decoupled weight decay (AdamW), as in Megatron. Ours: the name of any other of optax's or
+    # optax.contrib's, with its arguments in optimizer_args.
+    optimizer: Text = "adam"
+    optimizer_args: dict[str, Any] = {}
+    groups: list[ParamGroup] = []  # ours; a parameter belongs to the first that matches it
+    ema_decay: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] | None = None  # ours; null: no average
     lr: Positive = 0.0  # peak; 0: not given
     adam_beta1: Beta = 0.9
     adam_beta2: Beta = 0.999
@@ -212,7 +225,7 @@ class Optim(Section):
     # while the next one computes. Each of the two costs the memory of one layer.
     overlap_param_gather: bool = True
     overlap_grad_reduce: bool = True
-    optimizer_cpu_offload: bool = False  # keep Adam's moments in pinned host memory
+    optimizer_cpu_offload: bool = False  # keep the optimizer's moments in pinned host memory
     grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # ours: dtype of gradients in the reduction over dp and cp
     # Only for fp16. A number is a static loss scale; null is a dynamic one, set by the four keys after it.
     loss_scale: Positive | None = None

@@ -67,6 +67,7 @@ class Bar(Silent):
 
 def summary(row: dict[str, Any]) -> str:
     """The numbers of one step, from its metrics row, as one line of text."""
+    rate = "" if row["learning_rate"] is None else f"  lr {row['learning_rate']:.2e}"
     mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
     more = f"  val loss {row['val_loss']:.4f}" if "val_loss" in row else ""
     more += "  skipped" if row["skipped"] else ""
@@ -74,7 +75,7 @@ def summary(row: dict[str, Any]) -> str:
         more += f"  microbatches {row['num_microbatches']}  balance {row['dp_balance']:.3f}"
         more += f"  padding {row['padding_fraction']:.1%}"
     return (
-        f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
+        f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}{rate}  "
         f"{row['tokens_per_second']:,.0f} tokens/s{mfu}{more}"
     )
 

@@ -90,7 +90,7 @@ class StepLog:
             "step": step,
             "loss": numbers["loss"],
             "grad_norm": numbers["grad_norm"],
-            "learning_rate": numbers["learning_rate"],
+            "learning_rate": numbers.get("learning_rate"),  # unknown with an optimizer of the user's own
             "tokens": int(numbers["tokens"]),
             "skipped": skipped,
             "step_seconds": seconds,

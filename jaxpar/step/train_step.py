@@ -15,6 +15,7 @@ from jaxpar.models import FunctionalModel
 from jaxpar.parallel.collectives import DEVICE, put_in
 from jaxpar.parallel.trained import merge, partition, trained_layouts
 from jaxpar.step.loss_scale import DynamicLossScale
+from jaxpar.step.opt_state import num_updates, opt_state_specs
 
 # "step" int32, "params" and "opt_state" float32, "rng" uint32 key data, and "loss_scale" if it is dynamic. Frozen "params"
 # have the dtype of their layout, and "opt_state" has None for them.
@@ -32,7 +33,8 @@ def state_shardings(
     *,
     offload: bool = False,
 ) -> tuple[State, State]:
-    """Shapes and shardings of the whole state. Moments lie like their parameters, and scalars on every device.
+    """Shapes and shardings of the whole state. Moments lie like their parameters, and scalars on every device
+    (`jaxpar.step.opt_state`).
 
     Args:
       offload: keep the moments in the host's pinned memory.
@@ -40,12 +42,12 @@ def state_shardings(
     everywhere = NamedSharding(mesh, P())
     params = jax.tree.map(lambda layout: NamedSharding(mesh, layout.rest_spec), param_layouts)
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0, loss_scale=loss_scale, param_layouts=param_layouts))
-    opt_state = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: _in_host_memory(sharding) if offload else sharding,
+    opt_state = jax.tree.map(
+        lambda leaf, spec: (
+            _in_host_memory(NamedSharding(mesh, spec)) if offload and leaf.ndim else NamedSharding(mesh, spec)
+        ),
         shapes["opt_state"],
-        partition(params, trained_layouts(param_layouts))[0],
-        transform_non_params=lambda _: everywhere,
+        opt_state_specs(shapes["opt_state"], trained_layouts(param_layouts)),
     )
     shardings = jax.tree.map(lambda _: everywhere, shapes)
     return shapes, {**shardings, "params": params, "opt_state": opt_state}
@@ -92,7 +94,7 @@ def init_state(
 def build_train_step(
     loss_metrics_and_grads: Callable[..., tuple[jax.Array, dict[str, jax.Array], Any]],
     optimizer: optax.GradientTransformation,
-    learning_rate: optax.Schedule,
+    learning_rate: optax.Schedule | None,
     loss_scale: LossScale = None,
     *,
     offload: bool = False,
@@ -100,16 +102,19 @@ def build_train_step(
     """Returns (state, batch) → (state, metrics), for `jax.jit`.
 
     Args:
+      optimizer: if it takes extra arguments, it gets the loss as `value`.
+      learning_rate: what the metrics show; None: the optimizer alone knows it.
       offload: the optimizer's state rests in the host's memory, and the step fetches it.
 
     If the loss or any gradient is not finite, the step is counted, and changes nothing else except a dynamic loss scale.
 
     Metrics, all float32 scalars: `loss` (nats a token), `grad_norm` (global, before clipping; each parameter counts
-    once), `learning_rate`, `tokens` (valid tokens in the global batch), `skipped` (1 if the update was not applied, else
+    once), `learning_rate` (unless it is unknown), `tokens` (valid tokens in the global batch), `skipped` (1 if the update was not applied, else
     0), `loss_scale` (the one that the step used) if it is dynamic, and by their names the objective's metrics and the
     model's auxiliary outputs.
     """
     dynamic = loss_scale if isinstance(loss_scale, DynamicLossScale) else None
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def train_step(state: State, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
         scale = scale_of(state, loss_scale)
@@ -121,14 +126,17 @@ def build_train_step(
             opt_state, grads = lax.optimization_barrier((state["opt_state"], grads))
             state = {**state, "opt_state": jax.tree.map(partial(put_in, DEVICE), opt_state)}
         params, frozen = partition(state["params"], grads)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], params, value=loss)
         updated = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
+        rate = {}
+        if learning_rate:  # a skipped step does not advance the schedule
+            count = num_updates(state["opt_state"], state["step"])
+            rate["learning_rate"] = jnp.asarray(learning_rate(count), jnp.float32)
         metrics = {
             **more,
             "loss": loss,
             "grad_norm": grad_norm,
-            # A skipped step does not advance the schedule.
-            "learning_rate": jnp.asarray(learning_rate(_num_updates(state["opt_state"])), jnp.float32),
+            **rate,
             "tokens": batch["loss_mask"].sum(),
             "skipped": 1 - finite.astype(jnp.float32),
         }
@@ -153,7 +161,3 @@ def scale_of(state: State, loss_scale: LossScale) -> jax.Array | None:
     if isinstance(loss_scale, DynamicLossScale):
         return state["loss_scale"]["scale"]
     return None if loss_scale is None else jnp.float32(loss_scale)
-
-
-def _num_updates(opt_state: Any) -> jax.Array:
-    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]  # all its counts are equal
