@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from jaxpar.models import Model, Stack, TokenInfo, Whole, suggest_dims
     from jaxpar.objectives import Max, Mean, Objective, Sum, TokenStatistics
     from jaxpar.parallel.mesh import build_mesh
+    from jaxpar.run.hooks import STOP, Hook, HookError
     from jaxpar.trainer import Trainer
 
 __all__ = [
+    "STOP",
     "Config",
     "ConfigError",
+    "Hook",
+    "HookError",
     "Max",
     "Mean",
     "MeshSizes",
@@ -38,11 +42,14 @@ __all__ = [
 
 _WITH_JAX = {
     "build_mesh": "jaxpar.parallel.mesh",
+    "Hook": "jaxpar.run.hooks",
+    "HookError": "jaxpar.run.hooks",
     "Max": "jaxpar.objectives",
     "Mean": "jaxpar.objectives",
     "Model": "jaxpar.models",
     "Objective": "jaxpar.objectives",
     "Stack": "jaxpar.models",
+    "STOP": "jaxpar.run.hooks",
     "Sum": "jaxpar.objectives",
     "TokenInfo": "jaxpar.models",
     "TokenStatistics": "jaxpar.objectives",
