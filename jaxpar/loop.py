@@ -73,7 +73,7 @@ class TrainingRun:
 
     def stop(self, reason: str) -> None:
         if not self._stops:
-            self.say(f"the run ends after step {self.step}, {reason}")
+            self.say(f"the run stops: {reason}")
         self._stops = True
 
     def say(self, text: str) -> None:
@@ -144,7 +144,7 @@ class TrainingRun:
         try:
             return next(self._source)
         except StopIteration:
-            self.stop("the last that there are batches for")
+            self.stop("its batches have ended")
         except Exception as error:
             self._fail(error)
         return None

@@ -116,7 +116,7 @@ class Hooks:
     def _error_of(self, hook: Hook, method: str, *args: Any) -> Exception | None:
         try:
             if getattr(hook, method)(*args) is STOP:
-                self._run.stop(f"as {type(hook).__name__} asks")
+                self._run.stop(f"{type(hook).__name__} asks for it")
         except ConfigError as error:
             return error
         except Exception as error:

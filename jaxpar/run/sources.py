@@ -176,7 +176,10 @@ class StatefulIterator(PlainIterator):
                 )
             own = state["states"][jax.process_index()]
         is_bytes = isinstance(own, dict) and list(own) == ["bytes"]
-        self._iterator.set_state(bytes.fromhex(own["bytes"]) if is_bytes else own)
+        try:
+            self._iterator.set_state(bytes.fromhex(own["bytes"]) if is_bytes else own)
+        except Exception as error:
+            raise ConfigError(f"batches: set_state does not take the position in the checkpoint: {error}") from error
         self._read = state["batch"]
 
 
@@ -189,10 +192,9 @@ def go_on(source: BatchSource, position: State) -> list[str]:
     Raises:
       ConfigError: the source has no such position.
     """
-    if (kind := position.get("source", FILES)) == source.kind:
+    kind = position.get("source", FILES)
+    if source.kind in (kind, StepFunction.kind):
         source.set_state(position)
-        return []
-    if source.kind == StepFunction.kind:
         return []
     return [f"the checkpoint's position is in {kind}: {source.kind} starts with the first batch"]
 
