@@ -1,6 +1,7 @@
 """Writes the numbers of each step to Weights & Biases (https://docs.wandb.ai/ref/python)."""
 
 import math
+import secrets
 from typing import Any
 
 from jaxpar.config import ConfigError
@@ -29,7 +30,7 @@ class WandB(Hook):
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / "wandb_id"
         if not (run.step and kept.exists()):
-            kept.write_text(wandb.util.generate_id())
+            kept.write_text(secrets.token_hex(4))
         self._wandb = wandb.init(
             project=run.config.runner.logger.project_name,
             name=run.config.runner.experiment_name,

@@ -39,9 +39,8 @@ def dataset(steps: int) -> grain.MapDataset:
 
 
 def loader(steps: int) -> grain.DataLoader:
-    numbers = grain.MapDataset.range(1, steps + 1)
     return grain.DataLoader(
-        data_source=numbers,
+        data_source=range(1, steps + 1),
         sampler=grain.samplers.SequentialSampler(steps),
         operations=[_Batch()],
     )
