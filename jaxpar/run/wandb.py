@@ -1,6 +1,5 @@
 """Writes the numbers of each step to Weights & Biases (https://docs.wandb.ai/ref/python)."""
 
-import math
 import secrets
 from typing import Any
 
@@ -42,9 +41,7 @@ class WandB(Hook):
 
     def step(self, row: dict[str, Any]) -> None:
         numbers = {f"train/{name}": value for name, value in row.items() if name != "step" and value is not None}
-        self._wandb.log(
-            {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}, row["step"]
-        )
+        self._wandb.log(numbers, row["step"])
 
     def end(self) -> None:
         if self._wandb:
