@@ -66,7 +66,7 @@ def config(folder: str, **sizes: Any) -> jaxpar.Config:
     })  # fmt: skip
 
 
-def train(folder: str, confidence: float = 0.9, **sizes: Any) -> None:
+def train(folder: str, confidence: float = 0.8, **sizes: Any) -> None:
     trainer = jaxpar.Trainer(config(folder, **sizes), objective=focal)
     trainer.fit(Counting(), hooks=[StopWhenSure(confidence)])
 

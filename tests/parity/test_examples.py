@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from runs import metrics
 from support import Step, assert_parity, make_batch, mesh_id, random_params, slow
 
 import jaxpar
 from jaxpar.config import ConfigError
-from jaxpar.examples import gemma, gpt2, moe, own_loop, vit
+from jaxpar.examples import everything, gemma, gpt2, moe, own_loop, vit
 from jaxpar.models import FunctionalModel
 from jaxpar.models.split_check import check_split_sequence
 
@@ -47,3 +48,15 @@ def test_own_loop():
     losses = own_loop.train(12, own_loop.build_mesh(2, 4))
     np.testing.assert_allclose(losses, own_loop.train(12, own_loop.build_mesh(1, 1)), rtol=1e-5)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("sizes", [{}, *slow({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2})])
+def test_everything(tmp_path, sizes):
+    everything.train(str(tmp_path), confidence=0.1, pipeline_model_parallel_size=2, context_parallel_size=2)
+    sure = metrics(tmp_path, "everything")
+    assert sure[-2]["confidence"] > 0.1 > sure[-3]["confidence"]  # the hook learns of a step one step late
+    everything.train(str(tmp_path / "other"), confidence=0.1, **sizes)
+    other = [row["loss"] for row in metrics(tmp_path / "other", "everything")]
+    np.testing.assert_allclose(other, [row["loss"] for row in sure], rtol=1e-5)
+    everything.train(str(tmp_path), confidence=0.3, **sizes)  # goes on with the batch that comes next
+    assert metrics(tmp_path, "everything")[-2]["confidence"] > 0.3
