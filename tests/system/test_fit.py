@@ -1,6 +1,7 @@
 """`Trainer.fit` with batches and hooks of one's own: the same losses from every kind of source, positions, stops and errors."""
 
 import functools
+import importlib.util
 import socket
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import grain
 import numpy as np
 import pytest
 from runs import QUICKSTART, SMALL, assert_same_state, environment, layout, losses, metrics
-from support import slow
+from support import make_mesh, slow
 
 import jaxpar
 from jaxpar.checkpoint.manifest import read_manifest
+from jaxpar.parallel.batch import BatchLayout
+from jaxpar.run.sources import StatefulIterator
 
 ROWS, SEQ = 16, 32
 
@@ -240,6 +243,68 @@ def test_a_model_with_inputs_trains(tmp_path):
     assert len(losses(tmp_path, "jaxpar")) == 3
 
 
+class WithState:
+    """An iterator whose state no other process can take."""
+
+    def __init__(self, give, rank: int = 0):
+        self._give, self._rank, self._step = give, rank, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self._step += 1
+        return self._give(self._step)
+
+    def get_state(self):
+        return {"rank": self._rank, "step": self._step}
+
+    def set_state(self, state):
+        assert state["rank"] == self._rank, state
+        self._step = state["step"]
+
+
+def test_positions_of_another_number_of_processes():
+    source = StatefulIterator(WithState(batch), None, is_own=False)
+    states = [{"rank": rank, "step": 3} for rank in range(2)]
+    with pytest.raises(
+        jaxpar.ConfigError, match="a position for each of 2 processes, which differ, and this run has 1"
+    ):
+        source.set_state({"batch": 3, "state": None, "states": states})
+    with pytest.raises(jaxpar.ConfigError, match="set_state does not take the position in the checkpoint: {'rank': 1"):
+        source.set_state({"batch": 3, "state": states[1]})
+    source.set_state({"batch": 3, "state": states[0]})
+    assert source.get_state() == {"source": source.kind, "batch": 3, "state": states[0]}
+
+
+def test_a_process_may_give_its_own_rows_alone():
+    layout = BatchLayout(ROWS, SEQ, make_mesh((2, 1, 1, 1, 2)))
+    layout.rows = list(range(8, 16))  # as on the second of two processes
+    whole, own = batch(1), {key: array[8:] for key, array in batch(1).items()}
+    for left, right in zip(layout.own_rows(whole).items(), layout.own_rows(own).items(), strict=True):
+        assert left[0] == right[0]
+        np.testing.assert_array_equal(left[1], right[1])
+    layout.own_rows({**own, "loss_mask": np.zeros((8, SEQ))})  # the other process's rows may have weights
+    words = r"tokens is \(4, 32\), but .* \(16, 32\), and this process's rows of it \(8, 32\)"
+    with pytest.raises(ValueError, match=words):
+        layout.own_rows({key: array[:4] for key, array in own.items()})
+    with pytest.raises(ValueError, match=r"targets is \(16, 32\)"):
+        layout.own_rows({**own, "targets": whole["targets"]})
+
+
+def test_weights_and_biases(tmp_path, monkeypatch):
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(jaxpar.ConfigError, match=r"wandb is not installed: pip install 'jaxpar\[wandb\]'"):
+            fit(tmp_path, batch, "runner.max_steps=1", "runner.logger.logger_backends=[wandb]")
+        return
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for steps in (1, 2):
+        fit(tmp_path, batch, f"runner.max_steps={steps}", "runner.logger.logger_backends=[wandb]")
+    folder = tmp_path / "quickstart"
+    runs = list(folder.glob(f"wandb/offline-run-*-{(folder / 'wandb_id').read_text()}"))
+    assert len(runs) == 2 and all(list(run.glob("*.wandb")) for run in runs)
+
+
 TWO = """
 import sys; sys.path.insert(0, {tests!r})
 import jax, jaxpar
@@ -262,6 +327,9 @@ for name, give in [("own", own), ("whole", batch)]:
     one.fit(give, eval_batches=lambda: map(give, (100, 101)))
 one = trainer(folder / "positions", *run)
 one.fit(grain.MapDataset.range(1, 4 + rank()).map(own))  # ends with the shorter one
+for steps in (2, 4):
+    one = trainer(folder / "own_states", *run[:2], f"runner.max_steps={{steps}}")
+    one.fit(WithState(own, rank()))
 one = trainer(folder / "stopped", *run)
 one.fit(batch, hooks=[OnOne(stop_at=1)])
 one = trainer(folder / "failed", *run)
@@ -294,6 +362,7 @@ def test_two_processes(tmp_path):
     assert [row.get("val_loss") for row in metrics(tmp_path / "own")] == [
         row.get("val_loss") for row in metrics(tmp_path / "whole")
     ]
+    assert losses(tmp_path / "own_states") == losses(tmp_path / "own")
     assert losses(tmp_path / "positions") == losses(tmp_path / "own")[:3]
     assert len(losses(tmp_path / "stopped")) == len(losses(tmp_path / "failed")) == 2
     assert "caught process 1 ended the run with an error: see its output" in output[0]
