@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from jaxpar.objectives import Max, Mean, Objective, Sum, TokenStatistics
     from jaxpar.parallel.mesh import build_mesh
     from jaxpar.rl import Actor, Rollout
+    from jaxpar.run.hooks import STOP, Hook, HookError
     from jaxpar.trainer import Trainer
 
 __all__ = [
+    "STOP",
     "Actor",
     "Config",
     "ConfigError",
+    "Hook",
+    "HookError",
     "Max",
     "Mean",
     "MeshSizes",
@@ -42,12 +46,15 @@ __all__ = [
 _WITH_JAX = {
     "Actor": "jaxpar.rl",
     "build_mesh": "jaxpar.parallel.mesh",
+    "Hook": "jaxpar.run.hooks",
+    "HookError": "jaxpar.run.hooks",
     "Max": "jaxpar.objectives",
     "Mean": "jaxpar.objectives",
     "Model": "jaxpar.models",
     "Objective": "jaxpar.objectives",
     "Rollout": "jaxpar.rl",
     "Stack": "jaxpar.models",
+    "STOP": "jaxpar.run.hooks",
     "Sum": "jaxpar.objectives",
     "TokenInfo": "jaxpar.models",
     "TokenStatistics": "jaxpar.objectives",

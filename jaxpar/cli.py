@@ -69,7 +69,7 @@ def train(
     trainer = Trainer(config, user_model(model, config))
     _print_head(trainer, config_notes(config, model) + trainer.warnings)
     try:
-        trainer.fit(steps)
+        trainer.fit(profile=steps)
     except Interrupted as stop:
         how = "run the same command" if config.runner.resume_dir else "set runner.resume_dir=auto"
         _error(f"{stop}: {how} to continue")

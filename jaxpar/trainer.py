@@ -1,7 +1,6 @@
-"""The trainer and its training loop: what happens when. No maths."""
+"""The trainer: a model on a mesh, and what one can do with it. The training loop is `jaxpar/loop.py`."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,10 @@ import jax
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxpar.attention import choice_lines
 from jaxpar.checkpoint.checkpoints import Checkpoints
 from jaxpar.checkpoint.run_state import RunState, warn
 from jaxpar.config import Config, ConfigError
+from jaxpar.loop import TrainingRun
 from jaxpar.measure.check import check_layout
 from jaxpar.measure.check_report import CheckReport
 from jaxpar.models import UserModel
@@ -24,18 +23,18 @@ from jaxpar.objectives import TokenStatistics, UserObjective
 from jaxpar.parallel.trained import merge
 from jaxpar.program import Program
 from jaxpar.run import runtime
-from jaxpar.run.datasets import open_evaluation, open_training_data
-from jaxpar.run.metrics import metrics_writers
-from jaxpar.run.profile import Profiler, Steps
-from jaxpar.run.progress import reporter
-from jaxpar.run.replicas import ReplicaError, check_replicas
-from jaxpar.run.signals import Interrupted, Signals
-from jaxpar.run.step_log import NonFiniteError, StepLog
+from jaxpar.run.evaluation import EvalBatches
+from jaxpar.run.hooks import Hook, HookError
+from jaxpar.run.profile import Steps
+from jaxpar.run.replicas import ReplicaError
+from jaxpar.run.signals import Interrupted
+from jaxpar.run.sources import UserBatches
+from jaxpar.run.step_log import NonFiniteError
 from jaxpar.run.watchdog import Watchdog
 from jaxpar.step.ema import ema_params
 from jaxpar.step.train_step import State, scale_of, seed_of
 
-__all__ = ["Interrupted", "NonFiniteError", "ReplicaError", "Trainer"]
+__all__ = ["HookError", "Interrupted", "NonFiniteError", "ReplicaError", "Trainer"]
 
 
 class Trainer:
@@ -242,12 +241,7 @@ class Trainer:
           The metrics of `jaxpar.step.train_step.build_train_step`.
         """
         layout = self.program.batch_layout
-        return self._train_step(layout.put_on_mesh(layout.own_rows(batch)))
-
-    def _train_step(self, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        state, metrics = self.program.train_step(self.state, rows)
-        self._run_state.set(state)
-        return metrics
+        return self._run_state.train_step(layout.put_on_mesh(layout.own_rows(batch)))
 
     def module(self, *, ema: bool = False) -> Any:
         """The model with the current parameters, or `ema`, their average (`actor.optim.ema_decay`): float32, for evaluation.
@@ -265,143 +259,46 @@ class Trainer:
         into their matrices. `jaxpar.models.hugging_face.save_params` takes them."""
         return self.program.merged(self.state["params"])
 
-    def fit(self, profile: Steps | None = None) -> None:
+    def fit(
+        self,
+        batches: UserBatches | None = None,
+        eval_batches: EvalBatches | None = None,
+        hooks: Sequence[Hook] = (),
+        profile: Steps | None = None,
+    ) -> None:
         """Trains from the start, or from the checkpoint that `runner.resume_dir` names, to `max_steps` or `max_epochs`.
 
         Ctrl-C, SIGTERM or SIGUSR1 finishes the current step, saves, and raises `Interrupted`.
 
         Args:
+          batches: global batches as in `loss_and_grads`: an iterable (a Grain dataset or loader, a generator, a list), whose end
+            ends the run, or a function from the number of the step (1, 2, …) to its batch, which needs `max_steps`. With
+            several processes, each gives the whole batch or its own rows of it, `program.batch_layout.rows`. A checkpoint has
+            the position of an iterator with `get_state` and `set_state`; of another, a run that resumes reads and drops the
+            batches that are done. Default: those of `data.train_data_paths`.
+          eval_batches: an iterable of batches, or a function that returns one; read from the first batch to the last (or
+            `limit_val_batches`) every `val_check_interval` steps. Default: those of `data.val_data_paths`.
+          hooks: called on every process, in this order, before jaxpar's own; see `jaxpar.Hook`.
           profile: steps to trace for xprof, into the folder `profile` beside the metrics.
 
         Raises:
           ConfigError: a mistake in the config, the data (`jaxpar.data.DataError`) or a checkpoint (`CheckpointError`),
             raised when it is found.
           Interrupted: stopped by a signal; everything is saved.
+          HookError: a hook has failed; everything is saved. So it is before an error of `batches`, such as the ValueError
+            of a wrong batch, is raised.
           NonFiniteError, ReplicaError: the run has gone wrong and must not continue.
         """
         with Watchdog(self.config.runner.stall_timeout) as watchdog:
-            run = _TrainingRun(self, watchdog, profile)
-            signal_number = run.train()
-        # Raised outside: an exception inside would tell the other processes' watchdogs that this process has failed.
-        if signal_number:
-            raise Interrupted(run.step, run.last_step, signal_number)
-        run.report.say(f"done: step {run.step}, checkpoint in {run.checkpoints.folder}")
-
-
-class _TrainingRun:
-    """One call of `Trainer.fit`, from opening the data to the last checkpoint.
-
-    Attributes:
-      step: the last step that was dispatched.
-      last_step: the step at which the run ends.
-      report: prints progress; silent except on process 0.
-    """
-
-    def __init__(self, trainer: Trainer, watchdog: Watchdog, profile: Steps | None):
-        self._trainer, self._watchdog, self._runner = trainer, watchdog, trainer.config.runner
-        config, first_process = trainer.config, jax.process_index() == 0
-        watchdog.enter(0, "opening the data")
-        self._loader, self._evaluation = open_training_data(trainer.program), open_evaluation(trainer.program)
-        self.checkpoints = Checkpoints(config)
-        self.report = reporter(first_process, self._runner.log_interval)
-        watchdog.enter(0, "restoring")
-        self._resume()
-        self.step = int(trainer.state["step"])
-        self._first_step = self.step + 1
-        max_steps = self._runner.max_steps if self._runner.max_steps > 0 else None
-        self.last_step = min(limit for limit in (max_steps, self._loader.num_batches) if limit)
-        if profile:
-            profile.check(self.step, self.last_step)
-        self._writers = metrics_writers(config, self.step) if first_process else []
-        self._log = StepLog(config, trainer.program, self.report, self._writers)
-        folder = config.output_path / "profile"
-        self._profiler = Profiler(profile, folder, lambda: jax.block_until_ready(trainer.state), self.report.say)
-        self._val_loss: float | None = None  # of the parameters after `step`, if they were evaluated
-
-    def train(self) -> int:
-        """Trains to the last step or until a signal arrives, then saves.
-
-        Returns:
-          The number of the signal that stopped the run, 0 if none did; the same in all processes.
-        """
-        signal_number = 0
-        with Signals() as signals:
-            self.report.start(self.step, self.last_step)
-            try:
-                while self.step < self.last_step:
-                    self._watchdog.enter(self.step + 1, "checking for signals")
-                    if signal_number := signals.agree():
-                        break
-                    self._train_step()
-                    self._evaluate_if_due()
-                    self._check_replicas_if_due()
-                    self._save_if_due()
-                self._save()
-                self.checkpoints.wait()
-            except (NonFiniteError, ReplicaError):
-                self.checkpoints.wait()  # let an earlier save finish
-                raise
-            finally:
-                self._close()
-        return signal_number
-
-    def _resume(self) -> None:
-        position, notes = self._trainer._run_state.start_training(self.checkpoints)
-        for note in notes:
-            self.report.say(note)
-        if position:
-            self._loader.set_state(position)
-
-    def _train_step(self) -> None:
-        """Dispatches the next step and reports the one before it."""
-        number = self.step + 1
-        self._watchdog.enter(number, "reading the batch")
-        batch = next(self._loader)
-        self._watchdog.enter(number, "training")
-        with self._profiler.step(number):
-            program = self._trainer.program
-            metrics = self._trainer._train_step(program.batch_layout.put_on_mesh(batch))
-            if number == self._first_step:  # the step has just been traced
-                for line in choice_lines(program.attention_choices):
-                    self.report.say(line)
-            self._log.enter(number, metrics, batch, self._loader.figures)
-        self.step, self._val_loss = number, None
-
-    def _evaluate_if_due(self) -> None:
-        if self._evaluation and self._is_due(self._runner.val_check_interval):
-            self._watchdog.enter(self.step, "evaluating")
-            seconds = self._log.wait()  # so that the step's time does not include the evaluation
-            self._val_loss = self._evaluation.loss(self._trainer.state["params"])
-            self._log.flush(seconds, val_loss=self._val_loss)
-
-    def _check_replicas_if_due(self) -> None:
-        if self._is_due(self._runner.check_replicas_interval):
-            self._watchdog.enter(self.step, "comparing replicas")
-            check_replicas(self._trainer.state["params"])
-
-    def _save_if_due(self) -> None:
-        """Saves at `save_interval` and, with `keep_best_checkpoint`, after the lowest validation loss so far."""
-        self.checkpoints.check()
-        best = (
-            self._val_loss is not None
-            and self._runner.keep_best_checkpoint
-            and self.checkpoints.is_best(self._val_loss)
-        )
-        if best or self._is_due(self._runner.save_interval):
-            self._save()
-
-    def _save(self) -> None:
-        self._log.flush()  # before saving, so that metrics.jsonl never lacks a step that a checkpoint has
-        self._watchdog.enter(self.step, "saving")
-        self.checkpoints.save(self.step, self._trainer.state, self._loader.get_state()["batch"], self._val_loss)
-
-    def _is_due(self, interval: int) -> bool:
-        return interval > 0 and self.step % interval == 0
-
-    def _close(self) -> None:
-        self._profiler.stop()
-        self.report.stop()
-        self._loader.close()
-        with contextlib.ExitStack() as stack:  # all of them, even if one fails
-            for writer in self._writers:
-                stack.callback(writer.close)
+            run = TrainingRun(
+                self,
+                self.program,
+                self._run_state,
+                watchdog,
+                batches=batches,
+                eval_batches=eval_batches,
+                hooks=hooks,
+                profile=profile,
+            )
+            run.train()
+        run.finish()  # outside: an error inside would tell the other processes' watchdogs that this process has failed

@@ -19,11 +19,13 @@ from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, Preservat
 
 from jaxpar.checkpoint.manifest import (
     PREFIX,
+    Position,
     build_manifest,
     checkpoints_in,
     damages,
     named_leaves,
     newest,
+    position_in,
     read_manifest,
     resolve,
     step_of,
@@ -62,12 +64,15 @@ class Checkpoints:
         self._handler = StateHandler()
         self._val_losses: dict[int, float] = {}
 
-    def save(self, step: int, state: Any, batch: int, val_loss: float | None = None) -> None:
+    def save(self, step: int, state: Any, position: Position, val_loss: float | None = None) -> Path | None:
         """Copies the state to the host and writes it in the background. Does nothing if the step is already saved.
 
         Args:
-          batch: position in the data, `BatchLoader.get_state()["batch"]`.
+          position: in the data, as `build_manifest` takes it.
           val_loss: validation loss of these parameters, if they were evaluated.
+
+        Returns:
+          The folder, which exists when it is complete; None if the step is already saved.
 
         Raises:
           CheckpointError: this checkpoint or the previous one could not be written.
@@ -76,12 +81,13 @@ class Checkpoints:
             manager = self._open_to_write()
             manager.wait_until_finished()
             if step in manager.all_steps():
-                return
+                return None
             if val_loss is not None and math.isfinite(val_loss):
                 self._val_losses[step] = val_loss
-            self._handler.manifest = build_manifest(self._config, step, state, batch, val_loss)
+            self._handler.manifest = build_manifest(self._config, step, state, position, val_loss)
             chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
             manager.save(step, args=ocp.args.Composite(state=StateSave(state, save_args=chunks)))
+        return self.folder / f"{PREFIX}_{step}"
 
     def is_best(self, val_loss: float) -> bool:
         """Whether `val_loss` is lower than that of every checkpoint."""
@@ -156,7 +162,7 @@ class Checkpoints:
             raise CheckpointError(f"{found} is torn: {reason}: choose another checkpoint")
         return str(found), []
 
-    def restore(self, path: Path, shapes: Any, shardings: Any, *, to_train: bool = True) -> tuple[Any, dict[str, int]]:
+    def restore(self, path: Path, shapes: Any, shardings: Any, *, to_train: bool = True) -> tuple[Any, Position]:
         """Reads a checkpoint that any layout may have written; each device reads its own slices. A collective call.
 
         Args:
@@ -166,7 +172,7 @@ class Checkpoints:
           to_train: whether its position in the data must make sense in this run.
 
         Returns:
-          (state, position): the state on this run's devices, and the position in the data for `BatchLoader.set_state`.
+          (state, position): the state on this run's devices, and the position in the data.
 
         Raises:
           ConfigError: the checkpoint is of another model, or its position in the data means something else in this run.
@@ -186,9 +192,9 @@ class Checkpoints:
             handlers = {"state": StateHandler(bytes_at_once(path / "state", target))}
             with ocp.CheckpointManager(path.parent, options=_options(), item_handlers=handlers) as manager:
                 state = manager.restore(step_of(path), args=ocp.args.Composite(state=StateRestore(target)))
-        return state["state"], {"batch": manifest["data"]["batch"]}
+        return state["state"], position_in(manifest)
 
-    def position(self, path: Path) -> dict[str, int]:
+    def position(self, path: Path) -> Position:
         """A checkpoint's position in the data, as from `restore`. A collective call.
 
         Raises:
@@ -197,7 +203,7 @@ class Checkpoints:
         manifest = decide_on_process_0(lambda: read_manifest(path))
         if problems := self._position_problems(path, manifest):
             raise ConfigError(problems)
-        return {"batch": manifest["data"]["batch"]}
+        return position_in(manifest)
 
     def _position_problems(self, path: Path, manifest: dict[str, Any]) -> list[str]:
         problems = []

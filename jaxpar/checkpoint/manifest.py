@@ -27,15 +27,16 @@ _PARTS = "checksums.part."  # prefix of the files that `merge_checksums` merges
 _PIECE = 2**22  # bytes read at once
 _THREADS = 8
 
+Position = dict[str, Any]
 Checksums = dict[str, tuple[int, int]]  # path inside the checkpoint → bytes, CRC-32
 
 
-def build_manifest(config: Config, step: int, state: Any, batch: int, val_loss: float | None) -> dict[str, Any]:
+def build_manifest(config: Config, step: int, state: Any, position: Position, val_loss: float | None) -> dict[str, Any]:
     """The content of `manifest.json`.
 
     Args:
       state: tree of arrays; the mesh is that of its `step`.
-      batch: number of global batches read so far, the position in the data.
+      position: in the data, with `batch`, the number of global batches read so far; see `jaxpar.run.sources`.
       val_loss: validation loss of these parameters, or None.
     """
     packages = ("jaxpar", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -43,7 +44,7 @@ def build_manifest(config: Config, step: int, state: Any, batch: int, val_loss: 
         "step": step,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "val_loss": val_loss,
-        "data": {"batch": batch, "global_batch_size": config.actor.global_batch_size},
+        "data": {**position, "global_batch_size": config.actor.global_batch_size},
         "mesh": dict(state["step"].sharding.mesh.shape),
         "processes": jax.process_count(),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
@@ -55,6 +56,11 @@ def build_manifest(config: Config, step: int, state: Any, batch: int, val_loss: 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The content of `manifest.json`. Raises OSError if it is missing, ValueError if it is not JSON."""
     return json.loads((checkpoint / MANIFEST).read_text())
+
+
+def position_in(manifest: dict[str, Any]) -> Position:
+    """The position in the data, as `build_manifest` was given it."""
+    return {key: value for key, value in manifest["data"].items() if key != "global_batch_size"}
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:

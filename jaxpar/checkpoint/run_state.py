@@ -2,13 +2,14 @@
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxpar.checkpoint.checkpoints import Checkpoints
+from jaxpar.checkpoint.manifest import Position
 from jaxpar.config import ConfigError
 from jaxpar.models.hugging_face import has_weights
 from jaxpar.models.initial import InitialParams
@@ -74,11 +75,13 @@ class RunState:
                 warn([f"there is no checkpoint in {checkpoints.folder}: the weights are untrained, random numbers"])
         return self._state or self.start()
 
-    def set(self, state: State) -> None:
-        """The state after a step."""
-        self._state, self.restored = state, None
+    def train_step(self, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Takes one step with the rows of a global batch on the mesh, and returns its metrics."""
+        self._state, metrics = self._program.train_step(self.get(), rows)
+        self.restored = None
+        return metrics
 
-    def restore(self, checkpoints: Checkpoints, path: Path, *, to_train: bool) -> dict[str, int]:
+    def restore(self, checkpoints: Checkpoints, path: Path, *, to_train: bool) -> Position:
         """Takes the state of a checkpoint, which is not read again if this is that state.
 
         Returns:
@@ -122,7 +125,7 @@ class RunState:
         raise_together(problems)
         return params
 
-    def start_training(self, checkpoints: Checkpoints) -> tuple[dict[str, int] | None, list[str]]:
+    def start_training(self, checkpoints: Checkpoints) -> tuple[Position | None, list[str]]:
         """Takes the state from which training starts or goes on: of the checkpoint that `runner.resume_dir` names, else
         the present one, but not one that was only restored to be used; else that of step 0.
 

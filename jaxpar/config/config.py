@@ -80,11 +80,10 @@ class Config(Section):
         )
         if unused:
             yield f"algorithm: {', '.join(unused)} have no effect with loss_type {loss_type}"
-        unsupported = [name for name in self.runner.logger.logger_backends or () if name != "tensorboard"]
-        if unsupported:
+        if "swanlab" in (self.runner.logger.logger_backends or ()):
             yield (
-                f"runner.logger.logger_backends: {', '.join(unsupported)} ignored, because only tensorboard is supported: "
-                "metrics go to metrics.jsonl, and also to TensorBoard files if tensorboard is in the list"
+                "runner.logger.logger_backends: swanlab ignored, because only tensorboard and wandb are supported: metrics go "
+                "to metrics.jsonl, and also to those that are in the list"
             )
         if self.runner.enable_dynamic_batch_size:
             yield (

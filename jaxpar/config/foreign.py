@@ -17,7 +17,7 @@ FOREIGN_KEYS: dict[str, frozenset[str]] = {
         use_wait_before_last_iter_policy
     """),
     "runner": _names("only_eval task_type"),
-    "runner.logger": _names("experiment_name log_path project_name"),
+    "runner.logger": _names("experiment_name log_path"),
     "data": _names("""
         answer_key answer_separator apply_chat_template apply_chat_template_kwargs choice_key data_size dataset_name
         eval_data_paths filter_prompt_by_length image_keys is_hybrid is_markdown lazy_loading max_prompt_length

@@ -87,8 +87,9 @@ class Cluster(Section):
 
 
 class Logger(Section):
-    # In addition to metrics.jsonl, which is always written. RLinf's other two are accepted, with a note that they are
-    # not supported.
+    project_name: Text = "jaxpar"  # for wandb
+    # In addition to metrics.jsonl, which is always written. RLinf's swanlab is accepted, with a note that it is not
+    # supported.
     logger_backends: Annotated[list[Literal["tensorboard", "wandb", "swanlab"]], BeforeValidator(_paths)] | None = [
         "tensorboard"
     ]

@@ -23,6 +23,7 @@ from absl import flags
 from jaxpar.data.text import DataError
 
 Batch = dict[str, np.ndarray]
+FILES = "data.train_data_paths"  # the kind of a `BatchLoader`, see `jaxpar.run.sources`
 
 
 class SampleSource(Protocol):
@@ -87,6 +88,9 @@ class BatchLoader(Iterator[Batch]):
       batches_per_epoch: whole global batches in one epoch, num_samples // global_batch_size.
       num_batches: global batches in all epochs, or None if there is no end.
     """
+
+    kind = FILES
+    notes: Sequence[str] = ()
 
     def __init__(self, read: Callable[[int], Batch], order: BatchOrder, num_samples: int, num_workers: int):
         if num_workers < 0:

@@ -108,6 +108,9 @@ class BatchLayout:
     ) -> dict[str, np.ndarray]:
         """Checks a user's global batch, adds defaults, and cuts it down to this process's rows.
 
+        Where a process has not all rows, it may give its own ones alone, in the order of `rows`. Dynamic batches are always those
+        of the whole run.
+
         Args:
           trained: whether its loss is asked for, which needs targets that are not masked.
           optional: additional inputs that may be missing.
@@ -117,9 +120,9 @@ class BatchLayout:
             `loss_mask` has a weight that is negative or not finite or has too little weight in all, a document is in two
             parts, or documents are given that attention would ignore.
         """
-        rows = len(batch.get("tokens", ()))
-        if self._dynamic and 0 < rows < self.shape[0] and rows % self._mesh.shape["dp"] == 0:
-            return self._like(rows, self._inputs).own_rows(batch, trained=trained, optional=optional)
+        num_rows = len(batch.get("tokens", ()))
+        if self._dynamic and 0 < num_rows < self.shape[0] and num_rows % self._mesh.shape["dp"] == 0:
+            return self._like(num_rows, self._inputs).own_rows(batch, trained=trained, optional=optional)
         if unknown := sorted(batch.keys() - DTYPES.keys() - self._inputs.keys()):
             raise ValueError(
                 f"batch: unknown keys {', '.join(unknown)}; known: {', '.join([*DTYPES, *self._inputs])}; a model or "
@@ -133,29 +136,34 @@ class BatchLayout:
                 "leave them out, or set data.reset_attention_mask: True"
             )
         given = {key: np.asarray(array) for key, array in batch.items()}
+        own = (len(self.rows), self.shape[1])
+        is_own = own != self.shape and given["tokens"].shape == own
+        shape = own if is_own else self.shape
         for key, array in given.items():
             if key in self._inputs:
-                _check_input(key, array, self._inputs[key], self.shape)
+                _check_input(key, array, self._inputs[key], shape)
                 continue
-            if array.shape != self.shape:
-                fewer = f", or fewer rows, a multiple of dp: {self._mesh.shape['dp']}" if self._dynamic else ""
+            if array.shape != shape:
+                more = "" if own == self.shape else f", and this process's rows of it {own}"
+                more += f", or fewer rows, a multiple of dp: {self._mesh.shape['dp']}" if self._dynamic else ""
                 raise ValueError(
-                    f"batch: {key} is {array.shape}, but a global batch has the shape (rows, tokens) {self.shape}{fewer}"
+                    f"batch: {key} is {array.shape}, but a global batch has the shape (rows, tokens) {self.shape}{more}"
                 )
             _check_dtype(key, array.dtype)
         for key in ("tokens", "targets"):
             _check_entries(key, given[key], given[key] < 0, "is not a token" + HINTS[key])
         defaults = {
-            "loss_mask": np.ones(self.shape, bool),
-            "segment_ids": np.zeros(self.shape, int),
-            "positions": np.broadcast_to(np.arange(self.shape[1]), self.shape),
+            "loss_mask": np.ones(shape, bool),
+            "segment_ids": np.zeros(shape, int),
+            "positions": np.broadcast_to(np.arange(shape[1]), shape),
         }
         whole = {**defaults, **given}
-        _check_mask(whole["loss_mask"], trained)
+        _check_mask(whole["loss_mask"], trained and not is_own)  # other rows may have a weight
         _check_documents(whole["segment_ids"], whole["loss_mask"])
         if trained and self._problem and (problem := self._problem(whole)):
             raise ValueError(f"batch: {problem}")
-        return {key: np.asarray(whole[key], x.dtype)[self.rows] for key, x in self.shapes.items() if key in whole}
+        rows = range(len(self.rows)) if is_own else self.rows
+        return {key: np.asarray(whole[key], x.dtype)[rows] for key, x in self.shapes.items() if key in whole}
 
 
 def number_documents(segment_ids: np.ndarray) -> np.ndarray:

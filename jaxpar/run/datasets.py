@@ -15,20 +15,15 @@ from jaxpar.data import (
     token_cache,
 )
 from jaxpar.program import Program
-from jaxpar.run.evaluation import Evaluation
+from jaxpar.run.evaluation import EvalBatches, Evaluation, check_eval_batches, sample_batches, user_batches
 
 
 def open_training_data(program: Program) -> BatchLoader:
     """This process's rows of each global batch of `data.train_data_paths`.
 
     Raises:
-      ConfigError: as `open_tokens`, or the model takes more than tokens.
+      ConfigError: as `open_tokens`.
     """
-    if inputs := program.blueprint.inputs:
-        raise ConfigError(
-            f"data.train_data_paths: gives tokens, but the model or the objective also takes {', '.join(inputs)}: make batches yourself, and call "
-            f"trainer.train_step(batch)"
-        )
     config, folder = program.blueprint.config, open_tokens(program, "train_data_paths")
     num_epochs = config.runner.max_epochs if config.runner.max_epochs > 0 else None
     order = BatchOrder(config.actor.global_batch_size, config.data.seed, config.data.shuffle, num_epochs)
@@ -42,23 +37,37 @@ def open_training_data(program: Program) -> BatchLoader:
     return build_loader(samples, order, rows=program.batch_layout.rows, num_workers=workers)
 
 
-def open_evaluation(program: Program) -> Evaluation | None:
-    """The validation loss on `data.val_data_paths`; None if there are none. Raises ConfigError as `open_tokens`."""
-    config = program.blueprint.config
+def open_evaluation(program: Program, batches: EvalBatches | None = None) -> Evaluation | None:
+    """The validation loss on these batches, or on `data.val_data_paths`; None if there are none.
+
+    Raises:
+      ConfigError: as `open_tokens`, or the batches cannot be read again and again.
+    """
+    config, most = program.blueprint.config, program.blueprint.config.runner.limit_val_batches
+    if batches is not None:
+        check_eval_batches(program, batches)
+        return Evaluation(program, lambda: user_batches(program, batches, most))
     if not config.data.val_data_paths or config.runner.val_check_interval <= 0:
         return None
     across = not config.data.reset_attention_mask
     samples = PackedSource.read(open_tokens(program, "val_data_paths"), config.row_length, across_documents=across)
-    return Evaluation(program, samples, config.runner.limit_val_batches)
+    return Evaluation(program, lambda: sample_batches(program, samples, most))
 
 
 def open_tokens(program: Program, key: str) -> Path:
     """The folder with the tokens of the files in `data.<key>`.
 
     Raises:
-      ConfigError: the tokenizer has more tokens than the model, or the data are wrong (`jaxpar.data.DataError`).
+      ConfigError: the tokenizer has more tokens than the model, the model takes more than tokens, or the data are wrong
+        (`jaxpar.data.DataError`).
     """
     blueprint = program.blueprint
+    if inputs := blueprint.inputs:
+        argument = {"train_data_paths": "batches", "val_data_paths": "eval_batches"}[key]
+        raise ConfigError(
+            f"data.{key}: gives tokens, but the model or the objective also takes {', '.join(inputs)}: make batches yourself, "
+            f"and call trainer.fit({argument}=…) or trainer.train_step(batch)"
+        )
     config, tokenizer = blueprint.config, load_tokenizer(blueprint.config.actor.tokenizer.tokenizer_model)
     if tokenizer.vocab_size > blueprint.vocab_size:
         own = "vocab_size is" if blueprint.architecture else "head has logits for"

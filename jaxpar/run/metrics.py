@@ -4,77 +4,93 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tensorboardX import SummaryWriter
 
 from jaxpar.config import Config
+from jaxpar.run.hooks import Hook, Run
 
 
-class MetricsWriter(Protocol):
-    def write(self, row: dict[str, Any]) -> None: ...
-    def close(self) -> None: ...
+def metrics_writers(config: Config) -> list[Hook]:
+    """The writers that the config asks for.
 
+    Raises:
+      ConfigError: one of them is not installed.
+    """
+    writers: list[Hook] = [MetricsFile(config.output_path)]
+    backends = config.runner.logger.logger_backends or ()
+    if "tensorboard" in backends:
+        writers.append(TensorBoardFile(config.output_path))
+    if "wandb" in backends:
+        from jaxpar.run.wandb import WandB  # imports wandb, which few have
 
-def metrics_writers(config: Config, first_step: int) -> list[MetricsWriter]:
-    """The writers that the config asks for. `first_step` is the step that the run resumes from, 0 for a new run."""
-    writers: list[MetricsWriter] = [MetricsFile(config.output_path, first_step)]
-    if "tensorboard" in (config.runner.logger.logger_backends or ()):
-        writers.append(TensorBoardFile(config.output_path, first_step))
+        writers.append(WandB())
     return writers
 
 
-class MetricsFile:
+class MetricsFile(Hook):
     """`metrics.jsonl`: one JSON object per step.
+
+    Rows of an earlier run for steps after the one that the run goes on from are dropped, because those steps run again.
 
     Args:
       folder: the experiment's folder; created if missing.
-      first_step: rows of an earlier run for later steps are dropped, because those steps run again.
     """
 
-    def __init__(self, folder: Path, first_step: int):
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path):
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in self._lines() if _step(line) <= first_step]
+        self._file: Any = None
+
+    def start(self, run: Run) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in self._lines() if _step(line) <= run.step]
         draft = self.path.with_suffix(".jsonl.tmp")
         draft.write_text("".join(kept))
         draft.replace(self.path)
         self._file = self.path.open("a")
 
-    def write(self, row: dict[str, Any]) -> None:
+    def step(self, row: dict[str, Any]) -> None:
         """Appends one line and flushes it, for `tail -f`. JSON has no NaN or infinity, so these become strings."""
         plain = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._file.write(json.dumps(plain) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
-        self._file.close()
+    def end(self) -> None:
+        if self._file:
+            self._file.close()
 
     def _lines(self) -> list[str]:
         return self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
 
 
-class TensorBoardFile:
+class TensorBoardFile(Hook):
     """`tensorboard/events.out.tfevents…`: each number of a row becomes the scalar `train/<name>`.
+
+    TensorBoard is told to discard what an earlier run wrote for steps that run again.
 
     Args:
       folder: the experiment's folder.
-      first_step: TensorBoard is told to discard what an earlier run wrote for later steps.
     """
 
-    def __init__(self, folder: Path, first_step: int):
-        purge_step = first_step + 1 if first_step else None
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
+    def __init__(self, folder: Path):
+        self._folder, self._writer = folder / "tensorboard", None  # type: Path, SummaryWriter | None
+
+    def start(self, run: Run) -> None:
+        purge_step = run.step + 1 if run.step else None
+        self._writer = SummaryWriter(str(self._folder), purge_step=purge_step, flush_secs=10)
         events = self._writer.file_writer.event_writer
         events._ev_writer = events._worker._record_writer = _Tolerant(events._ev_writer)
 
-    def write(self, row: dict[str, Any]) -> None:
+    def step(self, row: dict[str, Any]) -> None:
+        assert self._writer
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(f"train/{name}", value, row["step"])
 
-    def close(self) -> None:
-        self._writer.close()
+    def end(self) -> None:
+        if self._writer:
+            self._writer.close()
 
 
 def _step(line: str) -> float:

@@ -53,3 +53,24 @@ def raise_together(problems: Sequence[str]) -> None:
         failed = list(np.asarray(multihost_utils.process_allgather(np.bool_(bool(problems)))).ravel())
     if any(failed):
         raise ConfigError(list(problems) or f"process {failed.index(True)} stopped with an error: see its output")
+
+
+def highest(*numbers: int) -> list[int]:
+    """The highest of each of these numbers over all processes, the same in all of them. A collective call."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    return multihost_utils.process_allgather(np.array(numbers, np.int32)).max(axis=0).tolist()
+
+
+def from_all_processes(value: Any) -> list[Any]:
+    """The value of each process, in the order of their numbers. A collective call.
+
+    Args:
+      value: what JSON can hold.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    padded = np.full(highest(len(text))[0], ord(" "), np.uint8)  # JSON ends before spaces
+    padded[: len(text)] = text
+    return [json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded))]

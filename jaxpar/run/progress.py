@@ -1,37 +1,30 @@
 """Progress output of a run: a progress bar in a terminal, plain lines elsewhere."""
 
 import sys
-from typing import Any, Protocol
+from typing import Any
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jaxpar.run.hooks import Hook, Run
 
 
-class Reporter(Protocol):
-    def start(self, first_step: int, last_step: int | None) -> None: ...
-    def step(self, row: dict[str, Any]) -> None: ...
-    def say(self, text: str) -> None: ...
-    def stop(self) -> None: ...
-
-
-class Silent:
+class Progress(Hook):
     """Prints nothing; for all processes except process 0."""
 
-    def start(self, first_step: int, last_step: int | None) -> None: ...
-    def step(self, row: dict[str, Any]) -> None: ...
     def say(self, text: str) -> None: ...
-    def stop(self) -> None: ...
 
 
-class Lines(Silent):
+class Lines(Progress):
     """Prints a line every `every` steps, without colours or cursor movements."""
 
     def __init__(self, every: int = 1):
         self._every = every
         self._last: int | None = None
 
-    def start(self, first_step: int, last_step: int | None) -> None:
-        self._last = last_step
+    def start(self, run: Run) -> None:
+        self._last = run.last_step
 
     def step(self, row: dict[str, Any]) -> None:
         if row["step"] % self._every == 0 or row["step"] == self._last:
@@ -42,27 +35,27 @@ class Lines(Silent):
         print(text, flush=True)
 
 
-class Bar(Silent):
+class Bar(Progress):
     """A progress bar with loss, tokens/s and remaining time."""
 
     def __init__(self, console: Console):
-        self._progress = Progress(
+        self._bar = rich.progress.Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
         )  # fmt: skip
 
-    def start(self, first_step: int, last_step: int | None) -> None:
-        self._task = self._progress.add_task("", total=last_step, completed=first_step, text="compiling")
-        self._progress.start()
+    def start(self, run: Run) -> None:
+        self._task = self._bar.add_task("", total=run.last_step, completed=run.step, text="compiling")
+        self._bar.start()
 
     def step(self, row: dict[str, Any]) -> None:
-        self._progress.update(self._task, completed=row["step"], text=summary(row))
+        self._bar.update(self._task, completed=row["step"], text=summary(row))
 
     def say(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False, markup=False)
+        self._bar.console.print(text, highlight=False, markup=False)
 
-    def stop(self) -> None:
-        self._progress.stop()
+    def end(self) -> None:
+        self._bar.stop()
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -80,8 +73,8 @@ def summary(row: dict[str, Any]) -> str:
     )
 
 
-def reporter(first_process: bool, every: int = 1) -> Reporter:
-    """The reporter for this process: a bar, lines every `every` steps, or silence."""
+def progress(first_process: bool, every: int = 1) -> Progress:
+    """What this process prints: a bar, lines every `every` steps, or nothing."""
     if not first_process:
-        return Silent()
+        return Progress()
     return Bar(Console()) if sys.stdout.isatty() else Lines(every)

@@ -2,17 +2,14 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxpar.config import Config
 from jaxpar.hardware import peak_flops
 from jaxpar.program import Program
-from jaxpar.run.metrics import MetricsWriter
-from jaxpar.run.progress import Reporter
 
 
 class NonFiniteError(Exception):
@@ -23,11 +20,12 @@ class StepLog:
     """Reports each step one step late, so that the devices never wait for the host to read a number.
 
     Args:
-      writers: for the metrics, on process 0; empty on the others.
+      report: is given the row of each step.
+      say: prints a line.
     """
 
-    def __init__(self, config: Config, program: Program, report: Reporter, writers: Sequence[MetricsWriter]):
-        self._config, self._report, self._writers = config, report, writers
+    def __init__(self, program: Program, report: Callable[[dict[str, Any]], None], say: Callable[[str], None]):
+        self._config, self._report, self._say = program.blueprint.config, report, say
         self._pending: tuple[int, dict[str, jax.Array], Mapping[str, np.ndarray], Mapping[str, float]] | None = None
         self._skipped_in_a_row = 0
         self._batch_layout = program.batch_layout
@@ -100,9 +98,7 @@ class StepLog:
             **more,
         }
         row = {**{name: value for name, value in numbers.items() if name not in row}, **row}
-        self._report.step(row)
-        for writer in self._writers:
-            writer.write(row)
+        self._report(row)
         if skipped and not self._is_scale_overflow(numbers):
             self._save_skipped(step, batch)
         else:
@@ -120,9 +116,7 @@ class StepLog:
         path = folder / f"step_{step}.process_{jax.process_index()}.npz"
         arrays: Any = {"rows": np.asarray(self._batch_layout.resized(len(batch["tokens"])).rows), **batch}
         np.savez_compressed(path, **arrays)
-        self._report.say(
-            f"step {step}: loss or gradients are not finite, so nothing was updated; its batch is in {path}"
-        )
+        self._say(f"step {step}: loss or gradients are not finite, so nothing was updated; its batch is in {path}")
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= (most := self._config.runner.max_skipped_steps):
             raise NonFiniteError(

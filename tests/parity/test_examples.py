@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from runs import metrics
 from support import Step, assert_parity, make_batch, mesh_id, random_params, slow
 
 import jaxpar
 from jaxpar.config import ConfigError
-from jaxpar.examples import gemma, gpt2, moe, own_loop, vit
+from jaxpar.examples import everything, gemma, gpt2, moe, own_loop, vit
 from jaxpar.models import FunctionalModel
 from jaxpar.models.split_check import check_split_sequence
 
@@ -47,3 +48,17 @@ def test_own_loop():
     losses = own_loop.train(12, own_loop.build_mesh(2, 4))
     np.testing.assert_allclose(losses, own_loop.train(12, own_loop.build_mesh(1, 1)), rtol=1e-5)
     assert losses[-1] < losses[0]
+
+
+SPLIT = {"pipeline_model_parallel_size": 2, "context_parallel_size": 2}
+
+
+@pytest.mark.parametrize("sizes", [SPLIT, *slow({}, {"tensor_model_parallel_size": 2})], ids=str)
+def test_everything(tmp_path, sizes):
+    everything.train(str(tmp_path / "whole"), confidence=0.2, **SPLIT)
+    rows = metrics(tmp_path / "whole", "everything")
+    assert rows[-2]["confidence"] > 0.2 > rows[-3]["confidence"]  # the hook learns of a step one step late
+    for confidence in (0.1, 0.2):  # goes on with the batch that comes next
+        everything.train(str(tmp_path / "halves"), confidence, **sizes)
+    halves = [row["loss"] for row in metrics(tmp_path / "halves", "everything")]
+    np.testing.assert_allclose(halves, [row["loss"] for row in rows], rtol=1e-5)

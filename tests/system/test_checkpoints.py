@@ -82,7 +82,7 @@ def test_each_layout_reads_each_others_checkpoint(tmp_path):
             loader = open_training_data(trainer.program)
             loader.set_state({"batch": read_manifest(path)["data"]["batch"]})
             batch = trainer.program.batch_layout.put_on_mesh(next(loader))
-            next_losses.append(float(trainer._train_step(batch)["loss"]))
+            next_losses.append(float(trainer._run_state.train_step(batch)["loss"]))
             loader.close()
         np.testing.assert_allclose(next_losses, next_losses[0], rtol=0, atol=1e-5, err_msg=writer)
 

@@ -17,7 +17,7 @@ import jaxpar
 from jaxpar.data import BatchOrder, DocumentCost, build_loader, load_tokenizer, open_dataset
 from jaxpar.models.flops import model_flops_per_token
 from jaxpar.program import Program
-from jaxpar.run.evaluation import Evaluation
+from jaxpar.run.evaluation import Evaluation, sample_batches
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 JAXPAR = Path(sys.executable).parent / "jaxpar"
@@ -114,7 +114,13 @@ def plain(data, tmp_path_factory) -> Plain:
     order.close()
     cache = tmp_path_factory.mktemp("plain")
     samples = open_dataset([data[0]], tokenizer=load_tokenizer(None), seq_length=LONGEST, cache_dir=cache)
-    return Plain(losses, tokens, Evaluation(trainer.program, samples, None).loss(trainer.state["params"]))
+    return Plain(
+        losses,
+        tokens,
+        Evaluation(trainer.program, lambda: sample_batches(trainer.program, samples, None)).loss(
+            trainer.state["params"]
+        ),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -63,8 +63,8 @@ def test_a_profile_is_of_the_steps_asked_for(tmp_path, capsys):
     run = [f"runner.output_dir={tmp_path}", "runner.max_steps=4", *SMALL, *layout("dp4")]
     trainer = jaxpar.Trainer(jaxpar.load_config(QUICKSTART, run))
     with pytest.raises(jaxpar.ConfigError, match="3:3 means steps 3 to 5, but this run has steps 1 to 4"):
-        trainer.fit(Steps(3, 3))
-    trainer.fit(Steps(2, 2))
+        trainer.fit(profile=Steps(3, 3))
+    trainer.fit(profile=Steps(2, 2))
     folder = tmp_path / "quickstart/profile"
     assert f"xprof --port 8791 {folder}" in capsys.readouterr().out
     (trace,) = folder.rglob("*.xplane.pb")

@@ -914,6 +914,6 @@ def test_logger_backends():
 
     assert config_from_dict({}).runner.logger.logger_backends == ["tensorboard"]
     assert backends("tensorboard").runner.logger.logger_backends == ["tensorboard"]
-    assert "wandb ignored, because only tensorboard is supported" in backends(["wandb", "tensorboard"]).notes[1]
+    assert "swanlab ignored, because only tensorboard and wandb are" in backends(["swanlab", "tensorboard"]).notes[1]
     with pytest.raises(ConfigError, match="expected one of 'tensorboard', 'wandb', 'swanlab', got 'tensorbord'"):
         backends(["tensorbord"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 from jaxpar.config import Architecture
 from jaxpar.models.flops import model_flops_per_token
@@ -22,14 +23,16 @@ def test_flops_of_llama3_8b_are_counted_product_by_product():
 
 
 def test_steps_after_the_first_are_written_again_and_torn_lines_dropped(tmp_path):
-    metrics = MetricsFile(tmp_path, 0)
+    metrics = MetricsFile(tmp_path)
+    metrics.start(SimpleNamespace(step=0))
     for step in (1, 2, 3):
-        metrics.write({"step": step, "loss": float("nan") if step == 2 else 1.0})
-    metrics.close()
+        metrics.step({"step": step, "loss": float("nan") if step == 2 else 1.0})
+    metrics.end()
     with metrics.path.open("a") as file:
         file.write('{"step": 4, "lo')
-    again = MetricsFile(tmp_path, 2)
-    again.write({"step": 3, "loss": 0.5})
-    again.close()
+    again = MetricsFile(tmp_path)
+    again.start(SimpleNamespace(step=2))
+    again.step({"step": 3, "loss": 0.5})
+    again.end()
     rows = [json.loads(line) for line in again.path.read_text().splitlines()]
     assert rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": "nan"}, {"step": 3, "loss": 0.5}]
