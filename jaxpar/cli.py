@@ -71,7 +71,7 @@ def train(
     try:
         trainer.fit(profile=steps)
     except Interrupted as stop:
-        how = "run the same command" if config.runner.resume_dir else "set runner.resume_dir=auto"
+        how = "run the same command" if config.runner.resume_dir == "auto" else "set runner.resume_dir=auto"
         _error(f"{stop}: {how} to continue")
         raise typer.Exit(128 + stop.signal) from None
     except (NonFiniteError, ReplicaError) as error:

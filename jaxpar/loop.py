@@ -138,6 +138,7 @@ class TrainingRun:
                 self.say(note)
         self._position = self._source.get_state()  # after the batches of the steps that are done
         position_to_save(self._position)
+        self.checkpoints.open_to_write()
 
     def _read(self) -> Batch | None:
         """This process's rows of the next batch; None if there is none."""

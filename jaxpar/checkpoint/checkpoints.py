@@ -7,6 +7,7 @@ complete unless a part of it was removed later.
 """
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -39,15 +40,12 @@ from jaxpar.checkpoint.orbax_handler import (
     bytes_at_once,
     return_large_buffers,
 )
+from jaxpar.checkpoint.reading import CheckpointError
 from jaxpar.config import Config, ConfigError
 from jaxpar.run.processes import decide_on_process_0, raise_together
 
 _TORN = "torn_"  # prefix for the folder of a torn checkpoint
 _WRITE_TIMEOUT = 3600  # seconds; Orbax's default of 600 is too short for a large model on a slow file system
-
-
-class CheckpointError(ConfigError):
-    """A checkpoint cannot be written or read: no space, no permission, damage. The message names the file."""
 
 
 class Checkpoints:
@@ -63,6 +61,7 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._handler = StateHandler()
         self._val_losses: dict[int, float] = {}
+        self._saved: Path | None = None  # the last that this run has written, or is writing
 
     def save(self, step: int, state: Any, position: Position, val_loss: float | None = None) -> Path | None:
         """Copies the state to the host and writes it in the background. Does nothing if the step is already saved.
@@ -77,9 +76,9 @@ class Checkpoints:
         Raises:
           CheckpointError: this checkpoint or the previous one could not be written.
         """
+        manager = self.open_to_write()
+        self.wait()
         with self._reported("write"):
-            manager = self._open_to_write()
-            manager.wait_until_finished()
             if step in manager.all_steps():
                 return None
             if val_loss is not None and math.isfinite(val_loss):
@@ -87,11 +86,12 @@ class Checkpoints:
             self._handler.manifest = build_manifest(self._config, step, state, position, val_loss)
             chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
             manager.save(step, args=ocp.args.Composite(state=StateSave(state, save_args=chunks)))
-        return self.folder / f"{PREFIX}_{step}"
+        self._saved = self.folder / f"{PREFIX}_{step}"
+        return self._saved
 
     def is_best(self, val_loss: float) -> bool:
         """Whether `val_loss` is lower than that of every checkpoint."""
-        self._open_to_write()
+        self.open_to_write()
         return val_loss < min(self._val_losses.values(), default=float("inf"))
 
     def check(self) -> None:
@@ -101,10 +101,12 @@ class Checkpoints:
                 self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Waits until everything is written. Raises CheckpointError if that fails."""
+        """Waits until everything is written. A collective call. Raises CheckpointError if what was saved is not there."""
         if self._manager is not None:
             with self._reported("write"):
                 self._manager.wait_until_finished()
+        if self._saved and (reason := decide_on_process_0(lambda: self._saved and why_torn(self._saved))):
+            raise CheckpointError(f"{self._saved} was saved, but {reason}: something else has moved or removed it")
 
     def find(self) -> tuple[Path | None, list[str]]:
         """Finds the checkpoint that `runner.resume_dir` asks for. A collective call.
@@ -122,10 +124,10 @@ class Checkpoints:
 
     def _find(self) -> tuple[str | None, list[str]]:
         wanted = self._config.runner.resume_dir
-        last, notes = newest(self.folder)
+        last, notes = self._newest()
         if wanted == "auto":
             return str(last) if last else None, notes
-        found = None if wanted is None else resolve(Path(wanted))
+        found = None if wanted in (None, "fresh") else resolve(Path(wanted))
         if found and (reason := why_torn(found)):
             raise CheckpointError(f"runner.resume_dir: {found} is torn: {reason}: choose another checkpoint")
         if last and step_of(last) > (step_of(found) if found else 0):
@@ -135,6 +137,17 @@ class Checkpoints:
                 f"runner.experiment_name, or move them away"
             )
         return str(found) if found else None, []
+
+    def _newest(self) -> tuple[Path | None, list[str]]:
+        """`newest` of this experiment. Raises CheckpointError if all are torn and runner.resume_dir is not "fresh"."""
+        last, notes = newest(self.folder)
+        if last is None and (torn := checkpoints_in(self.folder)) and self._config.runner.resume_dir != "fresh":
+            raise CheckpointError(
+                f"runner.resume_dir: {self._config.runner.resume_dir or 'null'}, but none of the {len(torn)} checkpoints in "
+                f"{self.folder} is complete: {torn[0].name}: {why_torn(torn[0])}: put back what is missing, or set "
+                f"runner.resume_dir: fresh to begin at step 1 (they are kept as {_TORN}{PREFIX}_N)"
+            )
+        return last, notes
 
     def find_to_use(self, wanted: str | Path | None = None) -> tuple[Path | None, list[str]]:
         """Finds a checkpoint to use without training. A collective call.
@@ -154,8 +167,8 @@ class Checkpoints:
 
     def _find_to_use(self, wanted: str | Path | None) -> tuple[str | None, list[str]]:
         wanted = wanted or self._config.runner.resume_dir or "auto"
-        if wanted == "auto":
-            last, notes = newest(self.folder)
+        if wanted in ("auto", "fresh"):
+            last, notes = self._newest()
             return str(last) if last else None, notes
         found = resolve(Path(wanted))
         if reason := why_torn(found):
@@ -185,13 +198,18 @@ class Checkpoints:
             raise ConfigError(problems)
         if self._config.runner.verify_checkpoint:
             advice = "resume from an earlier checkpoint with runner.resume_dir"
-            found = damages(path, jax.process_index(), jax.process_count())
-            raise_together([f"{problem}: {advice}" for problem in found])
+            try:
+                found = [f"{problem}: {advice}" for problem in damages(path, jax.process_index(), jax.process_count())]
+            except ConfigError as error:  # perhaps in this process alone
+                found = error.problems
+            raise_together(found)
         return_large_buffers()
         with self._reported("read", path):
             handlers = {"state": StateHandler(bytes_at_once(path / "state", target))}
             with ocp.CheckpointManager(path.parent, options=_options(), item_handlers=handlers) as manager:
                 state = manager.restore(step_of(path), args=ocp.args.Composite(state=StateRestore(target)))
+        if (step := int(state["state"]["step"])) != step_of(path):
+            raise CheckpointError(f"{path / 'state'} is of step {step}, but the folder's name says {step_of(path)}")
         return state["state"], position_in(manifest)
 
     def position(self, path: Path) -> Position:
@@ -224,7 +242,14 @@ class Checkpoints:
             )
         return problems
 
-    def _open_to_write(self) -> ocp.CheckpointManager:
+    def open_to_write(self) -> ocp.CheckpointManager:
+        """Makes the folder ready for `save`; does nothing the second time. A collective call.
+
+        Torn checkpoints are renamed, because Orbax would count them.
+
+        Raises:
+          CheckpointError: a checkpoint cannot be read, so that it is not known to be torn; or the folder cannot be written.
+        """
         if self._manager is None:
             with self._reported("write"):
                 steps = decide_on_process_0(self._clear_torn)
@@ -241,18 +266,16 @@ class Checkpoints:
         return self._manager
 
     def _clear_torn(self) -> dict[str, float | None]:
-        """Renames the folders of torn checkpoints, because Orbax would count them as checkpoints.
+        """Renames the folders of torn checkpoints, once all have been read.
 
         Returns:
           step → validation loss of the complete checkpoints.
         """
-        steps = {}
-        for path in checkpoints_in(self.folder):
-            if why_torn(path):
-                path.rename(path.with_name(_TORN + path.name))
-            else:
-                steps[str(step_of(path))] = read_manifest(path)["val_loss"]
-        return steps
+        found = checkpoints_in(self.folder)
+        torn = [path for path in found if why_torn(path)]
+        for path in torn:
+            path.rename(_unused(path.with_name(_TORN + path.name)))
+        return {str(step_of(path)): read_manifest(path)["val_loss"] for path in found if path not in torn}
 
     @contextlib.contextmanager
     def _reported(self, verb: str, path: Path | None = None) -> Iterator[None]:
@@ -262,12 +285,20 @@ class Checkpoints:
         except ConfigError:
             raise
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            left, _ = newest(self.folder)
-            kept = f"the newest complete one is {left}" if left else "there is no complete one"
+            try:
+                left, _ = newest(self.folder)
+                kept = f"the newest complete one is {left}" if left else "there is no complete one"
+            except ConfigError as other:
+                kept = str(other)
             reason = re.sub(r"\s+", " ", str(error))
             if len(reason) > 400:  # TensorStore's messages end with the file and the system's error
                 reason = f"{reason[:60]} … {reason[-300:]}"
             raise CheckpointError(f"cannot {verb} a checkpoint in {path or self.folder}: {reason}: {kept}") from error
+
+
+def _unused(path: Path) -> Path:
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 def _tree_problems(path: Path, manifest: dict[str, Any], target: Any) -> list[str]:

@@ -64,7 +64,7 @@ class RunState:
 
         Warns if there is no checkpoint and the weights are random. Raises ConfigError as `restore` and `start`.
         """
-        if self._state is None and self._config.runner.resume_dir:
+        if self._state is None and self._config.runner.resume_dir not in (None, "fresh"):
             checkpoints = Checkpoints(self._config)
             found, notes = checkpoints.find_to_use()
             warn(notes)

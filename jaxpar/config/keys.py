@@ -114,7 +114,8 @@ class Runner(Section):
     logger: Logger = Logger()
     output_dir: Text = "results"
     experiment_name: Text = "jaxpar"
-    resume_dir: Text | None = None  # null: start anew; "auto": newest checkpoint of this experiment; or a path
+    # null: start anew; auto: newest checkpoint of this experiment; fresh: as null, although all its checkpoints are torn; or a path
+    resume_dir: Text | None = None
     enable_dynamic_batch_size: bool = False  # microbatches of whole documents, packed into rows of a token budget
     max_tokens_per_mbs: Count | None = None  # that budget in tokens, per cp rank
 
