@@ -8,6 +8,7 @@ import jax
 from jaxpar.attention import choice_lines
 from jaxpar.checkpoint.checkpoints import Checkpoints
 from jaxpar.checkpoint.run_state import RunState
+from jaxpar.checkpoint.same_run import describe
 from jaxpar.config import ConfigError
 from jaxpar.data.loader import Batch
 from jaxpar.program import Program
@@ -65,7 +66,8 @@ class TrainingRun:
             open_training_data(program) if batches is None else open_batches(program, batches, lambda: self.step + 1)
         )
         self._evaluation = open_evaluation(program, eval_batches)
-        self.checkpoints = Checkpoints(self.config)
+        described = describe(program.blueprint.architecture, self._source.fingerprint)
+        self.checkpoints = Checkpoints(self.config, described)
         watchdog.enter(0, "restoring")
         self._resume()
         self.step: int = int(state.get()["step"])

@@ -24,7 +24,6 @@ from jaxpar.checkpoint.manifest import (
     build_manifest,
     checkpoints_in,
     damages,
-    named_leaves,
     newest,
     position_in,
     read_manifest,
@@ -41,6 +40,7 @@ from jaxpar.checkpoint.orbax_handler import (
     return_large_buffers,
 )
 from jaxpar.checkpoint.reading import CheckpointError
+from jaxpar.checkpoint.same_run import Described, compare, position_problems, tree_problems
 from jaxpar.config import Config, ConfigError
 from jaxpar.run.processes import decide_on_process_0, raise_together
 
@@ -53,10 +53,11 @@ class Checkpoints:
 
     Args:
       config: says where they are and which ones to keep; it is stored with each of them.
+      described: from `same_run.describe`; stored, too, and compared before training goes on from one of them.
     """
 
-    def __init__(self, config: Config):
-        self._config = config
+    def __init__(self, config: Config, described: Described | None = None):
+        self._config, self._described = config, described or {}
         self.folder = (config.output_path / "checkpoints").absolute()
         self._manager: ocp.CheckpointManager | None = None
         self._handler = StateHandler()
@@ -83,7 +84,7 @@ class Checkpoints:
                 return None
             if val_loss is not None and math.isfinite(val_loss):
                 self._val_losses[step] = val_loss
-            self._handler.manifest = build_manifest(self._config, step, state, position, val_loss)
+            self._handler.manifest = build_manifest(self._config, step, state, position, val_loss, self._described)
             chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
             manager.save(step, args=ocp.args.Composite(state=StateSave(state, save_args=chunks)))
         self._saved = self.folder / f"{PREFIX}_{step}"
@@ -182,19 +183,20 @@ class Checkpoints:
           path: from `find` or `find_to_use`.
           shapes: tree of the shapes and dtypes of this run's state.
           shardings: tree of its shardings.
-          to_train: whether its position in the data must make sense in this run.
+          to_train: whether this run must be the one that wrote it, so that training goes on.
 
         Returns:
           (state, position): the state on this run's devices, and the position in the data.
 
         Raises:
-          ConfigError: the checkpoint is of another model, or its position in the data means something else in this run.
+          ConfigError: the checkpoint is of another model, or of another run (`same_run.compare`), or its position in the
+            data means something else in this run.
           CheckpointError: a file is damaged or cannot be read.
         """
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         manifest = decide_on_process_0(lambda: read_manifest(path))
-        problems = self._position_problems(path, manifest) if to_train else []
-        if problems := [*problems, *_tree_problems(path, manifest, target)]:
+        problems = self._differences(path, manifest)[1] if to_train else []
+        if problems := [*problems, *tree_problems(path, manifest, target)]:
             raise ConfigError(problems)
         if self._config.runner.verify_checkpoint:
             advice = "resume from an earlier checkpoint with runner.resume_dir"
@@ -212,35 +214,21 @@ class Checkpoints:
             raise CheckpointError(f"{path / 'state'} is of step {step}, but the folder's name says {step_of(path)}")
         return state["state"], position_in(manifest)
 
-    def position(self, path: Path) -> Position:
-        """A checkpoint's position in the data, as from `restore`. A collective call.
+    def position(self, path: Path) -> tuple[Position, list[str]]:
+        """A checkpoint's position in the data, as from `restore`; and lines about what has changed since. A collective call.
 
         Raises:
-          ConfigError: it means something else in this run.
+          ConfigError: it means something else in this run, or this is not the run that wrote it.
         """
         manifest = decide_on_process_0(lambda: read_manifest(path))
-        if problems := self._position_problems(path, manifest):
+        notes, problems = self._differences(path, manifest)
+        if problems:
             raise ConfigError(problems)
-        return position_in(manifest)
+        return position_in(manifest), notes
 
-    def _position_problems(self, path: Path, manifest: dict[str, Any]) -> list[str]:
-        problems = []
-        batch, stored_batch = self._config.actor.global_batch_size, manifest["data"]["global_batch_size"]
-        if batch != stored_batch:
-            problems.append(
-                f"actor.global_batch_size: {batch}, but {path} was written with {stored_batch}, and its data position "
-                f"counts batches of that size: set it to {stored_batch}, or set runner.resume_dir: null for a new run"
-            )
-        dynamic, stored = (
-            runner["enable_dynamic_batch_size"] for runner in (vars(self._config.runner), manifest["config"]["runner"])
-        )
-        if dynamic != stored:
-            problems.append(
-                f"runner.enable_dynamic_batch_size: {dynamic}, but {path} was written with {stored}, and its data "
-                f"position counts {'documents' if stored else 'sequences'}: set it to {stored}, or set "
-                f"runner.resume_dir: null for a new run"
-            )
-        return problems
+    def _differences(self, path: Path, manifest: dict[str, Any]) -> tuple[list[str], list[str]]:
+        notes, problems = compare(path, manifest, self._config, self._described)
+        return notes, [*position_problems(path, manifest, self._config), *problems]
 
     def open_to_write(self) -> ocp.CheckpointManager:
         """Makes the folder ready for `save`; does nothing the second time. A collective call.
@@ -299,27 +287,6 @@ class Checkpoints:
 def _unused(path: Path) -> Path:
     numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
     return next(name for name in itertools.chain([path], numbered) if not name.exists())
-
-
-def _tree_problems(path: Path, manifest: dict[str, Any], target: Any) -> list[str]:
-    """A line for each of the first arrays that have another shape or dtype in the checkpoint."""
-    stored_tree = manifest["tree"]
-    own_tree = {name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in named_leaves(target)}
-    different = sorted(
-        name for name in stored_tree.keys() | own_tree.keys() if stored_tree.get(name) != own_tree.get(name)
-    )
-    count = f"{len(different)} differences in all"
-    parts = sorted({name.partition("/")[0] for name in different})
-    if "params" in parts:
-        where, advice = "the model of this config", "resume with the config that it was written with"
-    else:
-        where, count = "this run", f"{count}, all in {' and '.join(parts)}: the parameters are the same"
-        advice = "resume with the settings of actor.optim and actor.model.precision that it was written with"
-    return [
-        f"runner.resume_dir: {name} is {stored_tree.get(name, 'missing')} in {path} and {own_tree.get(name, 'missing')} in "
-        f"{where} ({count}): {advice}, or set runner.resume_dir: null for a new run"
-        for name in different[:3]
-    ]
 
 
 class _Keep(PreservationPolicy):

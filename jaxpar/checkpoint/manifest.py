@@ -10,7 +10,7 @@ import platform
 import re
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -32,15 +32,22 @@ Position = dict[str, Any]
 Checksums = dict[str, tuple[int, int]]  # path inside the checkpoint → bytes, CRC-32
 
 
-def build_manifest(config: Config, step: int, state: Any, position: Position, val_loss: float | None) -> dict[str, Any]:
+def build_manifest(
+    config: Config,
+    step: int,
+    state: Any,
+    position: Position,
+    val_loss: float | None,
+    described: Mapping[str, Any],
+) -> dict[str, Any]:
     """The content of `manifest.json`.
 
     Args:
       state: tree of arrays; the mesh is that of its `step`.
       position: in the data, with `batch`, the number of global batches read so far; see `jaxpar.run.sources`.
       val_loss: validation loss of these parameters, or None.
+      described: of the run, beside its config; from `same_run.describe`.
     """
-    packages = ("jaxpar", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "step": step,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -48,10 +55,17 @@ def build_manifest(config: Config, step: int, state: Any, position: Position, va
         "data": {**position, "global_batch_size": config.actor.global_batch_size},
         "mesh": dict(state["step"].sharding.mesh.shape),
         "processes": jax.process_count(),
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "versions": versions(),
         "tree": {name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in named_leaves(state)},
         "config": config.model_dump(),
+        "run": dict(described),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that compute."""
+    packages = ("jaxpar", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

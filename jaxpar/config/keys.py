@@ -116,6 +116,7 @@ class Runner(Section):
     experiment_name: Text = "jaxpar"
     # null: start anew; auto: newest checkpoint of this experiment; fresh: as null, although all its checkpoints are torn; or a path
     resume_dir: Text | None = None
+    resume_changes: Paths = []  # ours: settings (or data) that are meant to differ from those of the checkpoint
     enable_dynamic_batch_size: bool = False  # microbatches of whole documents, packed into rows of a token budget
     max_tokens_per_mbs: Count | None = None  # that budget in tokens, per cp rank
 

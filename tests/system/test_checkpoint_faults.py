@@ -1,6 +1,7 @@
 """Checkpoints that cannot be read, are torn, or are not what they say: nothing is lost, renamed or replaced in silence."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from runs import QUICKSTART
+from runs import QUICKSTART, SMALL, fit, layout, metrics
 from support import make_mesh
 
 import jaxpar
@@ -160,3 +161,22 @@ def test_what_was_saved_is_there(copy):
 def test_a_copy_is_read(copy):
     saved = checkpoints(copy)
     assert (restore(saved, saved.find()[0])["params"] == state(4)["params"]).all()
+
+
+def test_a_resume_is_of_the_same_data(tmp_path):
+    """Through `fit`: another text is an error until it is named; more steps are a line; given batches are not compared."""
+    text = tmp_path / "text.txt"
+    text.write_text("Now is better than never. " * 200)
+    more = ["runner.resume_dir=auto", f"data.train_data_paths=[{text}]", *SMALL, *layout("all")]
+    fit(tmp_path, "runner.max_steps=2", *more)
+    run = json.loads((step_folder(tmp_path, 2) / "manifest.json").read_text())["run"]
+    assert re.fullmatch(r"1 files, 5,200 bytes, modified 20\S+Z, \w{12}", run["data"]["files"])
+    assert run["data"]["tokens"].startswith("5,201 tokens, 1 documents, ")
+    assert run["architecture"]["rope_theta"] == 10000.0 and len(run["code"]) == 12
+    text.write_text("Although never is often better than right now. " * 200)
+    with pytest.raises(jaxpar.ConfigError, match=r"data: 9,401 tokens.*was written with 5,201 tokens.*resume_changes"):
+        fit(tmp_path, "runner.max_steps=3", *more)
+    with pytest.raises(jaxpar.ConfigError, match=r"actor.model.rope_theta: 500.0, but .* was written with 10000.0"):
+        fit(tmp_path, "actor.model.rope_theta=500.0", *more)
+    fit(tmp_path, "runner.max_steps=3", *more, "runner.resume_changes=[data]")
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
