@@ -15,7 +15,6 @@ from jax.experimental import multihost_utils
 
 from jaxpar.config import ConfigError
 
-
 _PATIENCE = 3600  # seconds that process 0 may take for a decision, such as one that waits for a disk
 _decisions = itertools.count()
 
