@@ -167,6 +167,12 @@ class Blueprint:
         return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self._trained_layouts))
 
     @property
+    def listed_params(self) -> dict[str, str]:
+        """Name of each parameter → its shape, how it is split, and whether it is trained."""
+        layouts = jax.tree.leaves(self.param_layouts)
+        return {x.name: f"{list(x.shape)} {x.rest_spec}{'' if x.trained else ' frozen'}" for x in layouts}
+
+    @property
     def _trained_layouts(self) -> Any:
         """`param_layouts`, with None at the frozen parameters."""
         return trained_layouts(self.param_layouts)
@@ -180,10 +186,9 @@ class Blueprint:
         """A tree like the parameters, with True at the trained ones."""
         if self.user_trainable is not None:
             return trained_mask(self.model, self.user_trainable, "trainable")
-        patterns = self.config.actor.optim.trainable
-        if patterns is None:
-            return trained_mask(self.model, nnx.LoRAParam if self.lora else "*", "actor.model.is_lora")
-        return trained_mask(self.model, patterns, "actor.optim.trainable")
+        if (patterns := self.config.actor.optim.trainable) is not None:
+            return trained_mask(self.model, patterns, "actor.optim.trainable")
+        return trained_mask(self.model, nnx.LoRAParam if self.lora else "*", "actor.model.is_lora")
 
     @cached_property
     def vocab_size(self) -> int:

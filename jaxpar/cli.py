@@ -198,13 +198,21 @@ def main() -> None:
     except ConfigError as error:
         for problem in error.problems:
             _error(problem)
-        sys.exit(2)
+        _leave(2)
     except ScheduleError as error:
         _error(str(error))
         sys.exit(2)
     except OSError as error:
         _error(f"{error.filename or 'a file'}: {error.strerror or error}: check space, permissions and the path")
         sys.exit(2)
+
+
+def _leave(code: int) -> None:
+    if "jax" in sys.modules:  # it takes seconds to load
+        from jaxpar.run.watchdog import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def _unraisable(what: Any) -> None:

@@ -23,6 +23,7 @@ from jaxpar.objectives import TokenStatistics, UserObjective
 from jaxpar.parallel.trained import merge
 from jaxpar.program import Program
 from jaxpar.run import runtime
+from jaxpar.run.agreement import check_alike, given_to_this_process
 from jaxpar.run.evaluation import EvalBatches
 from jaxpar.run.hooks import Hook, HookError
 from jaxpar.run.profile import Steps
@@ -78,17 +79,22 @@ class Trainer:
     ):
         self.config = config
         runtime.start(config)
-        self.program = Program(
-            config,
-            runtime.devices(config),
-            model,
-            objective=objective,
-            trainable=trainable,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-        )
-        params = self.program.blueprint.model.own_params if params is None else params
-        self._run_state = RunState(self.program, params, replace_stored=replace_stored)
+        with Watchdog(config.runner.stall_timeout) as watchdog:  # a mistake that one process finds here ends all
+            watchdog.enter(0, "comparing the processes")
+            check_alike(given_to_this_process(config))
+            watchdog.enter(0, "building the model")
+            self.program = Program(
+                config,
+                runtime.devices(config),
+                model,
+                objective=objective,
+                trainable=trainable,
+                optimizer=optimizer,
+                learning_rate=learning_rate,
+            )
+            check_alike(self.program.blueprint.listed_params)
+            params = self.program.blueprint.model.own_params if params is None else params
+            self._run_state = RunState(self.program, params, replace_stored=replace_stored)
 
     @property
     def state(self) -> State:
