@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from jaxpar.config.config import Config
 from jaxpar.config.errors import ConfigError, describe_error, suspect_keys
-from jaxpar.config.yaml_files import first_line, read_yaml, resolve
+from jaxpar.config.yaml_files import read_yaml, resolve
+from jaxpar.config.yaml_text import UNREADABLE, message, parse
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -40,11 +39,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             problems.append(f"override {override!r}: expected key.path=value, such as runner.max_steps=100")
             continue
         try:
-            parsed = OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)
-            assert isinstance(parsed, dict)
-            OmegaConf.update(values, key, parsed["value"], merge=True)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            problems.append(f"override {override!r}: {first_line(error)}")
+            value = OmegaConf.to_container(parse(f"value: {text}", f"override {override!r}"), resolve=False)
+            assert isinstance(value, dict)
+            if list(value) != ["value"]:
+                raise ConfigError([f"override {override!r}: expected one value"])
+            OmegaConf.update(values, key, value["value"], merge=True)
+        except ConfigError as error:
+            problems += error.problems
+        except UNREADABLE as error:
+            problems.append(f"override {override!r}: {message(error)}")
     return _build(values, problems)
 
 
@@ -56,8 +59,8 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     """
     try:
         return _build(OmegaConf.create(dict(values)), [])
-    except OmegaConfBaseException as error:
-        raise ConfigError([f"{getattr(error, 'full_key', '')}: {first_line(error)}"]) from None
+    except UNREADABLE as error:
+        raise ConfigError([f"{getattr(error, 'full_key', '')}: {message(error)}"]) from None
 
 
 def _build(values: DictConfig, problems: list[str]) -> Config:

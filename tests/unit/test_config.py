@@ -446,7 +446,7 @@ def test_a_users_own_model_has_its_own_recompute_modules():
             "lora_target_modules: q_prj is unknown (did you mean q_proj?): choose one of q_proj,",
         ),
         ({"lora_target_modules": []}, "lora_target_modules: [] names nothing: choose one of q_proj,"),
-        ({"lora_path": "nowhere"}, "lora_path: nowhere/adapter_config.json: cannot be read: FileNotFoundError"),
+        ({"lora_path": "nowhere"}, "lora_path: nowhere/adapter_config.json: no such file: give a folder"),
     ],
 )
 def test_wrong_settings_of_lora(settings, expected):

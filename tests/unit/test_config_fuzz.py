@@ -71,17 +71,17 @@ LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "peft_type": "LO
 LONG = "9" * 30
 # YAML values that may stand anywhere.
 VALUES = [
-    *"0 1 2 3 4 7 8 16 64 -1 -2 1.5 0.0 1.0e-3 1e-3 2e308 1e308 1.0e+308 -1.0e+308 1e-320 1.0e-320 .inf -.inf .nan".split(),
-    *"1000000000 999999999 2147483647 2147483648 9223372036854775807 9223372036854775808 1000000007".split(),
+    *["0", "1", "2", "3", "4", "7", "8", "16", "64", "-1", "-2", "1.5", "0.0", "1.0e-3", "1e-3", "2e308", "1e308", "1.0e+308", "-1.0e+308", "1e-320", "1.0e-320", ".inf", "-.inf", ".nan"],
+    *["1000000000", "999999999", "2147483647", "2147483648", "9223372036854775807", "9223372036854775808", "1000000007"],
     *f"{LONG} -{LONG} {'9' * 400} {'9' * 5000} 0x{'f' * 5000} 0200 010 1:30 1:30:00 190:20:30.15 0b11 0x1F 0o17 1_000 +5".split(),
-    *"True False yes no on off null ~ ~/x ~nosuchuser ~nosuchuser/x ??? . .. / /x ../x ../../x a/../.. a/b full selective".split(),
-    *"uniform block cosine linear constant a2a a2a+p2p p2p fp16 fp32 bf16 adam sgd muon lion auto dpo actor zb1p gpipe".split(),
-    *"[] {} [1] [a,b] [[a]] [null] {a:1} {a:} {1:2} [{}] [1,2,3] {a:{b:{c:1}}} [0] [-1] [2,4] [2,2] [1000000000,1]".split(),
-    *'"" "\\0" "a\\0b" "a\\nb" "\\ud800" "\\e[31m" "1" "0200" "1:30" 2001-01-01 2001-01-01T00:00:00Z !!binary =  <<'.split(),
-    *"${runner.seq_length} ${runner} ${nothing} ${actor.model} ${ ${} ${a:} ${multiply:2} ${multiply:a,b} ${int_div:1,0}".split(),
-    *"${subtract:x,1} ${not:1} ${now:} ${now:%} ${oc.env:NOT_SET} ${oc.env:HOME} ${multiply:99999999,${runner.seq_length}}".split(),
-    *"${multiply:[1],1000000000} ${torch.dtype:bfloat16} ${torch.dtype:[1]} ${oc.select:x} ${oc.create:[1]} ${..seq_length}".split(),
-    *"!!python/object:os.system !!int !!float !!set !x *a &a &a[*a] @ ` % | > - ? : { } [ ] ' \" # , {? [ ${multiply:x,2".split(),
+    *["True", "False", "yes", "no", "on", "off", "null", "~", "~/x", "~nosuchuser", "~nosuchuser/x", "???", ".", "..", "/", "/x", "../x", "../../x", "a/../..", "a/b", "full", "selective"],
+    *["uniform", "block", "cosine", "linear", "constant", "a2a", "a2a+p2p", "p2p", "fp16", "fp32", "bf16", "adam", "sgd", "muon", "lion", "auto", "dpo", "actor", "zb1p", "gpipe"],
+    *["[]", "{}", "[1]", "[a,b]", "[[a]]", "[null]", "{a:1}", "{a:}", "{1:2}", "[{}]", "[1,2,3]", "{a:{b:{c:1}}}", "[0]", "[-1]", "[2,4]", "[2,2]", "[1000000000,1]"],
+    *['""', '"\\0"', '"a\\0b"', '"a\\nb"', '"\\ud800"', '"\\e[31m"', '"1"', '"0200"', '"1:30"', '2001-01-01', '2001-01-01T00:00:00Z', '!!binary', '=', '<<'],
+    *["${runner.seq_length}", "${runner}", "${nothing}", "${actor.model}", "${", "${}", "${a:}", "${multiply:2}", "${multiply:a,b}", "${int_div:1,0}"],
+    *["${subtract:x,1}", "${not:1}", "${now:}", "${now:%}", "${oc.env:NOT_SET}", "${oc.env:HOME}", "${multiply:99999999,${runner.seq_length}}"],
+    *["${multiply:[1],1000000000}", "${torch.dtype:bfloat16}", "${torch.dtype:[1]}", "${oc.select:x}", "${oc.create:[1]}", "${..seq_length}"],
+    *["!!python/object:os.system", "!!int", "!!float", "!!set", "!x", "*a", "&a", "&a[*a]", "@", "`", "%", "|", ">", "-", "?", ":", "{", "}", "[", "]", "'", '"', "#", ",", "{?", "[", "${multiply:x,2"],
     "!!int x", "!!float x", "!!bool x", "!!null x", "!!timestamp x", "!!binary x", "!!int '1:30'", "!!set {a, b}", "!!omap [a: 1]",
     "{[1]: 2}", "{{a: 1}: 2}", "{true: 1}", "{null: 1}", "{1.5: 1}", "{.nan: 1}", "&x {a: *x}", "{<<: {a: 1}}", "{<<: 5}", "[1, a: 2]",
     "x" * 5000, "[" * 50 + "]" * 50, "[" * 400 + "]" * 400, "[" * 2000 + "]" * 2000, "{a: " * 300 + "1" + "}" * 300,
@@ -152,7 +152,8 @@ def case(seed: int) -> Case:
         else:
             _put(values, (*path[:-1], path[-1] + rng.choice(["s", "x" * 300, ".a", " b", "\0"])), value)
     if rng.random() < 0.25:
-        model, stored = values["actor"].get("model"), copy.deepcopy(HUGGING_FACE)
+        actor, stored = values.get("actor"), copy.deepcopy(HUGGING_FACE)
+        model = actor.get("model") if isinstance(actor, dict) else None
         for key in rng.sample(sorted(stored), rng.randint(0, 3)):
             stored[key] = rng.choice(JSON)
         adapters = LORA | {key: rng.choice(JSON) for key in rng.sample(sorted(LORA), rng.randint(0, 2))}
