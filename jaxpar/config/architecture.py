@@ -209,7 +209,7 @@ def _read_rope(found: _Found, problems: list[str]) -> RopeScaling | None:
         problems.append(f"{found.where}.rope_scaling: rope_type {kind} is not supported: choose one of default, llama3")
         return None
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    bad = [name for name in names if type(x := scaling.get(name)) not in (int, float) or not 0 < x < 1e9]
+    bad = [name for name in names if not _is_positive(scaling.get(name))]
     if bad:
         problems.append(
             f"{found.where}.rope_scaling: rope_type llama3 needs numbers for {', '.join(bad)}, above 0: set them"
@@ -227,6 +227,10 @@ def _read_rope(found: _Found, problems: list[str]) -> RopeScaling | None:
         float(scaling["high_freq_factor"]),
         int(scaling["original_max_position_embeddings"]),
     )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
 
 
 def _read_window(found: _Found, layers: int, problems: list[str]) -> int | None:

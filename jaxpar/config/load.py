@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
 from jaxpar.config.config import Config
 from jaxpar.config.errors import ConfigError, describe_error, suspect_keys
+from jaxpar.config.keys import Section
 from jaxpar.config.yaml_files import read_yaml, resolve
 from jaxpar.config.yaml_text import UNREADABLE, message, parse
 
@@ -103,10 +104,12 @@ def _arithmetic_problems(config: Config, suspects: set[str]) -> list[str]:
 
 
 def _drop(plain: dict[str, Any], loc: Sequence[Any]) -> None:
-    """Removes the value at `loc`, or the first value on the way that is not a section (a list with a bad element)."""
-    for part in loc[:-1]:
-        if not isinstance(plain[part], dict) or part == "rope_scaling":
-            loc = (part,)
-            break
-        plain = plain[part]
-    plain.pop(loc[-1], None)
+    """Removes the setting at `loc`, whole: what is wrong in a list or a dict is a part of one."""
+    section: type[Section] = Config
+    for part in loc:
+        below = section.model_fields[part].annotation if part in section.model_fields else None
+        inside = isinstance(below, type) and issubclass(below, Section) and isinstance(plain.get(part), dict)
+        if not inside or part is loc[-1]:
+            plain.pop(part, None)
+            return
+        plain, section = plain[part], cast(type[Section], below)

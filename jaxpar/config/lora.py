@@ -107,11 +107,11 @@ def _read_folder(path: str) -> dict[str, Any]:
         stored = read_json(file, "actor.model.lora_path")
     except FileNotFoundError:
         raise ConfigError(f"{where}: no such file: give a folder with adapters in PEFT's format") from None
-    rank, alpha, targets = (stored.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    rank, alpha, targets = stored.get("r"), stored.get("lora_alpha"), stored.get("target_modules")
     targets = [targets] if isinstance(targets, str) else targets
-    if type(rank) is not int or not 0 < rank < 2**20:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank < 2**20:
         raise ConfigError(f"{where}: r: {rank!r}, expected the rank of the adapters: correct it")
-    if type(alpha) not in (int, float) or not 0 < alpha < 2**20:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 2**20:
         raise ConfigError(f"{where}: lora_alpha: {alpha!r}, expected a number above 0: correct it")
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         raise ConfigError(f"{where}: target_modules: {targets!r}, expected names of matrices: correct it")

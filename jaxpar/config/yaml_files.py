@@ -49,14 +49,14 @@ def read_yaml(path: Path, including: tuple[Path, ...] = ()) -> DictConfig:
 def _defaults(path: Path, values: DictConfig) -> list[str]:
     """Hydra's list: names, and of the entries with a value (`override hydra/job_logging: stdout`) those keys with a package."""
     plain: Any = OmegaConf.to_container(values, resolve=False)
-    entries, names = plain.get("defaults") or [], []
+    entries, names = plain.get("defaults") or [], list[str]()
     for entry in entries if isinstance(entries, list) else [None]:
-        name = next(iter(entry)) if isinstance(entry, dict) and entry else entry
+        name: Any = next(iter(entry)) if isinstance(entry, dict) and entry else entry
         if not isinstance(name, str):
             raise ConfigError(
                 [f"{path}: defaults: {entries}: expected a list of names of files beside this one, such as [base]"]
             )
-        names += [name] if name is entry or "@" in name else []
+        names += [str(name)] if name is entry or "@" in name else []
     return names
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -37,7 +38,7 @@ def parse(text: str, where: str) -> DictConfig:
     try:
         problems = list(_problems(text))
         if not problems:
-            return OmegaConf.create(text)
+            return cast(DictConfig, OmegaConf.create(text))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -56,6 +57,7 @@ def message(error: Exception) -> str:
 def _problems(text: str) -> Iterator[str]:
     """Reads the events of the parser, which, unlike values, can neither nest too deep nor grow by aliases."""
     sizes, anchors, counts, top = dict[str, int](), list[str | None](), [0], True
+    event: Any
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         at = f"line {event.start_mark.line + 1}"
         tag, anchor = getattr(event, "tag", None), getattr(event, "anchor", None)

@@ -14,6 +14,7 @@ import random
 import time
 import traceback
 from dataclasses import dataclass, field
+from typing import get_args
 
 import pytest
 
@@ -116,17 +117,40 @@ class Case:
     files: dict[str, str] = field(default_factory=dict)
 
 
-def keys_of(section: type[Section] = Config, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """The path of every section and setting."""
-    found = []
+def keys_of(section: type[Section] = Config, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], list[str]]:
+    """The path of every section and setting, with values of its type."""
+    found = {}
     for name, key in section.model_fields.items():
-        found.append((*path, name))
-        if isinstance(key.annotation, type) and issubclass(key.annotation, Section):
-            found += keys_of(key.annotation, (*path, name))
+        types, below = str(key), key.annotation
+        numbers = [
+            "1",
+            "2",
+            "3",
+            "4",
+            "8",
+            "12",
+            "16",
+            "64",
+            "100",
+            "1000",
+            "65536",
+            "1000000",
+            "999999937",
+            "1000000000",
+            "2147483647",
+        ] * ("int" in types)
+        choices = get_args(below) if "Literal" in types else ()
+        choices += ("0", "1.0e-8", "0.1", "0.5", "0.9", "1", "100.0") * ("float" in types) + ("True", "False") * (
+            "bool" in types
+        )
+        found[*path, name] = [*numbers, *map(str, choices)] or ["a", "b/c", "[a, b]"]
+        if isinstance(below, type) and issubclass(below, Section):
+            found |= keys_of(below, (*path, name))
     return found
 
 
-KEYS = keys_of()
+MEANT = keys_of()
+KEYS = list(MEANT)
 SIZES = [key for key in KEYS if key[-1].endswith(("_size", "_sizes", "_length", "_steps", "_iters", "_layers", "_heads", "nodes", "node"))]  # fmt: skip
 
 
@@ -134,12 +158,15 @@ def case(seed: int) -> Case:
     """The case of a number."""
     rng = random.Random(seed)
     values, overrides, files = copy.deepcopy(BASE), [], {}
+    likely = rng.choice([0.2, 0.9, 1.0])  # how many of the values are of the right type
     for _ in range(rng.randint(1, 4)):
-        path, value = rng.choice(SIZES if rng.random() < 0.3 else KEYS), rng.choice(VALUES)
-        what = rng.random()
+        path = rng.choice(SIZES if rng.random() < 0.3 else KEYS)
+        value, what = rng.choice(VALUES), rng.random()
+        if rng.random() < likely:
+            value, what = rng.choice(MEANT[path]), rng.choice([0.1, 0.5])
         if what < 0.25:
             overrides.append(
-                rng.choice(["", "", "", "+", "~", "a b"]) + ".".join(path) + rng.choice(["=", "=", "=", ""]) + value
+                rng.choice([""] * 20 + ["+", "~", "a b"]) + ".".join(path) + rng.choice(["="] * 20 + [""]) + value
             )
         elif what < 0.85:
             _put(values, path, value)
@@ -166,7 +193,7 @@ def case(seed: int) -> Case:
             if rng.random() < 0.3:
                 model |= {"is_lora": "True", "lora_path": "FOLDER/lora"}
     text = "\n".join(_lines(values, 0))
-    if rng.random() < 0.25:
+    if rng.random() < 0.1:
         text = _edited(text, rng)
     return Case(text, overrides, files)
 
