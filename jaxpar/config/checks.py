@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxpar.config.architecture import Architecture
-from jaxpar.config.errors import did_you_mean, divisors, must_be_multiple, must_divide, one_of
+from jaxpar.config.errors import did_you_mean, divisors, listed, must_be_multiple, must_divide, one_of
 from jaxpar.config.keys import (
     LOSS_TYPES,
     RECOMPUTE_MODULES,
@@ -35,6 +35,9 @@ LIMITS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+MAX_DEVICES, MAX_MICROBATCHES = 2**20, 2**14  # schedules and meshes are tables with a place for each
+
+
 def mesh_problems(model: Model, num_devices: int) -> Iterator[str]:
     tensor, pp, cp = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
     yield from _cp_problems(model)
@@ -44,13 +47,17 @@ def mesh_problems(model: Model, num_devices: int) -> Iterator[str]:
             "sequence parallelism splits over the tensor group; raise that size, or set sequence_parallel: False"
         )
     product = tensor * pp * cp
-    if num_devices % product:
+    if num_devices > MAX_DEVICES:
+        yield (
+            f"cluster.num_nodes: {num_devices:,} devices in all are more than {MAX_DEVICES:,}, the most that are supported: "
+            "lower it, or num_gpus_per_node"
+        )
+    elif num_devices % product:
         yield (
             "actor.model.tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size: "
             f"{tensor} * {pp} * {cp} = {product} does not divide {num_devices} devices "
             f"({num_devices} / {product} = {round(num_devices / product, 2)}): change the sizes so that their "
-            f"product is one of {', '.join(map(str, divisors(num_devices)))}, or use a multiple of {product} "
-            "devices"
+            f"product is one of {listed(divisors(num_devices))}, or use a multiple of {product} devices"
         )
 
 
@@ -161,6 +168,11 @@ def batch_problems(runner: Runner, actor: Actor, dp: int | None) -> Iterator[str
     for key, value, unit in (("micro", micro, "a microbatch"), ("global", total, "an optimizer step")):
         if not value:
             yield f"actor.{key}_batch_size: not given: set the number of sequences in {unit}"
+    if micro and total and dp and total // (micro * dp) > MAX_MICROBATCHES:
+        yield (
+            f"actor.global_batch_size: {total} sequences are {total // (micro * dp):,} microbatches of micro_batch_size * dp = "
+            f"{micro} * {dp}, more than {MAX_MICROBATCHES:,}: lower it, or raise micro_batch_size"
+        )
     if micro and total:
         yield from must_be_multiple(
             "actor.global_batch_size", total, [("micro_batch_size", micro)] + ([] if dp is None else [("dp", dp)])
@@ -254,6 +266,11 @@ def _rate_problems(runner: Runner, actor: Actor) -> Iterator[str]:
         yield (
             f"actor.lr_sched.lr_warmup_fraction: {sched.lr_warmup_fraction} and lr_warmup_iters "
             f"{sched.lr_warmup_iters} both set the warm-up: remove one of them"
+        )
+    elif sched.lr_decay_style != "constant" and 0 < decay <= int((sched.lr_warmup_fraction or 0) * decay):
+        yield (
+            f"actor.lr_sched.lr_warmup_fraction: {sched.lr_warmup_fraction} of {decay} steps leaves no steps for the decay: "
+            "lower it, or set lr_decay_style: constant"
         )
     elif sched.lr_decay_style != "constant" and 0 < decay <= sched.lr_warmup_iters:
         yield (

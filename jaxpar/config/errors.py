@@ -29,12 +29,12 @@ class ConfigError(Exception):
         super().__init__("\n".join(self.problems))
 
 
-def on_a_screen(line: str) -> str:
+def on_a_screen(line: str, limit: int = MAX_LINE) -> str:
     """The line with escapes in the place of control characters, and without its middle if it is long."""
     if not line.isprintable():
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    half = MAX_LINE // 2
-    return line if len(line) <= MAX_LINE else f"{line[:half]} […] {line[-half:]}"
+    half = limit // 2
+    return line if len(line) <= limit else f"{line[:half]} […] {line[-half:]}"
 
 
 def _first_that_fit(lines: list[str]) -> list[str]:
@@ -48,10 +48,13 @@ def divisors(number: int) -> list[int]:
     return small + [number // d for d in reversed(small) if d * d != number]
 
 
+def listed(choices: Sequence[Any]) -> str:
+    """The choices; of many, the first ones."""
+    return ", ".join([*map(str, choices[:MAX_CHOICES]), *["…"] * (len(choices) > MAX_CHOICES)])
+
+
 def one_of(choices: Sequence[Any]) -> str:
-    """The choices, as the end of an error line; of many, the first ones."""
-    more = ", …" if len(choices) > MAX_CHOICES else ""
-    return ("choose one of " if len(choices) > 1 else "choose ") + ", ".join(map(str, choices[:MAX_CHOICES])) + more
+    return ("choose one of " if len(choices) > 1 else "choose ") + listed(choices)
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

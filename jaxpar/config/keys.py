@@ -7,100 +7,35 @@ keys that neither RLinf nor Megatron-LM has.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-
-def _number(value: Any) -> Any:
-    """Accepts text that is a number: YAML 1.1 reads 2e-05 as text (it wants 2.0e-05), and quotes make text too."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path | int | float) and not isinstance(value, bool) else value
-
-
-def _printable(value: str) -> str:
-    """Refuses what no path, name or environment variable may hold."""
-    if not value.isprintable():
-        raise ValueError("has a character that cannot be printed: remove it")
-    return value
-
-
-def _path(value: str) -> str:
-    """Refuses a `~name` that is no user, so that `expanduser` cannot fail later, and what is too long for a file system."""
-    try:
-        parts = Path(value).expanduser().parts
-    except RuntimeError:
-        raise ValueError("there is no such user: write the folder's path") from None
-    if len(os.fsencode(value)) > 4000 or any(len(os.fsencode(part)) > 255 for part in parts):
-        raise ValueError("is too long for a path: shorten it")
-    return value
-
-
-def _name(value: str) -> str:
-    """Refuses a name whose folder is not inside output_dir."""
-    if value.startswith("~") or not (parts := Path(value).parts) or ".." in parts or Path(value).is_absolute():
-        raise ValueError("is no folder inside runner.output_dir: give a name, such as llama3 or llama3/first")
-    return value
-
-
-def _in_float32(value: float) -> float:
-    """Refuses what would be 0 or infinite in float32."""
-    if value and not 1e-30 <= abs(value) <= 1e30:
-        raise ValueError("cannot be meant: give a number between 1e-30 and 1e30")
-    return value
-
-
-def _precision(value: Any) -> Any:
-    """Accepts the spellings of the three precisions in RLinf's files, torch and Lightning."""
-    name = str(value).removeprefix("torch.")
-    aliases = {
-        "bf16-mixed": "bf16",
-        "bfloat16": "bf16",
-        "16": "fp16",
-        "16-mixed": "fp16",
-        "float16": "fp16",
-        "half": "fp16",
-        "32": "fp32",
-        "32-true": "fp32",
-        "float32": "fp32",
-        "float": "fp32",
-    }
-    return aliases.get(name, name)
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str | Path) else value
-
+from jaxpar.config.values import (
+    AsList,
+    Beta,
+    Count,
+    Interval,
+    Name,
+    NonNegative,
+    Number,
+    Paths,
+    Positive,
+    Precision,
+    Rate,
+    Real,
+    Share,
+    Text,
+    Texts,
+    UserPath,
+    Width,
+)  # fmt: skip
 
 TP_OVERLAP_PIECES = 4  # of the sequence, with tp_comm_overlap; TransformerEngine's default number
 
 # What `recompute_modules` may name in the built-in decoder, the default first. linear_qkv and linear_proj are Megatron's
 # names of these layers, but not among those of its --recompute-modules.
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "linear_qkv", "linear_proj", "mlp")
-
-# Bounds that no run comes near keep sums and products in 64 bits, and a mistyped size an error instead of a long wait.
-Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
-Width = Annotated[int, Field(gt=0, le=2**22)]  # of a matrix
-NonNegative = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Interval = Annotated[int, Field(ge=-1, le=2**31 - 1)]
-Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False), AfterValidator(_in_float32)]
-Number = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False), AfterValidator(_in_float32)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False), AfterValidator(_in_float32)]
-Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1000)]
-Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
-Printable = Annotated[str, AfterValidator(_printable)]
-Text = Annotated[Printable, BeforeValidator(_text)]
-UserPath = Annotated[Text, AfterValidator(_path)]
-Paths = Annotated[list[UserPath], BeforeValidator(_as_list)]
-Texts = Annotated[list[Text], BeforeValidator(_as_list)]
 
 
 class Section(BaseModel):
@@ -132,9 +67,7 @@ class Logger(Section):
     project_name: Text = "jaxpar"  # for wandb
     # In addition to metrics.jsonl, which is always written. RLinf's swanlab is accepted, with a note that it is not
     # supported.
-    logger_backends: Annotated[list[Literal["tensorboard", "wandb", "swanlab"]], BeforeValidator(_as_list)] | None = [
-        "tensorboard"
-    ]
+    logger_backends: Annotated[list[Literal["tensorboard", "wandb", "swanlab"]], AsList] | None = ["tensorboard"]
 
 
 class Runner(Section):
@@ -155,7 +88,7 @@ class Runner(Section):
     log_interval: Count = 1
     logger: Logger = Logger()
     output_dir: UserPath = "results"
-    experiment_name: Annotated[UserPath, AfterValidator(_name)] = "jaxpar"  # a folder in output_dir
+    experiment_name: Name = "jaxpar"  # a folder in output_dir
     resume_dir: UserPath | None = None  # null: start anew; "auto": newest checkpoint of this experiment; or a path
     enable_dynamic_batch_size: bool = False  # microbatches of whole documents, packed into rows of a token budget
     max_tokens_per_mbs: Count | None = None  # that budget in tokens, per cp rank
@@ -215,7 +148,7 @@ class Model(ArchitectureFields):
     # full, but attention does not run again. linear_proj repeats its reduction over the tensor group.
     recompute_modules: list[Text] | None = None
     offload_activations: bool = False  # ours: activations that are not recomputed wait in pinned host memory
-    precision: Annotated[Literal["bf16", "fp16", "fp32"], BeforeValidator(_precision)] = "bf16"
+    precision: Precision = "bf16"
     seq_length: Count | None = None  # RLinf repeats runner.seq_length here
     model_path: UserPath | None = None  # folder with a Hugging Face config.json
     model_type: Text | None = None
@@ -254,7 +187,7 @@ class Optim(Section):
     optimizer: Text = "adam"
     optimizer_args: dict[str, Any] = {}
     groups: list[ParamGroup] = []  # ours; a parameter belongs to the first that matches it
-    ema_decay: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] | None = None  # ours; null: no average
+    ema_decay: Annotated[Beta, Field(gt=0)] | None = None  # ours; null: no average
     lr: Rate = 0.0  # peak; 0: not given
     adam_beta1: Beta = 0.9
     adam_beta2: Beta = 0.999
@@ -281,7 +214,7 @@ class Optim(Section):
 class LrSched(Section):
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_iters: NonNegative = 0
-    lr_warmup_fraction: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)] | None = None  # of lr_decay_iters
+    lr_warmup_fraction: Share | None = None  # of lr_decay_iters
     lr_warmup_init: Number = 0.0
     lr_decay_iters: Count | None = None  # steps, including warm-up; null: runner.max_steps
     min_lr: Number = 0.0
@@ -321,15 +254,15 @@ class Algorithm(Section):
 
     loss_type: Text = "cross_entropy"  # one of LOSS_TYPES; RLinf has only actor of these
     z_loss: Number = 0.0  # ours: weight of the squared log-sum of logits
-    label_smoothing: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.0  # ours
+    label_smoothing: Beta = 0.0  # ours
     dpo_beta: Positive = 0.1
     teacher_top_k: Count = 16  # ours: tokens of the teacher for each position
-    distillation_alpha: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)] = 1.0  # ours: the teacher's share
+    distillation_alpha: Share = 1.0  # ours: the teacher's share
     loss_agg_func: LossAggregation = "token-mean"
     ratio_clip_eps: Number = 0.2
     clip_ratio_low: Number | None = None  # null: ratio_clip_eps
     clip_ratio_high: Number | None = None  # null: ratio_clip_eps
-    clip_ratio_c: Annotated[float, BeforeValidator(_number), Field(gt=1)] | None = None
+    clip_ratio_c: Annotated[Real, Field(gt=1)] | None = None
     clip_log_ratio_min: Real | None = None
     clip_log_ratio_max: Real | None = None
     kl_beta: Number = 0.0
@@ -343,10 +276,8 @@ class Algorithm(Section):
     shuffle_rollout: bool = False  # which rollouts are in which minibatch
     recompute_logprobs: bool = True  # False: old_log_probs are those of the engine that sampled
     normalize_advantages: bool = True  # of adv_type gae and raw
-    gamma: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)] = (
-        1.0  # gamma and gae_lambda: of gae with a critic
-    )
-    gae_lambda: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)] = 1.0
+    gamma: Share = 1.0  # gamma and gae_lambda: of gae with a critic
+    gae_lambda: Share = 1.0
     reinpp_kl_beta: Number = 0.0
     use_reinpp_baseline: bool = False
 
