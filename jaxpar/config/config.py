@@ -11,6 +11,7 @@ from pydantic import PrivateAttr
 
 from jaxpar.config import checks
 from jaxpar.config.architecture import Architecture, read_architecture
+from jaxpar.config.batch_checks import batch_problems, data_problems
 from jaxpar.config.errors import ConfigError, on_a_screen
 from jaxpar.config.keys import Actor, Algorithm, Cluster, Data, Runner, Section
 from jaxpar.config.lora import Lora, read_lora
@@ -156,7 +157,7 @@ class Config(Section):
         Raises:
           ConfigError: a batch size is missing, or the global batch is not a multiple of micro batch * dp.
         """
-        problems = list(checks.batch_problems(self.runner, self.actor, sizes.dp))
+        problems = list(batch_problems(self.runner, self.actor, sizes.dp))
         if problems:
             raise ConfigError(problems)
         return -(-self.actor.global_batch_size // (self.rows_per_microbatch * sizes.dp))
@@ -191,7 +192,7 @@ class Config(Section):
         problems = list(checks.train_problems(self.runner, self.actor, sizes.dp, architecture, own_rate=own_rate))
         problems += [] if architecture is None else _problems_of(self.lora)
         problems += checks.algorithm_problems(self.algorithm)
-        problems += checks.data_problems(self.runner, self.data)
+        problems += data_problems(self.runner, self.data)
         problems += checks.user_model_problems(self.actor.model) if architecture is None else []
         if problems:
             raise ConfigError(problems)
@@ -211,7 +212,7 @@ class Config(Section):
         problems += checks.train_problems(self.runner, self.actor, dp, architecture, own_rate=own_rate)
         problems += _problems_of(self.lora)
         problems += checks.algorithm_problems(self.algorithm)
-        problems += checks.data_problems(self.runner, self.data)
+        problems += data_problems(self.runner, self.data)
         if problems:
             raise ConfigError(problems)
         return self.mesh_sizes(num_devices), architecture

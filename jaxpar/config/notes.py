@@ -41,7 +41,7 @@ def without_effect(runner: Runner, data: Data, algorithm: Algorithm, model: Mode
 def _unread(section: Section, path: str, names: tuple[str, ...], why: str) -> Iterator[str]:
     given = [name for name in names if name in section.model_fields_set and _is_on(getattr(section, name))]
     if given:
-        yield f"{path}: {', '.join(given)} have no effect {why}"
+        yield f"{path}: {', '.join(given)} {'have' if len(given) > 1 else 'has'} no effect {why}"
 
 
 def _is_on(value: object) -> bool:

@@ -683,7 +683,8 @@ def test_reinforcement_learning_file(tmp_path):
     assert config.actor.model.precision == "bf16"
     assert config.actor.optim.lr == 2e-5
     assert config.actor.tokenizer.tokenizer_model == "/models/some"
-    note, algorithm, validation, dynamic = config.notes
+    note, algorithm, validation, scale, dynamic = config.notes
+    assert scale == "actor.optim: loss_scale has no effect with actor.model.precision bf16"
     assert validation == "data.val_data_paths has no effect without runner.val_check_interval"
     assert "max_tokens_per_mbs * context_parallel_size = 8192 tokens" in dynamic
     assert "loss_agg_func" in algorithm and "have no effect with loss_type cross_entropy" in algorithm
