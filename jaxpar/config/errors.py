@@ -166,7 +166,9 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
             values = json.load(opened)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ConfigError([f"{where}: {file} cannot be read: it is nested too deep"]) from None
+    except (OSError, ValueError) as error:
         raise ConfigError([f"{where}: {file} cannot be read: {error}"]) from None
     if not isinstance(values, dict):
         raise ConfigError([f"{where}: {file} cannot be read: it holds no object: {values!r}"])

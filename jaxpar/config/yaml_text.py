@@ -83,9 +83,10 @@ def _problems(text: str) -> Iterator[str]:
         elif isinstance(event, yaml.ScalarEvent):
             counts[-1] += 1
             sizes |= {anchor: 1} if anchor else {}
-            if event.style is None and _OCTAL.fullmatch(event.value):
+            plain = event.style is None and tag is None
+            if plain and _OCTAL.fullmatch(event.value):
                 yield f"{at}: {event.value} is octal in YAML 1.1: write it without the 0, or '{event.value}' for text"
-            if event.style is None and _BASE_60.fullmatch(event.value):
+            if plain and _BASE_60.fullmatch(event.value):
                 yield f"{at}: {event.value} is a number in base 60 in YAML 1.1: write '{event.value}' for text"
         if len(counts) > MAX_DEPTH:
             yield f"{at}: more than {MAX_DEPTH} sections or lists inside each other: remove some"
