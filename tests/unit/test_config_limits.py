@@ -90,7 +90,7 @@ def test_a_message_is_a_screen_long(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        ["cluster.num_nodes=100000", "cluster.num_gpus_per_node=4096"],
+        ["cluster.num_nodes=100000", "cluster.num_gpus_per_node=4096", "actor.model.tensor_model_parallel_size=7"],
         ["cluster.num_nodes=99991", "cluster.num_gpus_per_node=7", "actor.model.tensor_model_parallel_size=1000000007"],
         ["actor.global_batch_size=2147483647", "actor.micro_batch_size=1"],
         ["actor.model.num_attention_heads=4194301", "actor.model.hidden_size=4194301"],
