@@ -15,6 +15,7 @@ from jaxpar.config.values import (
     AsList,
     Beta,
     Count,
+    Flag,
     Interval,
     Name,
     NonNegative,
@@ -22,6 +23,7 @@ from jaxpar.config.values import (
     Paths,
     Positive,
     Precision,
+    Printable,
     Rate,
     Real,
     Share,
@@ -29,7 +31,7 @@ from jaxpar.config.values import (
     Texts,
     UserPath,
     Width,
-)  # fmt: skip
+)
 
 TP_OVERLAP_PIECES = 4  # of the sequence, with tp_comm_overlap; TransformerEngine's default number
 
@@ -57,9 +59,7 @@ class Section(BaseModel):
 class Cluster(Section):
     num_nodes: Annotated[int, Field(gt=0, le=100_000)] = 1
     num_gpus_per_node: Annotated[int, Field(gt=0, le=4096)] | None = None  # ours; null: ask the runtime
-    xla_flags: dict[
-        Text, Text | bool | int
-    ] = {}  # ours: XLA flags without their dashes; they win over jaxpar/run/xla.py
+    xla_flags: dict[Printable, Flag] = {}  # ours: XLA flags without their dashes; they win over jaxpar/run/xla.py
     deterministic: bool = False  # ours: only GPU kernels that give the same bits each time; CPU kernels always do
 
 

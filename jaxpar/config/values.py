@@ -28,6 +28,12 @@ def _printable(value: str) -> str:
     return value
 
 
+def _flag(value: Any) -> Any:
+    if not isinstance(value, str | bool | int):
+        raise ValueError("is no value of a flag: give text, an integer, True or False")
+    return _printable(value) if isinstance(value, str) else value
+
+
 def _path(value: str) -> str:
     """Refuses a `~name` that is no user, so that `expanduser` cannot fail later, and what is too long for a file system."""
     try:
@@ -86,6 +92,7 @@ Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=
 Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1000)]
 Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 Printable = Annotated[str, AfterValidator(_printable)]
+Flag = Annotated[Any, AfterValidator(_flag)]  # not a union, whose errors would name its members
 Text = Annotated[Printable, BeforeValidator(_text)]
 UserPath = Annotated[Text, AfterValidator(_path)]
 AsList = BeforeValidator(_as_list)  # one value for a list of one

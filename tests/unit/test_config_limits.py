@@ -49,7 +49,7 @@ def problems_of(folder, text, *overrides):
         ("algorithm: {clip_log_ratio_min: .nan}", "algorithm.clip_log_ratio_min: expected a finite number, got nan"),
         ("cluster: {num_nodes: 1000000000}", "cluster.num_nodes: must be at most 100000, got 1000000000"),
         ("actor: {model: {num_hidden_layers: 1000000000}}", "actor.model.num_hidden_layers: must be at most 10000, got"),
-        ("cluster: {xla_flags: {'a:1': null}}", "cluster.xla_flags.a:1"),
+        ("cluster: {xla_flags: {'a:1': null}}", "cluster.xla_flags.a:1: None is no value of a flag: give text"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_an_error(tmp_path, text, expected):
