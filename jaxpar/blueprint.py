@@ -4,12 +4,12 @@ and nothing is compiled.
 `jaxpar mesh`, `compile`, `bench` and `train` all start from a `Blueprint`. `jaxpar.program` puts one on real devices.
 """
 
+import math
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import AbstractMesh
@@ -159,12 +159,12 @@ class Blueprint:
     @cached_property
     def num_params(self) -> int:
         """How many numbers the parameters have, the padding of the vocabulary and frozen ones included."""
-        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.model.shapes))
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(self.model.shapes))
 
     @property
     def num_trained(self) -> int:
         """How many of them are trained."""
-        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self._trained_layouts))
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(self._trained_layouts))
 
     @property
     def listed_params(self) -> dict[str, str]:
@@ -312,7 +312,7 @@ class Blueprint:
         """How many numbers of matrix products are frozen. A token embedding that is only looked up is none."""
         lookups = {"embed/table"} if self.architecture and not self.architecture.tie_word_embeddings else set()
         frozen = [x for x in jax.tree.leaves(self.param_layouts) if not x.trained and x.name not in lookups]
-        return sum(int(np.prod(x.shape)) for x in frozen)
+        return sum(math.prod(x.shape) for x in frozen)
 
     @property
     def warnings(self) -> list[str]:
