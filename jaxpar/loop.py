@@ -58,9 +58,11 @@ class TrainingRun:
         self._stops, self._error, self._signal = False, None, 0  # type: bool, Exception | None, int
         watchdog.enter(0, "opening the data")
         self._source: BatchSource = (
-            open_training_data(program) if batches is None else open_batches(program, batches, lambda: self.step + 1)
+            open_training_data(program, self.say)
+            if batches is None
+            else open_batches(program, batches, lambda: self.step + 1)
         )
-        self._evaluation = open_evaluation(program, eval_batches)
+        self._evaluation = open_evaluation(program, eval_batches, self.say)
         self.checkpoints = Checkpoints(self.config)
         watchdog.enter(0, "restoring")
         self._resume()
