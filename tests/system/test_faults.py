@@ -1,8 +1,10 @@
 """What a run survives, and how it ends otherwise: real processes, real signals, a disk that is really full."""
 
+import contextlib
 import itertools
 import json
 import os
+import pty
 import random
 import re
 import signal
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from runs import QUICKSTART, SMALL, fit, layout, losses, metrics, start, start_two
+from runs import JAXPAR, QUICKSTART, SMALL, environment, fit, layout, losses, metrics, start, start_two
 from support import make_mesh
 
 import jaxpar
@@ -86,6 +88,40 @@ def test_sigusr1_loses_no_step(tmp_path, cached):
     assert time.monotonic() - before < 30  # Slurm's grace time
     done = metrics(tmp_path)[-1]["step"]
     assert (tmp_path / f"quickstart/checkpoints/global_step_{done}").is_dir()
+
+
+@pytest.mark.slow
+def test_a_run_outlives_the_reader_of_its_output(tmp_path, cached):
+    process = start(tmp_path, "runner.max_steps=30", *RUN, **cached)
+    read_until(process, r"step 2/")
+    process.stdout.close()  # `| tee` dies
+    assert process.wait(300) == 0
+    assert [row["step"] for row in metrics(tmp_path)] == list(range(1, 31))
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_saves_and_stops(tmp_path, cached):
+    """The terminal is gone when the run wants to say so; the next start goes on."""
+    command = [JAXPAR, "train", QUICKSTART, f"runner.output_dir={tmp_path}", "runner.max_steps=100000", *RUN]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(JAXPAR, list(map(str, command)), environment(**cached))
+    with contextlib.suppress(OSError):
+        while not (tmp_path / "quickstart/metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
+            os.read(terminal, 1 << 16)
+    os.close(terminal)  # the kernel sends SIGHUP
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
+    saved = len(metrics(tmp_path))
+    assert (tmp_path / f"quickstart/checkpoints/global_step_{saved}/manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_the_log_is_named_and_the_run_saved(tmp_path, cached):
+    with open("/dev/full", "w") as full:
+        command = [JAXPAR, "train", QUICKSTART, f"runner.output_dir={tmp_path}", "runner.max_steps=30", *RUN]
+        result = subprocess.run(command, env=environment(**cached), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2 and result.stderr.count("error:") == 1, result.stderr
+    assert "standard output: No space left on device" in result.stderr
 
 
 @pytest.mark.slow
