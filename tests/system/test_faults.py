@@ -1,6 +1,8 @@
 """What a run survives, and how it ends otherwise: real processes, real signals, a disk that is really full."""
 
 import contextlib
+import errno
+import io
 import itertools
 import json
 import os
@@ -9,6 +11,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -21,6 +24,7 @@ from runs import JAXPAR, QUICKSTART, SMALL, environment, fit, layout, losses, me
 from support import make_mesh
 
 import jaxpar
+from jaxpar.run.metrics import MetricsFile
 from jaxpar.run.replicas import ReplicaError, check_replicas
 from jaxpar.run.step_log import NonFiniteError
 from jaxpar.step.loss_scale import DynamicLossScale
@@ -116,12 +120,43 @@ def test_a_closed_terminal_saves_and_stops(tmp_path, cached):
 
 
 @pytest.mark.slow
-def test_a_full_disk_under_the_log_is_named_and_the_run_saved(tmp_path, cached):
-    with open("/dev/full", "w") as full:
-        command = [JAXPAR, "train", QUICKSTART, f"runner.output_dir={tmp_path}", "runner.max_steps=30", *RUN]
-        result = subprocess.run(command, env=environment(**cached), stdout=full, stderr=subprocess.PIPE, text=True)
-    assert result.returncode == 2 and result.stderr.count("error:") == 1, result.stderr
-    assert "standard output: No space left on device" in result.stderr
+@pytest.mark.parametrize("full", ["standard output", "metrics.jsonl"])
+def test_a_full_disk_under_output_or_metrics_is_named_and_the_run_saved(tmp_path, monkeypatch, full):
+    class Output(io.StringIO):
+        def write(self, text):
+            if full == "standard output" and text.startswith("step 3/"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(text)
+
+    class Metrics(MetricsFile):
+        def step(self, row):
+            if full == "metrics.jsonl" and row["step"] == 3:
+                self._file = open("/dev/full", "a")  # noqa: SIM115
+            super().step(row)
+
+    monkeypatch.setattr(sys, "stdout", Output())
+    monkeypatch.setattr("jaxpar.run.metrics.MetricsFile", Metrics)
+    with pytest.raises(jaxpar.HookError, match=rf"{full}: No space left on device"):
+        fit(tmp_path, "runner.max_steps=30", *RUN)
+    assert (tmp_path / "quickstart/checkpoints/global_step_4/manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_a_damaged_token_cache_anew_together(tmp_path, cached):
+    run = [*SMALL, *layout("dp4"), "runner.max_steps=3"]
+
+    def outputs():
+        processes = start_two(tmp_path, *run, **cached)
+        found = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], found
+        return found
+
+    assert "written anew" not in outputs()[0]
+    before = losses(tmp_path)
+    (tokens,) = tmp_path.glob("token_cache/*/tokens")
+    tokens.write_bytes(b"\xff" * tokens.stat().st_size)  # ids beyond the vocabulary
+    assert outputs()[0].count("is damaged and is written anew") == 1
+    assert losses(tmp_path) == before
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_damaged_lines_and_doubled_rows_are_dropped_with_a_note(tmp_path):
 def test_a_full_disk_is_named(tmp_path):
     metrics, _ = resumed(tmp_path, 0)
     metrics._file.close()
-    metrics._file = open("/dev/full", "a")
+    metrics._file = open("/dev/full", "a")  # noqa: SIM115
     for write in (lambda: metrics.step({"step": 1}), metrics.end):
         with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
             write()

@@ -49,7 +49,7 @@ def test_a_full_disk_is_named_once(printed_to):
 
 
 def test_standard_error_never_fails(monkeypatch):
-    stream = open("/dev/full", "w")
+    stream = open("/dev/full", "w")  # noqa: SIM115
     monkeypatch.setattr(sys, "stderr", stream)
     with steady_output():
         print("lost", file=sys.stderr, flush=True)
