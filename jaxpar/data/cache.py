@@ -12,7 +12,6 @@ import shutil
 import socket
 import tempfile
 import time
-import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpar.data.disk_array import CacheError, DiskArray
 from jaxpar.data.formats import DataError
 from jaxpar.data.text import PYTHON_SCHEME, corpus_files, documents, left_out
 from jaxpar.data.tokenizer import Tokenizer
@@ -30,61 +30,6 @@ _BLOCK = 1 << 24  # bytes with a checksum of their own
 _ABANDONED = 24 * 3600  # seconds without a write, after which an unfinished cache of another host is removed
 
 
-class DiskArray:
-    """A file of numbers as an array of one dimension; `array[i]` and `array[i:j]` read what they need.
-
-    Unlike a memory map, a file that is cut short or cannot be read is an error, and no bus error that ends the process.
-
-    Args:
-      below: every number is at least 0 and less than this.
-
-    Raises:
-      DataError: the file is missing or has another length; on reading, it is too short by now, or a number is not below
-        `below`.
-    """
-
-    def __init__(self, file: Path, dtype: str | type, length: int, below: int):
-        self._file, self.dtype, self._length, self._below = file, np.dtype(dtype), length, below
-        with _damage_is_an_error(file.parent):
-            self._descriptor = os.open(file, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._descriptor)
-            if (size := os.fstat(self._descriptor).st_size) != length * self.dtype.itemsize:
-                raise ValueError(f"{file.name} has {size:,} bytes instead of {length * self.dtype.itemsize:,}")
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, slice):
-            if not 0 <= index < self._length:
-                raise IndexError(index)
-            return self._numbers(index, 1)[0]
-        start, stop, step = index.indices(self._length)
-        return self._numbers(start, stop - start)[::step] if stop > start else np.empty(0, self.dtype)
-
-    def _numbers(self, start: int, count: int) -> np.ndarray:
-        size = self.dtype.itemsize
-        with _damage_is_an_error(self._file.parent):
-            numbers = np.frombuffer(self._read(int(start) * size, int(count) * size), self.dtype)
-            for number in (numbers.min(), numbers.max()):
-                if not 0 <= number < self._below:
-                    raise ValueError(f"{self._file.name} has the number {number}, outside 0 … {self._below - 1:,}")
-        return numbers
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype)
-
-    def _read(self, offset: int, size: int) -> bytes:
-        pieces = []
-        while size > 0:  # one read gives at most 2 GB
-            piece = os.pread(self._descriptor, size, offset)
-            if not piece:
-                raise ValueError(f"{self._file.name} has been cut to {os.fstat(self._descriptor).st_size:,} bytes")
-            pieces.append(piece)
-            offset, size = offset + len(piece), size - len(piece)
-        return b"".join(pieces)
-
-
 class TokenCache:
     """The tokens of a corpus, in a folder that `token_cache` wrote.
 
@@ -93,17 +38,16 @@ class TokenCache:
       doc_ends: int64 [num_documents], ascending: one past the last token of each document.
 
     Raises:
-      DataError: a file is missing or has another length than it should.
+      CacheError: a file is missing or has another length than it should.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        with _damage_is_an_error(folder):
-            self._counts = _read_counts(folder)
-            num_tokens, num_documents, self._files = (self._counts[k] for k in ("num_tokens", "num_documents", "files"))
-            self.tokens = DiskArray(folder / "tokens", self._counts["dtype"], num_tokens, self._counts["vocab_size"])
-            self.doc_ends = DiskArray(folder / "doc_ends", np.int64, num_documents, num_tokens + 1)
-            self._records = DiskArray(folder / "records", np.int64, 2 * num_documents, 1 << 62)
+        self._counts = counts = _read_counts(folder / "counts.json")
+        num_tokens, num_documents, self._files = counts["num_tokens"], counts["num_documents"], counts["files"]
+        self.tokens = DiskArray(folder / "tokens", counts["dtype"], num_tokens, counts["vocab_size"])
+        self.doc_ends = DiskArray(folder / "doc_ends", np.int64, num_documents, num_tokens + 1)
+        self._records = DiskArray(folder / "records", np.int64, 2 * num_documents, 1 << 62)
 
     def origin(self, document: int) -> str:
         """The file that a document was read from, and the number of its record in that file, from 1."""
@@ -166,8 +110,8 @@ def token_cache(
             _build(folder, _records(paths, text_key, setting), tokenizer, setting)
         try:
             own = TokenCache(folder).damage(*process)
-        except DataError as error:
-            own = str(error)
+        except CacheError as error:
+            own = f"{error.file.name} {error.reason}"
         return next(filter(None, gather(own)), "")
 
     _remove_abandoned(folder.parent)
@@ -182,17 +126,6 @@ def token_cache(
                 f"{setting}: the token cache {folder} is damaged again, just after it was written ({found})"
             )
     return folder
-
-
-@contextlib.contextmanager
-def _damage_is_an_error(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise DataError(
-            f"the token cache {folder} is damaged ({reason}): start the run again, which writes it anew"
-        ) from error
 
 
 class _Record(NamedTuple):
@@ -259,10 +192,13 @@ def _write(folder: Path, records: Iterable[_Record], tokenizer: Tokenizer, setti
         counts_file.write(json.dumps({"checksum": _checksum(counts), **counts}).encode())
 
 
-def _read_counts(folder: Path) -> dict[str, Any]:
-    counts = json.loads((folder / "counts.json").read_bytes())
-    if counts.pop("checksum") != _checksum(counts):
-        raise ValueError("counts.json differs from what was written")
+def _read_counts(file: Path) -> dict[str, Any]:
+    try:
+        counts = json.loads(file.read_bytes())
+        if counts.pop("checksum") != _checksum(counts):
+            raise ValueError("differs from what was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheError(file, f"cannot be used: {getattr(error, 'strerror', None) or error}") from error
     return counts
 
 

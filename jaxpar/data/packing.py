@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxpar.data.cache import DiskArray, TokenCache, token_cache
+from jaxpar.data.cache import TokenCache, token_cache
+from jaxpar.data.disk_array import DiskArray
 from jaxpar.data.formats import DataError
 from jaxpar.data.tokenizer import Tokenizer
 
