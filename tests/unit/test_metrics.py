@@ -4,11 +4,13 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from jaxpar.config import Architecture
 from jaxpar.models.flops import model_flops_per_token
 from jaxpar.run.metrics import MetricsFile
+from jaxpar.run.step_log import StepLog
 
 LLAMA3_8B = Architecture("llama", 128256, 128256, 4096, 14336, 32, 32, 8, 128)
 PARAMS = 8_030_261_248
@@ -75,3 +77,14 @@ def test_a_full_disk_is_named(tmp_path):
     for write in (lambda: metrics.step({"step": 1}), metrics.end):
         with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
             write()
+
+
+def test_a_batch_that_cannot_be_written_is_a_note(tmp_path):
+    """The step that was skipped is no reason to end the run, and a full disk under its batch is none either."""
+    (tmp_path / "skipped_batches").write_text("in the way")
+    log, notes = StepLog.__new__(StepLog), []
+    log._config = SimpleNamespace(output_path=tmp_path, runner=SimpleNamespace(max_skipped_steps=10))
+    log._batch_layout = SimpleNamespace(resized=lambda count: SimpleNamespace(rows=range(count)))
+    log._say, log._skipped_in_a_row = notes.append, 0
+    log._save_skipped(3, {"tokens": np.zeros((2, 4), np.int32)})
+    assert len(notes) == 1 and "its batch could not be written to" in notes[0] and "File exists" in notes[0]
