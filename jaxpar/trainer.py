@@ -31,6 +31,7 @@ from jaxpar.run.replicas import ReplicaError
 from jaxpar.run.signals import Interrupted
 from jaxpar.run.sources import UserBatches
 from jaxpar.run.step_log import NonFiniteError
+from jaxpar.run.terminal import steady_output
 from jaxpar.run.watchdog import Watchdog
 from jaxpar.step.ema import ema_params
 from jaxpar.step.train_step import State, scale_of, seed_of
@@ -265,6 +266,7 @@ class Trainer:
         into their matrices. `jaxpar.models.hugging_face.save_params` takes them."""
         return self.program.merged(self.state["params"])
 
+    @steady_output()
     def fit(
         self,
         batches: UserBatches | None = None,
@@ -274,7 +276,7 @@ class Trainer:
     ) -> None:
         """Trains from the start, or from the checkpoint that `runner.resume_dir` names, to `max_steps` or `max_epochs`.
 
-        Ctrl-C, SIGTERM or SIGUSR1 finishes the current step, saves, and raises `Interrupted`.
+        Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP finishes the current step, saves, and raises `Interrupted`.
 
         Args:
           batches: global batches as in `loss_and_grads`: an iterable (a Grain dataset or loader, a generator, a list), whose end
