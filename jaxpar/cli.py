@@ -45,6 +45,9 @@ def train(
     overrides: Overrides = None,
     model: ModelName = None,
     profile: Annotated[str | None, typer.Option(metavar="STEP:COUNT", help="Trace COUNT steps from STEP on.")] = None,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Take the experiment's folder from a run that has it; that run ends.")
+    ] = False,
     verbose: Annotated[bool, typer.Option(help="Show the XLA and NCCL settings and the reason for each.")] = False,
 ) -> None:
     """Train a model. Ctrl-C saves and stops; with runner.resume_dir: auto, the same command continues from there.
@@ -70,9 +73,9 @@ def train(
     trainer = Trainer(config, user_model(model, config))
     _print_head(trainer, config_notes(config, model) + trainer.warnings)
     try:
-        trainer.fit(profile=steps)
+        trainer.fit(profile=steps, take_over=take_over)
     except Interrupted as stop:
-        how = "run the same command" if config.runner.resume_dir else "set runner.resume_dir=auto"
+        how = "run the same command" if config.runner.resume_dir == "auto" else "set runner.resume_dir=auto"
         _error(f"{stop}: {how} to continue")
         raise typer.Exit(128 + stop.signal) from None
     except (NonFiniteError, ReplicaError) as error:

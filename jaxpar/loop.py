@@ -8,14 +8,16 @@ import jax
 from jaxpar.attention import choice_lines
 from jaxpar.checkpoint.checkpoints import Checkpoints
 from jaxpar.checkpoint.run_state import RunState
+from jaxpar.checkpoint.same_run import describe
 from jaxpar.config import ConfigError
 from jaxpar.data.loader import Batch
 from jaxpar.program import Program
 from jaxpar.run.datasets import open_evaluation, open_training_data
 from jaxpar.run.evaluation import EvalBatches
+from jaxpar.run.folder_lock import FolderLock
 from jaxpar.run.hooks import Hook, Hooks
 from jaxpar.run.metrics import metrics_writers
-from jaxpar.run.processes import highest
+from jaxpar.run.processes import highest, raise_together
 from jaxpar.run.profile import Profiler, Steps
 from jaxpar.run.progress import progress
 from jaxpar.run.replicas import ReplicaError, check_replicas
@@ -30,6 +32,7 @@ class TrainingRun:
 
     Args:
       trainer: the `jaxpar.Trainer`, for hooks.
+      lock: of the experiment's folder.
       batches, eval_batches, hooks, profile: as in `Trainer.fit`.
 
     Attributes:
@@ -43,6 +46,7 @@ class TrainingRun:
         program: Program,
         state: RunState,
         watchdog: Watchdog,
+        lock: FolderLock,
         *,
         batches: UserBatches | None,
         eval_batches: EvalBatches | None,
@@ -50,6 +54,7 @@ class TrainingRun:
         profile: Steps | None,
     ):
         self.trainer, self.config, self._program, self._state = trainer, program.blueprint.config, program, state
+        self._lock = lock
         self._watchdog, self._runner, first_process = watchdog, self.config.runner, jax.process_index() == 0
         self._progress = progress(first_process, self._runner.log_interval)
         profiler = [Profiler(profile)] if profile else []
@@ -63,7 +68,8 @@ class TrainingRun:
             else open_batches(program, batches, lambda: self.step + 1)
         )
         self._evaluation = open_evaluation(program, eval_batches, self.say)
-        self.checkpoints = Checkpoints(self.config)
+        described = describe(program.blueprint.architecture, self._source.fingerprint)
+        self.checkpoints = Checkpoints(self.config, described)
         watchdog.enter(0, "restoring")
         self._resume()
         self.step: int = int(state.get()["step"])
@@ -126,9 +132,11 @@ class TrainingRun:
         self._error = self._error or error
 
     def _agree_to_stop(self, signal: int) -> bool:
-        """Whether any process must stop; the same in all of them."""
-        failed = jax.process_index() + 1 if self._error else 0
-        self._signal, stops, failed = highest(signal, self._stops, failed)
+        """Whether any process must stop; the same in all of them. Raises ConfigError if the folder is lost."""
+        failed, lost = jax.process_index() + 1 if self._error else 0, self._lock.problem()
+        self._signal, stops, failed, any_lost = highest(signal, self._stops, failed, bool(lost))
+        if any_lost:
+            raise ConfigError(lost or "process 0 stopped with an error: see its output")
         if failed and not self._error:
             self._error = ConfigError(f"process {failed - 1} ended the run with an error: see its output")
         return bool(self._signal or stops or failed)
@@ -143,6 +151,7 @@ class TrainingRun:
                 self.say(note)
         self._position = self._source.get_state()  # after the batches of the steps that are done
         position_to_save(self._position)
+        self.checkpoints.open_to_write()
 
     def _read(self) -> Batch | None:
         """This process's rows of the next batch; None if there is none."""
@@ -195,6 +204,7 @@ class TrainingRun:
     def _save(self) -> None:
         self._log.flush()  # before saving, so that metrics.jsonl never lacks a step that a checkpoint has
         self._watchdog.enter(self.step, "saving")
+        raise_together([lost] if (lost := self._lock.problem()) else [])
         position = position_to_save(self._position)
         if folder := self.checkpoints.save(self.step, self._state.get(), position, self._val_loss):
             self._hooks.call("save", self.step, folder)

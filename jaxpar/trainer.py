@@ -25,6 +25,7 @@ from jaxpar.program import Program
 from jaxpar.run import runtime
 from jaxpar.run.agreement import check_alike, given_to_this_process
 from jaxpar.run.evaluation import EvalBatches
+from jaxpar.run.folder_lock import FolderLock
 from jaxpar.run.hooks import Hook, HookError
 from jaxpar.run.profile import Steps
 from jaxpar.run.replicas import ReplicaError
@@ -273,6 +274,8 @@ class Trainer:
         eval_batches: EvalBatches | None = None,
         hooks: Sequence[Hook] = (),
         profile: Steps | None = None,
+        *,
+        take_over: bool = False,
     ) -> None:
         """Trains from the start, or from the checkpoint that `runner.resume_dir` names, to `max_steps` or `max_epochs`.
 
@@ -288,21 +291,24 @@ class Trainer:
             `limit_val_batches`) every `val_check_interval` steps. Default: those of `data.val_data_paths`.
           hooks: called on every process, in this order, before jaxpar's own; see `jaxpar.Hook`.
           profile: steps to trace for xprof, into the folder `profile` beside the metrics.
+          take_over: take the experiment's folder from a run that has it, and that ends.
 
         Raises:
           ConfigError: a mistake in the config, the data (`jaxpar.data.DataError`) or a checkpoint (`CheckpointError`),
-            raised when it is found.
+            raised when it is found; another run has the experiment's folder, or takes it, or the folder is gone.
           Interrupted: stopped by a signal; everything is saved.
           HookError: a hook has failed; everything is saved. So it is before an error of `batches`, such as the ValueError
             of a wrong batch, is raised.
           NonFiniteError, ReplicaError: the run has gone wrong and must not continue.
         """
-        with Watchdog(self.config.runner.stall_timeout) as watchdog:
+        lock = FolderLock(self.config.output_path, take_over=take_over)
+        with Watchdog(self.config.runner.stall_timeout) as watchdog, lock:
             run = TrainingRun(
                 self,
                 self.program,
                 self._run_state,
                 watchdog,
+                lock,
                 batches=batches,
                 eval_batches=eval_batches,
                 hooks=hooks,

@@ -7,6 +7,7 @@ complete unless a part of it was removed later.
 """
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,6 @@ from jaxpar.checkpoint.manifest import (
     build_manifest,
     checkpoints_in,
     damages,
-    named_leaves,
     newest,
     position_in,
     read_manifest,
@@ -39,6 +39,8 @@ from jaxpar.checkpoint.orbax_handler import (
     bytes_at_once,
     return_large_buffers,
 )
+from jaxpar.checkpoint.reading import CheckpointError
+from jaxpar.checkpoint.same_run import Described, compare, position_problems, tree_problems
 from jaxpar.config import Config, ConfigError
 from jaxpar.run.processes import decide_on_process_0, raise_together
 
@@ -46,23 +48,21 @@ _TORN = "torn_"  # prefix for the folder of a torn checkpoint
 _WRITE_TIMEOUT = 3600  # seconds; Orbax's default of 600 is too short for a large model on a slow file system
 
 
-class CheckpointError(ConfigError):
-    """A checkpoint cannot be written or read: no space, no permission, damage. The message names the file."""
-
-
 class Checkpoints:
     """The checkpoints of one experiment.
 
     Args:
       config: says where they are and which ones to keep; it is stored with each of them.
+      described: from `same_run.describe`; stored, too, and compared before training goes on from one of them.
     """
 
-    def __init__(self, config: Config):
-        self._config = config
+    def __init__(self, config: Config, described: Described | None = None):
+        self._config, self._described = config, described or {}
         self.folder = (config.output_path / "checkpoints").absolute()
         self._manager: ocp.CheckpointManager | None = None
         self._handler = StateHandler()
         self._val_losses: dict[int, float] = {}
+        self._saved: Path | None = None  # the last that this run has written, or is writing
 
     def save(self, step: int, state: Any, position: Position, val_loss: float | None = None) -> Path | None:
         """Copies the state to the host and writes it in the background. Does nothing if the step is already saved.
@@ -77,21 +77,22 @@ class Checkpoints:
         Raises:
           CheckpointError: this checkpoint or the previous one could not be written.
         """
+        manager = self.open_to_write()
+        self.wait()
         with self._reported("write"):
-            manager = self._open_to_write()
-            manager.wait_until_finished()
             if step in manager.all_steps():
                 return None
             if val_loss is not None and math.isfinite(val_loss):
                 self._val_losses[step] = val_loss
-            self._handler.manifest = build_manifest(self._config, step, state, position, val_loss)
+            self._handler.manifest = build_manifest(self._config, step, state, position, val_loss, self._described)
             chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
             manager.save(step, args=ocp.args.Composite(state=StateSave(state, save_args=chunks)))
-        return self.folder / f"{PREFIX}_{step}"
+        self._saved = self.folder / f"{PREFIX}_{step}"
+        return self._saved
 
     def is_best(self, val_loss: float) -> bool:
         """Whether `val_loss` is lower than that of every checkpoint."""
-        self._open_to_write()
+        self.open_to_write()
         return val_loss < min(self._val_losses.values(), default=float("inf"))
 
     def check(self) -> None:
@@ -101,10 +102,12 @@ class Checkpoints:
                 self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Waits until everything is written. Raises CheckpointError if that fails."""
+        """Waits until everything is written. A collective call. Raises CheckpointError if what was saved is not there."""
         if self._manager is not None:
             with self._reported("write"):
                 self._manager.wait_until_finished()
+        if self._saved and (reason := decide_on_process_0(lambda: self._saved and why_torn(self._saved))):
+            raise CheckpointError(f"{self._saved} was saved, but {reason}: something else has moved or removed it")
 
     def find(self) -> tuple[Path | None, list[str]]:
         """Finds the checkpoint that `runner.resume_dir` asks for. A collective call.
@@ -122,10 +125,10 @@ class Checkpoints:
 
     def _find(self) -> tuple[str | None, list[str]]:
         wanted = self._config.runner.resume_dir
-        last, notes = newest(self.folder)
+        last, notes = self._newest()
         if wanted == "auto":
             return str(last) if last else None, notes
-        found = None if wanted is None else resolve(Path(wanted))
+        found = None if wanted in (None, "fresh") else resolve(Path(wanted))
         if found and (reason := why_torn(found)):
             raise CheckpointError(f"runner.resume_dir: {found} is torn: {reason}: choose another checkpoint")
         if last and step_of(last) > (step_of(found) if found else 0):
@@ -135,6 +138,17 @@ class Checkpoints:
                 f"runner.experiment_name, or move them away"
             )
         return str(found) if found else None, []
+
+    def _newest(self) -> tuple[Path | None, list[str]]:
+        """`newest` of this experiment. Raises CheckpointError if all are torn and runner.resume_dir is not "fresh"."""
+        last, notes = newest(self.folder)
+        if last is None and (torn := checkpoints_in(self.folder)) and self._config.runner.resume_dir != "fresh":
+            raise CheckpointError(
+                f"runner.resume_dir: {self._config.runner.resume_dir or 'null'}, but none of the {len(torn)} checkpoints in "
+                f"{self.folder} is complete: {torn[0].name}: {why_torn(torn[0])}: put back what is missing, or set "
+                f"runner.resume_dir: fresh to begin at step 1 (they are kept as {_TORN}{PREFIX}_N)"
+            )
+        return last, notes
 
     def find_to_use(self, wanted: str | Path | None = None) -> tuple[Path | None, list[str]]:
         """Finds a checkpoint to use without training. A collective call.
@@ -154,8 +168,8 @@ class Checkpoints:
 
     def _find_to_use(self, wanted: str | Path | None) -> tuple[str | None, list[str]]:
         wanted = wanted or self._config.runner.resume_dir or "auto"
-        if wanted == "auto":
-            last, notes = newest(self.folder)
+        if wanted in ("auto", "fresh"):
+            last, notes = self._newest()
             return str(last) if last else None, notes
         found = resolve(Path(wanted))
         if reason := why_torn(found):
@@ -169,62 +183,61 @@ class Checkpoints:
           path: from `find` or `find_to_use`.
           shapes: tree of the shapes and dtypes of this run's state.
           shardings: tree of its shardings.
-          to_train: whether its position in the data must make sense in this run.
+          to_train: whether this run must be the one that wrote it, so that training goes on.
 
         Returns:
           (state, position): the state on this run's devices, and the position in the data.
 
         Raises:
-          ConfigError: the checkpoint is of another model, or its position in the data means something else in this run.
+          ConfigError: the checkpoint is of another model, or of another run (`same_run.compare`), or its position in the
+            data means something else in this run.
           CheckpointError: a file is damaged or cannot be read.
         """
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         manifest = decide_on_process_0(lambda: read_manifest(path))
-        problems = self._position_problems(path, manifest) if to_train else []
-        if problems := [*problems, *_tree_problems(path, manifest, target)]:
+        problems = self._differences(path, manifest)[1] if to_train else []
+        if problems := [*problems, *tree_problems(path, manifest, target)]:
             raise ConfigError(problems)
         if self._config.runner.verify_checkpoint:
             advice = "resume from an earlier checkpoint with runner.resume_dir"
-            found = damages(path, jax.process_index(), jax.process_count())
-            raise_together([f"{problem}: {advice}" for problem in found])
+            try:
+                found = [f"{problem}: {advice}" for problem in damages(path, jax.process_index(), jax.process_count())]
+            except ConfigError as error:  # perhaps in this process alone
+                found = error.problems
+            raise_together(found)
         return_large_buffers()
         with self._reported("read", path):
             handlers = {"state": StateHandler(bytes_at_once(path / "state", target))}
             with ocp.CheckpointManager(path.parent, options=_options(), item_handlers=handlers) as manager:
                 state = manager.restore(step_of(path), args=ocp.args.Composite(state=StateRestore(target)))
+        if (step := int(state["state"]["step"])) != step_of(path):
+            raise CheckpointError(f"{path / 'state'} is of step {step}, but the folder's name says {step_of(path)}")
         return state["state"], position_in(manifest)
 
-    def position(self, path: Path) -> Position:
-        """A checkpoint's position in the data, as from `restore`. A collective call.
+    def position(self, path: Path) -> tuple[Position, list[str]]:
+        """A checkpoint's position in the data, as from `restore`; and lines about what has changed since. A collective call.
 
         Raises:
-          ConfigError: it means something else in this run.
+          ConfigError: it means something else in this run, or this is not the run that wrote it.
         """
         manifest = decide_on_process_0(lambda: read_manifest(path))
-        if problems := self._position_problems(path, manifest):
+        notes, problems = self._differences(path, manifest)
+        if problems:
             raise ConfigError(problems)
-        return position_in(manifest)
+        return position_in(manifest), notes
 
-    def _position_problems(self, path: Path, manifest: dict[str, Any]) -> list[str]:
-        problems = []
-        batch, stored_batch = self._config.actor.global_batch_size, manifest["data"]["global_batch_size"]
-        if batch != stored_batch:
-            problems.append(
-                f"actor.global_batch_size: {batch}, but {path} was written with {stored_batch}, and its data position "
-                f"counts batches of that size: set it to {stored_batch}, or set runner.resume_dir: null for a new run"
-            )
-        dynamic, stored = (
-            runner["enable_dynamic_batch_size"] for runner in (vars(self._config.runner), manifest["config"]["runner"])
-        )
-        if dynamic != stored:
-            problems.append(
-                f"runner.enable_dynamic_batch_size: {dynamic}, but {path} was written with {stored}, and its data "
-                f"position counts {'documents' if stored else 'sequences'}: set it to {stored}, or set "
-                f"runner.resume_dir: null for a new run"
-            )
-        return problems
+    def _differences(self, path: Path, manifest: dict[str, Any]) -> tuple[list[str], list[str]]:
+        notes, problems = compare(path, manifest, self._config, self._described)
+        return notes, [*position_problems(path, manifest, self._config), *problems]
 
-    def _open_to_write(self) -> ocp.CheckpointManager:
+    def open_to_write(self) -> ocp.CheckpointManager:
+        """Makes the folder ready for `save`; does nothing the second time. A collective call.
+
+        Torn checkpoints are renamed, because Orbax would count them.
+
+        Raises:
+          CheckpointError: a checkpoint cannot be read, so that it is not known to be torn; or the folder cannot be written.
+        """
         if self._manager is None:
             with self._reported("write"):
                 steps = decide_on_process_0(self._clear_torn)
@@ -241,18 +254,16 @@ class Checkpoints:
         return self._manager
 
     def _clear_torn(self) -> dict[str, float | None]:
-        """Renames the folders of torn checkpoints, because Orbax would count them as checkpoints.
+        """Renames the folders of torn checkpoints, once all have been read.
 
         Returns:
           step → validation loss of the complete checkpoints.
         """
-        steps = {}
-        for path in checkpoints_in(self.folder):
-            if why_torn(path):
-                path.rename(path.with_name(_TORN + path.name))
-            else:
-                steps[str(step_of(path))] = read_manifest(path)["val_loss"]
-        return steps
+        found = checkpoints_in(self.folder)
+        torn = [path for path in found if why_torn(path)]
+        for path in torn:
+            path.rename(_unused(path.with_name(_TORN + path.name)))
+        return {str(step_of(path)): read_manifest(path)["val_loss"] for path in found if path not in torn}
 
     @contextlib.contextmanager
     def _reported(self, verb: str, path: Path | None = None) -> Iterator[None]:
@@ -262,33 +273,20 @@ class Checkpoints:
         except ConfigError:
             raise
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            left, _ = newest(self.folder)
-            kept = f"the newest complete one is {left}" if left else "there is no complete one"
+            try:
+                left, _ = newest(self.folder)
+                kept = f"the newest complete one is {left}" if left else "there is no complete one"
+            except ConfigError as other:
+                kept = str(other)
             reason = re.sub(r"\s+", " ", str(error))
             if len(reason) > 400:  # TensorStore's messages end with the file and the system's error
                 reason = f"{reason[:60]} … {reason[-300:]}"
             raise CheckpointError(f"cannot {verb} a checkpoint in {path or self.folder}: {reason}: {kept}") from error
 
 
-def _tree_problems(path: Path, manifest: dict[str, Any], target: Any) -> list[str]:
-    """A line for each of the first arrays that have another shape or dtype in the checkpoint."""
-    stored_tree = manifest["tree"]
-    own_tree = {name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in named_leaves(target)}
-    different = sorted(
-        name for name in stored_tree.keys() | own_tree.keys() if stored_tree.get(name) != own_tree.get(name)
-    )
-    count = f"{len(different)} differences in all"
-    parts = sorted({name.partition("/")[0] for name in different})
-    if "params" in parts:
-        where, advice = "the model of this config", "resume with the config that it was written with"
-    else:
-        where, count = "this run", f"{count}, all in {' and '.join(parts)}: the parameters are the same"
-        advice = "resume with the settings of actor.optim and actor.model.precision that it was written with"
-    return [
-        f"runner.resume_dir: {name} is {stored_tree.get(name, 'missing')} in {path} and {own_tree.get(name, 'missing')} in "
-        f"{where} ({count}): {advice}, or set runner.resume_dir: null for a new run"
-        for name in different[:3]
-    ]
+def _unused(path: Path) -> Path:
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 class _Keep(PreservationPolicy):

@@ -10,7 +10,7 @@ import platform
 import re
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from jaxpar.checkpoint.reading import CheckpointError, patiently
 from jaxpar.config import Config, ConfigError
 
 PREFIX = "global_step"
@@ -31,15 +32,22 @@ Position = dict[str, Any]
 Checksums = dict[str, tuple[int, int]]  # path inside the checkpoint → bytes, CRC-32
 
 
-def build_manifest(config: Config, step: int, state: Any, position: Position, val_loss: float | None) -> dict[str, Any]:
+def build_manifest(
+    config: Config,
+    step: int,
+    state: Any,
+    position: Position,
+    val_loss: float | None,
+    described: Mapping[str, Any],
+) -> dict[str, Any]:
     """The content of `manifest.json`.
 
     Args:
       state: tree of arrays; the mesh is that of its `step`.
       position: in the data, with `batch`, the number of global batches read so far; see `jaxpar.run.sources`.
       val_loss: validation loss of these parameters, or None.
+      described: of the run, beside its config; from `same_run.describe`.
     """
-    packages = ("jaxpar", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "step": step,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -47,15 +55,59 @@ def build_manifest(config: Config, step: int, state: Any, position: Position, va
         "data": {**position, "global_batch_size": config.actor.global_batch_size},
         "mesh": dict(state["step"].sharding.mesh.shape),
         "processes": jax.process_count(),
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "versions": versions(),
         "tree": {name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in named_leaves(state)},
         "config": config.model_dump(),
+        "run": dict(described),
     }
 
 
+def versions() -> dict[str, str]:
+    """Of Python and the packages that compute."""
+    packages = ("jaxpar", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The content of `manifest.json`. Raises OSError if it is missing, ValueError if it is not JSON."""
-    return json.loads((checkpoint / MANIFEST).read_text())
+    """The content of `manifest.json`.
+
+    Raises:
+      FileNotFoundError: it is missing.
+      ValueError: it is not JSON, as when its end is missing.
+      CheckpointError: it cannot be read; a field is missing; it is of another step than the folder's name says.
+    """
+    path = checkpoint / MANIFEST
+    manifest = json.loads(patiently(Path.read_bytes, path))
+    places = {"": manifest, **({key: manifest.get(key) for key in ("data", "config")} if _is_dict(manifest) else {})}
+    wrong = [
+        f"{place}.{key}".removeprefix(".")
+        for place, fields in _FIELDS.items()
+        for key, kind in fields.items()
+        if not (_is_dict(places.get(place)) and key in places[place] and isinstance(places[place][key], kind))
+    ]
+    if wrong:
+        raise CheckpointError(f"{path} has no {', '.join(wrong)}, or not as jaxpar writes them: {_ADVICE}")
+    if manifest["step"] != step_of(checkpoint):
+        raise CheckpointError(
+            f"{path} is of step {manifest['step']}, but the folder's name says {step_of(checkpoint)}: give the folder its "
+            f"name back"
+        )
+    return manifest
+
+
+_FIELDS: dict[str, dict[str, Any]] = {
+    "": {
+        "step": int, "written": str, "val_loss": float | int | None, "data": dict, "mesh": dict, "processes": int, "versions": dict,
+        "tree": dict, "config": dict,
+    },
+    "data": {"batch": int, "global_batch_size": int},
+    "config": {"runner": dict},
+}  # fmt: skip
+_ADVICE = "put the file back as it was written, or move this checkpoint away"
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def position_in(manifest: dict[str, Any]) -> Position:
@@ -99,7 +151,11 @@ def merge_checksums(checkpoint: Path) -> None:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint in `folder`, or None; and a line for each torn one that is newer."""
+    """The newest complete checkpoint in `folder`, or None; and a line for each torn one that is newer.
+
+    Raises:
+      CheckpointError: as `why_torn`, of one that is newer, or `folder` cannot be read.
+    """
     torn = dict.fromkeys(checkpoints_in(folder, rf"{PREFIX}_\d+\..*tmp.*"), "it was not completely written")
     found = None
     for path in checkpoints_in(folder):
@@ -128,10 +184,12 @@ def resolve(path: Path) -> Path:
 
 
 def checkpoints_in(folder: Path, pattern: str = rf"{PREFIX}_\d+") -> list[Path]:
-    """The checkpoints in `folder`, complete or not, highest step first."""
-    if not folder.is_dir():
+    """The checkpoints in `folder`, complete or not, highest step first. Raises CheckpointError if it cannot be read."""
+    try:
+        paths = patiently(lambda path: list(path.iterdir()), folder)
+    except FileNotFoundError:
         return []
-    return sorted((p for p in folder.iterdir() if re.fullmatch(pattern, p.name)), key=step_of, reverse=True)
+    return sorted((path for path in paths if re.fullmatch(pattern, path.name)), key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -139,31 +197,38 @@ def step_of(checkpoint: Path) -> int:
 
 
 def why_torn(checkpoint: Path) -> str | None:
-    """What is missing from a checkpoint; None if it is complete, which means every file exists and has its size."""
-    if not (checkpoint / COMMITTED).exists():
-        return f"{COMMITTED} is missing"
+    """What is missing from a checkpoint; None if it is complete, which means every file exists and has its size.
+
+    Raises:
+      CheckpointError: a file cannot be read, so that nobody knows; or it has what jaxpar does not write.
+    """
     try:
+        patiently(Path.stat, checkpoint / COMMITTED)
         read_manifest(checkpoint)
         for name, (size, _) in _read_checksums(checkpoint).items():
-            found = (checkpoint / name).stat().st_size
+            found = patiently(Path.stat, checkpoint / name).st_size
             if found != size:
                 return f"{name} has {found} bytes instead of {size}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(checkpoint)} is missing"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"it cannot be read ({error})"
+    except ValueError as error:
+        return f"{MANIFEST} or {CHECKSUMS} is not JSON ({error})"
     return None
 
 
 def damages(checkpoint: Path, share: int, num_shares: int) -> Iterator[str]:
-    """Reads every `num_shares`-th file, starting with number `share`; yields a line for each that was altered."""
+    """Reads every `num_shares`-th file, starting with number `share`; yields a line for each that was altered.
+
+    Raises:
+      CheckpointError: a file cannot be read.
+    """
 
     def damage(item: tuple[str, tuple[int, int]]) -> str:
         path = checkpoint / item[0]
         try:
-            good = _checksum(path) == tuple(item[1])
-        except OSError as error:
-            return f"{path} cannot be read ({error.strerror})"
+            good = patiently(_checksum, path) == tuple(item[1])
+        except FileNotFoundError:
+            return f"{path} is missing"
         return "" if good else f"{path} is damaged: its checksum differs from the one that was written"
 
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -172,7 +237,12 @@ def damages(checkpoint: Path, share: int, num_shares: int) -> Iterator[str]:
 
 
 def _read_checksums(checkpoint: Path) -> Checksums:
-    return json.loads((checkpoint / CHECKSUMS).read_text())
+    path = checkpoint / CHECKSUMS
+    sums = json.loads(patiently(Path.read_bytes, path))
+    entries = sums.values() if _is_dict(sums) else ()
+    if not entries or not all(isinstance(e, list) and [type(number) for number in e] == [int, int] for e in entries):
+        raise CheckpointError(f"{path} has no files with size and checksum: {_ADVICE}")
+    return sums
 
 
 def _checksum(file: Path) -> tuple[int, int]:

@@ -64,7 +64,7 @@ class RunState:
 
         Warns if there is no checkpoint and the weights are random. Raises ConfigError as `restore` and `start`.
         """
-        if self._state is None and self._config.runner.resume_dir:
+        if self._state is None and self._config.runner.resume_dir not in (None, "fresh"):
             checkpoints = Checkpoints(self._config)
             found, notes = checkpoints.find_to_use()
             warn(notes)
@@ -91,7 +91,7 @@ class RunState:
           ConfigError: see `Checkpoints.restore`.
         """
         if path == self.restored and not any(x.is_deleted() for x in jax.tree.leaves(self._state)):
-            return checkpoints.position(path) if to_train else {}
+            return checkpoints.position(path)[0] if to_train else {}
         self._state = self.restored = None  # its memory is needed
         shapes, shardings = self._program.state_shapes, self._program.state_shardings
         self._state, position = checkpoints.restore(path, shapes, shardings, to_train=to_train)
@@ -139,7 +139,8 @@ class RunState:
         position = None
         if found:
             position = self.restore(checkpoints, found, to_train=True)
-            notes = [*notes, f"resumed from {found}", *self.unused(found)]
+            changes = checkpoints.position(found)[1]
+            notes = [*notes, f"resumed from {found}", *changes, *self.unused(found)]
         elif self._state is None or self.restored:
             if self.restored:
                 more = "training starts anew: to continue from it, set runner.resume_dir"

@@ -89,7 +89,9 @@ class Runner(Section):
     logger: Logger = Logger()
     output_dir: UserPath = "results"
     experiment_name: Name = "jaxpar"  # a folder in output_dir
-    resume_dir: UserPath | None = None  # null: start anew; "auto": newest checkpoint of this experiment; or a path
+    # null: start anew; auto: newest checkpoint of this experiment; fresh: as null, although all its checkpoints are torn; or a path
+    resume_dir: UserPath | None = None
+    resume_changes: Texts = []  # ours: settings (or data) that are meant to differ from those of the checkpoint
     enable_dynamic_batch_size: bool = False  # microbatches of whole documents, packed into rows of a token budget
     max_tokens_per_mbs: Count | None = None  # that budget in tokens, per cp rank
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -87,10 +87,12 @@ class BatchLoader(Iterator[Batch]):
       figures: numbers about the last batch, by name; only dynamic batches have any.
       batches_per_epoch: whole global batches in one epoch, num_samples // global_batch_size.
       num_batches: global batches in all epochs, or None if there is no end.
+      fingerprint: of the data, if somebody has set it.
     """
 
     kind = FILES
     notes: Sequence[str] = ()
+    fingerprint: Mapping[str, Any] | None = None
 
     def __init__(self, read: Callable[[int], Batch], order: BatchOrder, num_samples: int, num_workers: int):
         if num_workers < 0:

@@ -1,11 +1,15 @@
 """Opens the training and validation data that a config names."""
 
+import hashlib
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from jaxpar.config import ConfigError
+from jaxpar.config import Config, ConfigError
 from jaxpar.data import (
     BatchLoader,
     BatchOrder,
@@ -17,9 +21,10 @@ from jaxpar.data import (
     load_tokenizer,
     token_cache,
 )
+from jaxpar.data.text import corpus_files
 from jaxpar.program import Program
 from jaxpar.run.evaluation import EvalBatches, Evaluation, check_eval_batches, sample_batches, user_batches
-from jaxpar.run.processes import from_all_processes
+from jaxpar.run.processes import decide_on_process_0, from_all_processes
 
 Say = Callable[[str], None]  # is given a line for the user
 
@@ -39,11 +44,44 @@ def open_training_data(program: Program, say: Say = _quiet) -> BatchLoader:
     workers = config.data.num_workers
     if config.runner.enable_dynamic_batch_size:
         documents, cost = DocumentSource(folder, config.row_length), DocumentCost(*program.blueprint.document_flops)
-        return build_dynamic_loader(
+        loader = build_dynamic_loader(
             documents, order, dp=program.mesh.shape["dp"], ranks=program.dp_ranks, cost=cost, num_workers=workers
         )
-    samples = PackedSource.read(folder, config.runner.seq_length, across_documents=not config.data.reset_attention_mask)
-    return build_loader(samples, order, rows=program.batch_layout.rows, num_workers=workers)
+    else:
+        across = not config.data.reset_attention_mask
+        samples = PackedSource.read(folder, config.runner.seq_length, across_documents=across)
+        loader = build_loader(samples, order, rows=program.batch_layout.rows, num_workers=workers)
+    loader.fingerprint = decide_on_process_0(lambda: fingerprint(config, folder))
+    return loader
+
+
+def fingerprint(config: Config, folder: Path) -> dict[str, Any]:
+    """What the training data are, for a later run to compare.
+
+    Args:
+      folder: their token cache.
+
+    Returns:
+      files: their number, bytes and latest modification, and a checksum of all names, sizes and times.
+      tokens: number of tokens and documents, and a checksum of all that the cache's index says of them.
+      tokenizer: name and checksum.
+    """
+    index = json.loads((folder / "counts.json").read_text())
+    del index["files"], index["checksum"]  # the same tokens may lie elsewhere
+    files = [file.resolve() for path in config.data.train_data_paths for file in corpus_files(path)]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime) for file in files]
+    latest = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(max(modified for _, _, modified in stats)))
+    size = sum(size for _, size, _ in stats)
+    tokenizer = load_tokenizer(config.actor.tokenizer.tokenizer_model)
+    return {
+        "files": f"{len(files)} files, {size:,} bytes, modified {latest}, {_checksum(stats)}",
+        "tokens": f"{index['num_tokens']:,} tokens, {index['num_documents']:,} documents, {_checksum(index)}",
+        "tokenizer": f"{Path(tokenizer.name).name} {_checksum(tokenizer.fingerprint)}",
+    }
+
+
+def _checksum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def open_evaluation(program: Program, batches: EvalBatches | None = None, say: Say = _quiet) -> Evaluation | None:

@@ -3,15 +3,20 @@
 Processes may see a change in a shared file system at different times, so one of them looks and tells the others.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # jax has no public access to its coordinator's key-value store
 from jax.experimental import multihost_utils
 
 from jaxpar.config import ConfigError
+
+_PATIENCE = 3600  # seconds that process 0 may take for a decision, such as one that waits for a disk
+_decisions = itertools.count()
 
 
 def decide_on_process_0(decide: Callable[[], Any]) -> Any:
@@ -31,6 +36,7 @@ def decide_on_process_0(decide: Callable[[], Any]) -> Any:
             answer = {"value": decide()}
         except ConfigError as error:
             answer = {"problems": error.problems}
+    _wait_for_process_0()
     text = json.dumps(answer).encode()
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     buffer = np.frombuffer(text, np.uint8) if jax.process_index() == 0 else np.zeros(length, np.uint8)
@@ -38,6 +44,16 @@ def decide_on_process_0(decide: Callable[[], Any]) -> Any:
     if "problems" in answer:
         raise ConfigError(answer["problems"])
     return answer["value"]
+
+
+def _wait_for_process_0() -> None:
+    """Lets the others wait in jax's coordinator. In a run's first collective, Gloo would give up after 30 s."""
+    client: Any = distributed.global_state.client
+    key = f"jaxpar/decided/{next(_decisions)}"
+    if jax.process_index() == 0:
+        client.key_value_set(key, "")
+    else:
+        client.blocking_key_value_get(key, 1000 * _PATIENCE)
 
 
 def raise_together(problems: Sequence[str]) -> None:

@@ -28,10 +28,12 @@ class BatchSource(Protocol):
       num_batches: until the source ends; None: it does not, or nobody knows.
       figures: numbers about the last batch, for the step's row.
       notes: lines for the user.
+      fingerprint: of the data, which a checkpoint stores and a resume compares; None: unknown.
     """
 
     kind: str
     notes: Sequence[str]
+    fingerprint: Mapping[str, Any] | None
 
     @property
     def num_batches(self) -> int | None: ...
@@ -91,6 +93,7 @@ class _UserSource:
 
     kind: str
     notes: Sequence[str] = ()
+    fingerprint: Mapping[str, Any] | None = None
     num_batches: int | None = None
 
     def __init__(self, layout: BatchLayout):
