@@ -4,12 +4,12 @@ and nothing is compiled.
 `jaxpar mesh`, `compile`, `bench` and `train` all start from a `Blueprint`. `jaxpar.program` puts one on real devices.
 """
 
+import math
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import AbstractMesh
@@ -159,12 +159,18 @@ class Blueprint:
     @cached_property
     def num_params(self) -> int:
         """How many numbers the parameters have, the padding of the vocabulary and frozen ones included."""
-        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.model.shapes))
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(self.model.shapes))
 
     @property
     def num_trained(self) -> int:
         """How many of them are trained."""
-        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self._trained_layouts))
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(self._trained_layouts))
+
+    @property
+    def listed_params(self) -> dict[str, str]:
+        """Name of each parameter → its shape, how it is split, and whether it is trained."""
+        layouts = jax.tree.leaves(self.param_layouts)
+        return {x.name: f"{list(x.shape)} {x.rest_spec}{'' if x.trained else ' frozen'}" for x in layouts}
 
     @property
     def _trained_layouts(self) -> Any:
@@ -180,10 +186,9 @@ class Blueprint:
         """A tree like the parameters, with True at the trained ones."""
         if self.user_trainable is not None:
             return trained_mask(self.model, self.user_trainable, "trainable")
-        patterns = self.config.actor.optim.trainable
-        if patterns is None:
-            return trained_mask(self.model, nnx.LoRAParam if self.lora else "*", "actor.model.is_lora")
-        return trained_mask(self.model, patterns, "actor.optim.trainable")
+        if (patterns := self.config.actor.optim.trainable) is not None:
+            return trained_mask(self.model, patterns, "actor.optim.trainable")
+        return trained_mask(self.model, nnx.LoRAParam if self.lora else "*", "actor.model.is_lora")
 
     @cached_property
     def vocab_size(self) -> int:
@@ -307,7 +312,7 @@ class Blueprint:
         """How many numbers of matrix products are frozen. A token embedding that is only looked up is none."""
         lookups = {"embed/table"} if self.architecture and not self.architecture.tie_word_embeddings else set()
         frozen = [x for x in jax.tree.leaves(self.param_layouts) if not x.trained and x.name not in lookups]
-        return sum(int(np.prod(x.shape)) for x in frozen)
+        return sum(math.prod(x.shape) for x in frozen)
 
     @property
     def warnings(self) -> list[str]:

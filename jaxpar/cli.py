@@ -22,6 +22,7 @@ from jaxpar.cli_measure import (
 )
 from jaxpar.config import ConfigError, load_config
 from jaxpar.pipeline.schedule import SCHEDULES, ScheduleError, build_schedule
+from jaxpar.run.terminal import steady_output
 
 if TYPE_CHECKING:
     from jaxpar.trainer import Trainer
@@ -196,18 +197,34 @@ def main() -> None:
     for name in ("absl", "asyncio"):  # the latter speaks of tasks that Orbax gave up after the first failure
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
+    with steady_output():
+        _run()
+
+
+def _run() -> None:
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a full disk shows now
     except ConfigError as error:
         for problem in error.problems:
             _error(problem)
-        sys.exit(2)
+        _leave(2)
     except ScheduleError as error:
         _error(str(error))
         sys.exit(2)
     except OSError as error:
         _error(f"{error.filename or 'a file'}: {error.strerror or error}: check space, permissions and the path")
         sys.exit(2)
+
+
+def _leave(code: int) -> None:
+    if "jax" in sys.modules:  # it takes seconds to load
+        from jaxpar.run.watchdog import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def _unraisable(what: Any) -> None:

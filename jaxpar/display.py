@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from jaxpar.program import Program
 
 
+MAX_DEVICES_SHOWN = 4096
+
+
 def training_lines(program: "Program", config: Config) -> list[str]:
     """The head of a training run: mesh, devices, model, schedule."""
     where = "simulated on the CPU" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
@@ -216,19 +219,21 @@ def mesh_line(sizes: MeshSizes) -> str:
 
 
 def device_table(sizes: MeshSizes, devices_per_host: int) -> Table:
-    """The mesh coordinates of each device of each host, up to eight devices in a line."""
-    coordinates = np.empty((sizes.num_devices, len(AXES)), int)
+    """The mesh coordinates of each device of each host, up to eight devices in a line; of many hosts, the first ones."""
     grid = device_grid(sizes)
-    for coordinate in np.ndindex(grid.shape):
-        coordinates[grid[coordinate]] = coordinate
+    coordinates = np.stack(np.unravel_index(np.argsort(grid, axis=None), grid.shape), axis=-1)
     per_line = min(8, devices_per_host)
     title = f"coordinates ({' '.join(AXES)}) of each device"
     table = Table("host", "devices", *[f"+{i}" for i in range(per_line)], title=title, title_justify="left")
-    for host in range(-(-sizes.num_devices // devices_per_host)):
+    num_hosts = -(-sizes.num_devices // devices_per_host)
+    shown = min(num_hosts, max(1, MAX_DEVICES_SHOWN // devices_per_host))
+    for host in range(shown):
         end = min((host + 1) * devices_per_host, sizes.num_devices)
         for first in range(host * devices_per_host, end, per_line):
             cells = [" ".join(map(str, coordinates[d])) for d in range(first, min(first + per_line, end))]
             table.add_row(str(host), f"{first}…{min(first + per_line, end) - 1}", *cells)
+    if shown < num_hosts:
+        table.add_row("…", f"and {num_hosts - shown:,} more hosts")
     return table
 
 

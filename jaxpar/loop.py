@@ -63,9 +63,11 @@ class TrainingRun:
         self._stops, self._error, self._signal = False, None, 0  # type: bool, Exception | None, int
         watchdog.enter(0, "opening the data")
         self._source: BatchSource = (
-            open_training_data(program) if batches is None else open_batches(program, batches, lambda: self.step + 1)
+            open_training_data(program, self.say)
+            if batches is None
+            else open_batches(program, batches, lambda: self.step + 1)
         )
-        self._evaluation = open_evaluation(program, eval_batches)
+        self._evaluation = open_evaluation(program, eval_batches, self.say)
         described = describe(program.blueprint.architecture, self._source.fingerprint)
         self.checkpoints = Checkpoints(self.config, described)
         watchdog.enter(0, "restoring")
@@ -83,7 +85,10 @@ class TrainingRun:
         self._stops = True
 
     def say(self, text: str) -> None:
-        self._progress.say(text)
+        try:
+            self._progress.say(text)
+        except OSError as error:  # of standard output, such as a full disk
+            self._fail(error)
 
     def train(self) -> None:
         """Trains to the last step, or until a signal, a hook, an error or the end of the batches stops the run; then saves."""
@@ -120,7 +125,7 @@ class TrainingRun:
             raise self._error
         if self._signal:
             raise Interrupted(self.step, self.last_step, self._signal)
-        self.say(f"done: step {self.step}, checkpoint in {self.checkpoints.folder}")
+        self._progress.say(f"done: step {self.step}, checkpoint in {self.checkpoints.folder}")
 
     def _fail(self, error: Exception) -> None:
         """Lets the run end with this error, when it has been saved."""

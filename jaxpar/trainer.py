@@ -23,6 +23,7 @@ from jaxpar.objectives import TokenStatistics, UserObjective
 from jaxpar.parallel.trained import merge
 from jaxpar.program import Program
 from jaxpar.run import runtime
+from jaxpar.run.agreement import check_alike, given_to_this_process
 from jaxpar.run.evaluation import EvalBatches
 from jaxpar.run.folder_lock import FolderLock
 from jaxpar.run.hooks import Hook, HookError
@@ -31,6 +32,7 @@ from jaxpar.run.replicas import ReplicaError
 from jaxpar.run.signals import Interrupted
 from jaxpar.run.sources import UserBatches
 from jaxpar.run.step_log import NonFiniteError
+from jaxpar.run.terminal import steady_output
 from jaxpar.run.watchdog import Watchdog
 from jaxpar.step.ema import ema_params
 from jaxpar.step.train_step import State, scale_of, seed_of
@@ -79,17 +81,22 @@ class Trainer:
     ):
         self.config = config
         runtime.start(config)
-        self.program = Program(
-            config,
-            runtime.devices(config),
-            model,
-            objective=objective,
-            trainable=trainable,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-        )
-        params = self.program.blueprint.model.own_params if params is None else params
-        self._run_state = RunState(self.program, params, replace_stored=replace_stored)
+        with Watchdog(config.runner.stall_timeout) as watchdog:  # a mistake that one process finds here ends all
+            watchdog.enter(0, "comparing the processes")
+            check_alike(given_to_this_process(config))
+            watchdog.enter(0, "building the model")
+            self.program = Program(
+                config,
+                runtime.devices(config),
+                model,
+                objective=objective,
+                trainable=trainable,
+                optimizer=optimizer,
+                learning_rate=learning_rate,
+            )
+            check_alike(self.program.blueprint.listed_params)
+            params = self.program.blueprint.model.own_params if params is None else params
+            self._run_state = RunState(self.program, params, replace_stored=replace_stored)
 
     @property
     def state(self) -> State:
@@ -260,6 +267,7 @@ class Trainer:
         into their matrices. `jaxpar.models.hugging_face.save_params` takes them."""
         return self.program.merged(self.state["params"])
 
+    @steady_output()
     def fit(
         self,
         batches: UserBatches | None = None,
@@ -271,7 +279,7 @@ class Trainer:
     ) -> None:
         """Trains from the start, or from the checkpoint that `runner.resume_dir` names, to `max_steps` or `max_epochs`.
 
-        Ctrl-C, SIGTERM or SIGUSR1 finishes the current step, saves, and raises `Interrupted`.
+        Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP finishes the current step, saves, and raises `Interrupted`.
 
         Args:
           batches: global batches as in `loss_and_grads`: an iterable (a Grain dataset or loader, a generator, a list), whose end

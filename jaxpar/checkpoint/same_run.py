@@ -12,7 +12,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import jaxpar
 from jaxpar.checkpoint.manifest import named_leaves, versions
 from jaxpar.config import Config
 from jaxpar.config.architecture import Architecture
@@ -55,7 +54,7 @@ def describe(architecture: Architecture | None, data: Mapping[str, Any] | None) 
       architecture: of the built-in decoder, with what its settings and config.json say together.
       data: from `jaxpar.run.datasets.fingerprint`; None if the batches are given.
     """
-    sources = sorted(Path(jaxpar.__file__).parent.rglob("*.py"))
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
     code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     return _plain({"architecture": architecture and dataclasses.asdict(architecture), "data": data, "code": code})
 

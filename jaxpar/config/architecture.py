@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from jaxpar.config.errors import ConfigError, describe_error, must_divide, one_of
+from jaxpar.config.errors import ConfigError, describe_error, must_divide, one_of, read_json
 from jaxpar.config.keys import Actor, ArchitectureFields
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 BYTE_VOCAB_SIZE = 258  # 256 bytes, end of text (256), padding (257)
 
 
@@ -179,7 +179,7 @@ def _read_hugging_face(model_path: str) -> tuple[str, dict[str, Any]]:
     """Path and contents of the folder's config.json, in the keys of transformers 4 (5 has `rope_parameters`)."""
     file = Path(model_path).expanduser() / "config.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file, "actor.model.model_path")
     except FileNotFoundError:
         raise ConfigError(
             [
@@ -187,9 +187,7 @@ def _read_hugging_face(model_path: str) -> tuple[str, dict[str, Any]]:
                 "or set the architecture's keys instead"
             ]
         ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"actor.model.model_path: {file} cannot be read: {error}"]) from None
-    if not isinstance(values, dict) or not values.get("model_type"):
+    if not values.get("model_type"):
         raise ConfigError(
             [f"actor.model.model_path: {file} has no model_type: give the folder of a Hugging Face model"]
         )
@@ -211,9 +209,17 @@ def _read_rope(found: _Found, problems: list[str]) -> RopeScaling | None:
         problems.append(f"{found.where}.rope_scaling: rope_type {kind} is not supported: choose one of default, llama3")
         return None
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    bad = [name for name in names if type(scaling.get(name)) not in (int, float)]
+    bad = [name for name in names if not _is_positive(scaling.get(name))]
     if bad:
-        problems.append(f"{found.where}.rope_scaling: rope_type llama3 needs numbers for {', '.join(bad)}: set them")
+        problems.append(
+            f"{found.where}.rope_scaling: rope_type llama3 needs numbers for {', '.join(bad)}, above 0: set them"
+        )
+        return None
+    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        problems.append(
+            f"{found.where}.rope_scaling: low_freq_factor {scaling['low_freq_factor']} is not below high_freq_factor "
+            f"{scaling['high_freq_factor']}: lower it"
+        )
         return None
     return RopeScaling(
         float(scaling["factor"]),
@@ -221,6 +227,10 @@ def _read_rope(found: _Found, problems: list[str]) -> RopeScaling | None:
         float(scaling["high_freq_factor"]),
         int(scaling["original_max_position_embeddings"]),
     )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
 
 
 def _read_window(found: _Found, layers: int, problems: list[str]) -> int | None:
@@ -237,11 +247,23 @@ def _read_window(found: _Found, layers: int, problems: list[str]) -> int | None:
         return None
     kinds = stored.get("layer_types")
     if kinds is None and qwen and stored:  # the first max_window_layers layers use full attention
-        full = min(int(stored.get("max_window_layers") or 0), layers)
+        full = stored.get("max_window_layers") or 0
+        if not isinstance(full, int):
+            problems.append(f"{found.where}.max_window_layers: {full!r}, expected a number of layers: correct it")
+            return None
+        full = min(max(full, 0), layers)
         kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-    if kinds and len(set(kinds)) > 1:
+    if kinds is None:
+        return window
+    if not isinstance(kinds, list) or not kinds or not set(map(str, kinds)) <= ATTENTION_KINDS:
+        problems.append(
+            f"{found.where}.layer_types: {kinds!r}, expected one of {', '.join(sorted(ATTENTION_KINDS))} for each layer: correct "
+            "it, or set use_sliding_window: False"
+        )
+        return None
+    if len(set(kinds)) > 1:
         problems.append(
             f"{found.where}.sliding_window: {window} on {kinds.count('sliding_attention')} of {len(kinds)} layers, but a "
             "window on only some of the layers is not supported: set use_sliding_window: False"
         )
-    return None if kinds and kinds[0] == "full_attention" else window
+    return None if kinds[0] == "full_attention" else window

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxpar.config.architecture import Architecture
-from jaxpar.config.errors import did_you_mean, divisors, must_be_multiple, must_divide, one_of
+from jaxpar.config.batch_checks import batch_problems, row_problems
+from jaxpar.config.errors import did_you_mean, divisors, listed, must_divide, one_of
 from jaxpar.config.keys import (
     LOSS_TYPES,
     RECOMPUTE_MODULES,
-    TP_OVERLAP_PIECES,
     Actor,
     Algorithm,
-    Data,
     Model,
     Optim,
     Runner,
@@ -35,6 +34,9 @@ LIMITS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+MAX_DEVICES = 2**20
+
+
 def mesh_problems(model: Model, num_devices: int) -> Iterator[str]:
     tensor, pp, cp = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
     yield from _cp_problems(model)
@@ -44,13 +46,17 @@ def mesh_problems(model: Model, num_devices: int) -> Iterator[str]:
             "sequence parallelism splits over the tensor group; raise that size, or set sequence_parallel: False"
         )
     product = tensor * pp * cp
-    if num_devices % product:
+    if num_devices > MAX_DEVICES:
+        yield (
+            f"cluster.num_nodes: {num_devices:,} devices in all are more than {MAX_DEVICES:,}, the most that are supported: "
+            "lower it, or num_gpus_per_node"
+        )
+    elif num_devices % product:
         yield (
             "actor.model.tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size: "
             f"{tensor} * {pp} * {cp} = {product} does not divide {num_devices} devices "
             f"({num_devices} / {product} = {round(num_devices / product, 2)}): change the sizes so that their "
-            f"product is one of {', '.join(map(str, divisors(num_devices)))}, or use a multiple of {product} "
-            "devices"
+            f"product is one of {listed(divisors(num_devices))}, or use a multiple of {product} devices"
         )
 
 
@@ -94,7 +100,7 @@ def train_problems(
     """
     yield from _limit_problems(runner, actor)
     yield from batch_problems(runner, actor, dp)
-    yield from (_budget_problems if runner.enable_dynamic_batch_size else _sequence_problems)(runner, actor.model)
+    yield from row_problems(runner, actor.model)
     yield from _optimizer_problems(runner, actor.optim)
     yield from () if own_rate else _rate_problems(runner, actor)
     if architecture is not None:
@@ -147,71 +153,6 @@ def schedule_problems(model: Model, num_layers: int | None, pattern: str = "") -
         )
 
 
-def batch_problems(runner: Runner, actor: Actor, dp: int | None) -> Iterator[str]:
-    micro, total = actor.micro_batch_size, actor.global_batch_size
-    if runner.enable_dynamic_batch_size:
-        if not total:
-            yield "actor.global_batch_size: not given: set the number of documents in an optimizer step"
-        elif dp and total < dp:
-            yield (
-                f"actor.global_batch_size: {total} documents are fewer than dp = {dp} ranks, so some ranks would have "
-                f"none: choose at least {dp}"
-            )
-        return
-    for key, value, unit in (("micro", micro, "a microbatch"), ("global", total, "an optimizer step")):
-        if not value:
-            yield f"actor.{key}_batch_size: not given: set the number of sequences in {unit}"
-    if micro and total:
-        yield from must_be_multiple(
-            "actor.global_batch_size", total, [("micro_batch_size", micro)] + ([] if dp is None else [("dp", dp)])
-        )
-
-
-def data_problems(runner: Runner, data: Data) -> Iterator[str]:
-    if runner.enable_dynamic_batch_size and not data.reset_attention_mask:
-        yield (
-            "data.reset_attention_mask: False, but runner.enable_dynamic_batch_size puts documents into a row by their "
-            "lengths, so that those before a document tell nothing about it: remove one of the two"
-        )
-
-
-def _budget_problems(runner: Runner, model: Model) -> Iterator[str]:
-    key, budget = "runner.max_tokens_per_mbs", runner.max_tokens_per_mbs
-    if budget is None:
-        yield (
-            f"{key}: not given, but runner.enable_dynamic_batch_size needs it: set the number of tokens in a "
-            "microbatch on each cp rank, so that max_tokens_per_mbs * context_parallel_size holds the longest document"
-        )
-        return
-    factors = [("2", 2)] if model.context_parallel_size > 1 else []  # as in _sequence_problems
-    factors += _sequence_parallel_factors(model)
-    yield from must_be_multiple(key, budget, factors)
-
-
-def _sequence_problems(runner: Runner, model: Model) -> Iterator[str]:
-    seq = runner.seq_length
-    if not seq:
-        yield "runner.seq_length: not given: set the number of tokens in a sequence"
-        return
-    factors: list[tuple[str, int]] = []
-    if model.context_parallel_size > 1:  # each rank has an early and a late chunk, to balance causal work
-        factors += [("2", 2), ("context_parallel_size", model.context_parallel_size)]
-    factors += _sequence_parallel_factors(model)
-    yield from must_be_multiple("runner.seq_length", seq, factors)
-    if model.seq_length not in (None, seq):
-        yield (
-            f"actor.model.seq_length: {model.seq_length} differs from runner.seq_length {seq}: remove it, or set it to "
-            "${runner.seq_length}"
-        )
-
-
-def _sequence_parallel_factors(model: Model) -> Iterator[tuple[str, int]]:
-    if model.sequence_parallel:
-        yield "tensor_model_parallel_size", model.tensor_model_parallel_size
-    if model.tp_comm_overlap:
-        yield "the pieces of tp_comm_overlap", TP_OVERLAP_PIECES
-
-
 def _optimizer_problems(runner: Runner, optim: Optim) -> Iterator[str]:
     if runner.max_steps <= 0 and runner.max_epochs <= 0:
         yield (
@@ -254,6 +195,11 @@ def _rate_problems(runner: Runner, actor: Actor) -> Iterator[str]:
         yield (
             f"actor.lr_sched.lr_warmup_fraction: {sched.lr_warmup_fraction} and lr_warmup_iters "
             f"{sched.lr_warmup_iters} both set the warm-up: remove one of them"
+        )
+    elif sched.lr_decay_style != "constant" and 0 < decay <= int((sched.lr_warmup_fraction or 0) * decay):
+        yield (
+            f"actor.lr_sched.lr_warmup_fraction: {sched.lr_warmup_fraction} of {decay} steps leaves no steps for the decay: "
+            "lower it, or set lr_decay_style: constant"
         )
     elif sched.lr_decay_style != "constant" and 0 < decay <= sched.lr_warmup_iters:
         yield (

@@ -11,9 +11,11 @@ from pydantic import PrivateAttr
 
 from jaxpar.config import checks
 from jaxpar.config.architecture import Architecture, read_architecture
-from jaxpar.config.errors import ConfigError
-from jaxpar.config.keys import LOSS_TYPES, Actor, Algorithm, Cluster, Data, Runner, Section
-from jaxpar.config.lora import Lora, lora_note, read_lora
+from jaxpar.config.batch_checks import batch_problems, data_problems
+from jaxpar.config.errors import ConfigError, on_a_screen
+from jaxpar.config.keys import Actor, Algorithm, Cluster, Data, Runner, Section
+from jaxpar.config.lora import Lora, read_lora
+from jaxpar.config.notes import without_effect
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Config(Section):
     @property
     def output_path(self) -> Path:
         """Folder of this experiment's checkpoints and metrics: `output_dir/experiment_name`."""
-        return Path(self.runner.output_dir) / self.runner.experiment_name
+        return Path(self.runner.output_dir).expanduser() / self.runner.experiment_name
 
     @property
     def notes(self) -> list[str]:
@@ -62,24 +64,18 @@ class Config(Section):
         try:
             architecture, more = read_architecture(self.actor)
         except ConfigError:  # check_train and architecture() report it
-            return notes
-        return notes if architecture is None else [*notes, *more, *self._architecture_notes(architecture)]
+            architecture, more = None, []
+        notes += [] if architecture is None else [*more, *self._architecture_notes(architecture)]
+        return [on_a_screen(note, 2000) for note in notes]  # that of ignored keys may name a hundred
 
     def setting_notes(self) -> Iterator[str]:
         """Those of `notes` that are not about the built-in decoder."""
         sched = self.actor.lr_sched
-        if note := lora_note(self.actor.model):
-            yield note
         if self._ignored:
             yield _ignored_note(self._ignored)
         if sched.lr_decay_style != "constant" and sched.lr_decay_iters is None and self.runner.max_steps > 0:
             yield f"actor.lr_sched.lr_decay_iters is not given: using runner.max_steps, {self.runner.max_steps}"
-        algorithm, loss_type = self.algorithm, self.algorithm.loss_type
-        unused = sorted(
-            algorithm.model_fields_set - {"loss_type", *LOSS_TYPES.get(loss_type, algorithm.model_fields_set)}
-        )
-        if unused:
-            yield f"algorithm: {', '.join(unused)} have no effect with loss_type {loss_type}"
+        yield from without_effect(self.runner, self.data, self.algorithm, self.actor.model, self.actor.optim)
         if "swanlab" in (self.runner.logger.logger_backends or ()):
             yield (
                 "runner.logger.logger_backends: swanlab ignored, because only tensorboard and wandb are supported: metrics go "
@@ -161,7 +157,7 @@ class Config(Section):
         Raises:
           ConfigError: a batch size is missing, or the global batch is not a multiple of micro batch * dp.
         """
-        problems = list(checks.batch_problems(self.runner, self.actor, sizes.dp))
+        problems = list(batch_problems(self.runner, self.actor, sizes.dp))
         if problems:
             raise ConfigError(problems)
         return -(-self.actor.global_batch_size // (self.rows_per_microbatch * sizes.dp))
@@ -196,7 +192,7 @@ class Config(Section):
         problems = list(checks.train_problems(self.runner, self.actor, sizes.dp, architecture, own_rate=own_rate))
         problems += [] if architecture is None else _problems_of(self.lora)
         problems += checks.algorithm_problems(self.algorithm)
-        problems += checks.data_problems(self.runner, self.data)
+        problems += data_problems(self.runner, self.data)
         problems += checks.user_model_problems(self.actor.model) if architecture is None else []
         if problems:
             raise ConfigError(problems)
@@ -216,7 +212,7 @@ class Config(Section):
         problems += checks.train_problems(self.runner, self.actor, dp, architecture, own_rate=own_rate)
         problems += _problems_of(self.lora)
         problems += checks.algorithm_problems(self.algorithm)
-        problems += checks.data_problems(self.runner, self.data)
+        problems += data_problems(self.runner, self.data)
         if problems:
             raise ConfigError(problems)
         return self.mesh_sizes(num_devices), architecture

@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from jaxpar.config.foreign import FOREIGN_KEYS, OPAQUE_SECTIONS
 from jaxpar.config.keys import SECTIONS, Section
 
+MAX_LINE, MAX_MESSAGE = 800, 3600  # characters and bytes: a screen
+MAX_CHOICES = 40
+
 
 class ConfigError(Exception):
-    """The config is wrong. `problems` has one line for each thing to change; `str()` joins those lines."""
+    """The config is wrong. `problems` has one line for each thing to change; `str()` joins those lines.
+
+    What is longer than a screen is cut: a line in its middle, and after the last line that fits.
+    """
 
     def __init__(self, problems: str | Sequence[str]):
-        self.problems = list(dict.fromkeys(problems.splitlines() if isinstance(problems, str) else problems))
+        lines = problems.splitlines() if isinstance(problems, str) else problems
+        self.problems = _first_that_fit(list(dict.fromkeys(map(on_a_screen, lines))))
         super().__init__("\n".join(self.problems))
 
 
+def on_a_screen(line: str, limit: int = MAX_LINE) -> str:
+    """The line with escapes in the place of control characters, and without its middle if it is long."""
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    half = limit // 2
+    return line if len(line) <= limit else f"{line[:half]} […] {line[-half:]}"
+
+
+def _first_that_fit(lines: list[str]) -> list[str]:
+    sizes = [len(line.encode()) + 1 for line in lines]
+    fit = max(1, sum(size <= MAX_MESSAGE for size in accumulate(sizes)))
+    return lines[:fit] + ([f"and {len(lines) - fit} more of these"] if fit < len(lines) else [])
+
+
 def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def listed(choices: Sequence[Any]) -> str:
+    """The choices; of many, the first ones."""
+    return ", ".join([*map(str, choices[:MAX_CHOICES]), *["…"] * (len(choices) > MAX_CHOICES)])
 
 
 def one_of(choices: Sequence[Any]) -> str:
-    return ("choose one of " if len(choices) > 1 else "choose ") + ", ".join(map(str, choices))
+    return ("choose one of " if len(choices) > 1 else "choose ") + listed(choices)
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
@@ -76,6 +106,8 @@ def describe_error(error: Any) -> str:
     if kind in _LIMITS:
         name, words = _LIMITS[kind]
         return f"{key}: must be {words} {context[name]}, got {value!r}"
+    if kind == "value_error":
+        return f"{key}: {value!r} {context['error']}"
     expected = {
         "int": "an integer",
         "float": "a number",
@@ -120,3 +152,24 @@ def _known_keys(section: type[Section], path: str) -> Iterator[str]:
         yield f"{path}{name}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from _known_keys(field.annotation, f"{path}{name}.")
+
+
+def read_json(file: Path, where: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      ConfigError: the file cannot be read, is not JSON, or holds no object.
+      FileNotFoundError: it does not exist.
+    """
+    try:
+        with file.open(encoding="utf-8") as opened:
+            values = json.load(opened)
+    except FileNotFoundError:
+        raise
+    except RecursionError:
+        raise ConfigError([f"{where}: {file} cannot be read: it is nested too deep"]) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"{where}: {file} cannot be read: {error}"]) from None
+    if not isinstance(values, dict):
+        raise ConfigError([f"{where}: {file} cannot be read: it holds no object: {values!r}"])
+    return values

@@ -7,60 +7,37 @@ keys that neither RLinf nor Megatron-LM has.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-
-def _number(value: Any) -> Any:
-    """Accepts text that is a number: YAML 1.1 reads 2e-05 as text (it wants 2.0e-05), and quotes make text too."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path | int | float) and not isinstance(value, bool) else value
-
-
-def _precision(value: Any) -> Any:
-    """Accepts the spellings of the three precisions in RLinf's files, torch and Lightning."""
-    name = str(value).removeprefix("torch.")
-    aliases = {
-        "bf16-mixed": "bf16",
-        "bfloat16": "bf16",
-        "16": "fp16",
-        "16-mixed": "fp16",
-        "float16": "fp16",
-        "half": "fp16",
-        "32": "fp32",
-        "32-true": "fp32",
-        "float32": "fp32",
-        "float": "fp32",
-    }
-    return aliases.get(name, name)
-
-
-def _paths(value: Any) -> Any:
-    return [value] if isinstance(value, str | Path) else value
-
+from jaxpar.config.values import (
+    AsList,
+    Beta,
+    Count,
+    Flag,
+    Interval,
+    Name,
+    NonNegative,
+    Number,
+    Paths,
+    Positive,
+    Precision,
+    Printable,
+    Rate,
+    Real,
+    Share,
+    Text,
+    Texts,
+    UserPath,
+    Width,
+)
 
 TP_OVERLAP_PIECES = 4  # of the sequence, with tp_comm_overlap; TransformerEngine's default number
 
 # What `recompute_modules` may name in the built-in decoder, the default first. linear_qkv and linear_proj are Megatron's
 # names of these layers, but not among those of its --recompute-modules.
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "linear_qkv", "linear_proj", "mlp")
-
-Count = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Interval = Annotated[int, Field(ge=-1)]
-Number = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
-Text = Annotated[str, BeforeValidator(_text)]
-Paths = Annotated[list[Text], BeforeValidator(_paths)]
 
 
 class Section(BaseModel):
@@ -80,9 +57,9 @@ class Section(BaseModel):
 
 
 class Cluster(Section):
-    num_nodes: Count = 1
-    num_gpus_per_node: Count | None = None  # ours; null: ask the runtime
-    xla_flags: dict[str, str | bool | int] = {}  # ours: XLA flags without their dashes; they win over jaxpar/run/xla.py
+    num_nodes: Annotated[int, Field(gt=0, le=100_000)] = 1
+    num_gpus_per_node: Annotated[int, Field(gt=0, le=4096)] | None = None  # ours; null: ask the runtime
+    xla_flags: dict[Printable, Flag] = {}  # ours: XLA flags without their dashes; they win over jaxpar/run/xla.py
     deterministic: bool = False  # ours: only GPU kernels that give the same bits each time; CPU kernels always do
 
 
@@ -90,9 +67,7 @@ class Logger(Section):
     project_name: Text = "jaxpar"  # for wandb
     # In addition to metrics.jsonl, which is always written. RLinf's swanlab is accepted, with a note that it is not
     # supported.
-    logger_backends: Annotated[list[Literal["tensorboard", "wandb", "swanlab"]], BeforeValidator(_paths)] | None = [
-        "tensorboard"
-    ]
+    logger_backends: Annotated[list[Literal["tensorboard", "wandb", "swanlab"]], AsList] | None = ["tensorboard"]
 
 
 class Runner(Section):
@@ -112,11 +87,11 @@ class Runner(Section):
     limit_val_batches: Count | None = None  # Lightning's name: global batches of an evaluation; null: all
     log_interval: Count = 1
     logger: Logger = Logger()
-    output_dir: Text = "results"
-    experiment_name: Text = "jaxpar"
+    output_dir: UserPath = "results"
+    experiment_name: Name = "jaxpar"  # a folder in output_dir
     # null: start anew; auto: newest checkpoint of this experiment; fresh: as null, although all its checkpoints are torn; or a path
-    resume_dir: Text | None = None
-    resume_changes: Paths = []  # ours: settings (or data) that are meant to differ from those of the checkpoint
+    resume_dir: UserPath | None = None
+    resume_changes: Texts = []  # ours: settings (or data) that are meant to differ from those of the checkpoint
     enable_dynamic_batch_size: bool = False  # microbatches of whole documents, packed into rows of a token budget
     max_tokens_per_mbs: Count | None = None  # that budget in tokens, per cp rank
 
@@ -126,7 +101,7 @@ class Data(Section):
     val_data_paths: Paths = []
     shuffle: bool = True
     seed: NonNegative = 1234
-    num_workers: NonNegative = 0
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     text_key: Text = "text"  # ours: the field of a JSONL or Parquet record to train on
     # Megatron's name, but True by default: tokens attend only to their own document. False: to all before them in the row.
     reset_attention_mask: bool = True
@@ -135,13 +110,13 @@ class Data(Section):
 class ArchitectureFields(Section):
     """The architecture, under Hugging Face's names. Given beside model_path, these keys win over its config.json."""
 
-    hidden_size: Count | None = None
-    intermediate_size: Count | None = None
-    num_hidden_layers: Count | None = None
-    num_attention_heads: Count | None = None
-    num_key_value_heads: Count | None = None
-    head_dim: Count | None = None
-    vocab_size: Count | None = None
+    hidden_size: Width | None = None
+    intermediate_size: Width | None = None
+    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)] | None = None
+    num_attention_heads: Width | None = None
+    num_key_value_heads: Width | None = None
+    head_dim: Width | None = None
+    vocab_size: Annotated[int, Field(gt=0, le=2**28)] | None = None
     rms_norm_eps: Positive | None = None
     rope_theta: Positive | None = None
     rope_scaling: dict[str, Any] | None = None
@@ -175,21 +150,21 @@ class Model(ArchitectureFields):
     # full, but attention does not run again. linear_proj repeats its reduction over the tensor group.
     recompute_modules: list[Text] | None = None
     offload_activations: bool = False  # ours: activations that are not recomputed wait in pinned host memory
-    precision: Annotated[Literal["bf16", "fp16", "fp32"], BeforeValidator(_precision)] = "bf16"
+    precision: Precision = "bf16"
     seq_length: Count | None = None  # RLinf repeats runner.seq_length here
-    model_path: Text | None = None  # folder with a Hugging Face config.json
+    model_path: UserPath | None = None  # folder with a Hugging Face config.json
     model_type: Text | None = None
-    make_vocab_size_divisible_by: Count = 128
+    make_vocab_size_divisible_by: Width = 128
     is_lora: bool = (
         False  # train low-rank adapters (LoRA) and freeze the rest, unless optim.trainable says what is trained
     )
-    lora_rank: Count | None = None  # null: that of lora_path, else 32, RLinf's default
-    lora_path: Text | None = None  # folder with adapters in PEFT's format, to start from
+    lora_rank: Width | None = None  # null: that of lora_path, else 32, RLinf's default
+    lora_path: UserPath | None = None  # folder with adapters in PEFT's format, to start from
     # Ours, from here to lora_dropout, under PEFT's names.
     lora_alpha: Positive | None = (
         None  # the adapters' product is multiplied by alpha / rank; null: that of lora_path, else rank
     )
-    lora_target_modules: Paths | None = None  # q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; null: all
+    lora_target_modules: Texts | None = None  # q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; null: all
     lora_dropout: Number = 0.0  # only 0 is supported
     multi_latent_attention: bool = False
     activation: Text = "swiglu"
@@ -214,14 +189,14 @@ class Optim(Section):
     optimizer: Text = "adam"
     optimizer_args: dict[str, Any] = {}
     groups: list[ParamGroup] = []  # ours; a parameter belongs to the first that matches it
-    ema_decay: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] | None = None  # ours; null: no average
-    lr: Positive = 0.0  # peak; 0: not given
+    ema_decay: Annotated[Beta, Field(gt=0)] | None = None  # ours; null: no average
+    lr: Rate = 0.0  # peak; 0: not given
     adam_beta1: Beta = 0.9
     adam_beta2: Beta = 0.999
     adam_eps: Positive = 1e-8
     weight_decay: Number = 0.01
     clip_grad: Number | None = 1.0  # global norm; 0 or null: off
-    trainable: Paths | None = None  # ours: patterns of the paths of the parameters to train, such as head/*; null: all
+    trainable: Texts | None = None  # ours: patterns of the paths of the parameters to train, such as head/*; null: all
     use_distributed_optimizer: bool = True  # ZeRO: optimizer state is split over dp and cp
     zero_stage: Literal[0, 1, 2, 3] | None = None  # ours; null: 1, or 0 without use_distributed_optimizer
     # Gather a layer's parameters (ZeRO-3) while the previous layer computes, and reduce its gradients (ZeRO-2 and 3)
@@ -241,15 +216,15 @@ class Optim(Section):
 class LrSched(Section):
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_iters: NonNegative = 0
-    lr_warmup_fraction: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)] | None = None  # of lr_decay_iters
+    lr_warmup_fraction: Share | None = None  # of lr_decay_iters
     lr_warmup_init: Number = 0.0
     lr_decay_iters: Count | None = None  # steps, including warm-up; null: runner.max_steps
     min_lr: Number = 0.0
-    max_lr: Positive | None = None  # null: optim.lr
+    max_lr: Rate | None = None  # null: optim.lr
 
 
 class Tokenizer(Section):
-    tokenizer_model: Text | None = None  # null or "byte": bytes; or a path to a Hugging Face tokenizer
+    tokenizer_model: UserPath | None = None  # null or "byte": bytes; or a path to a Hugging Face tokenizer
 
 
 LossAggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
@@ -281,17 +256,17 @@ class Algorithm(Section):
 
     loss_type: Text = "cross_entropy"  # one of LOSS_TYPES; RLinf has only actor of these
     z_loss: Number = 0.0  # ours: weight of the squared log-sum of logits
-    label_smoothing: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.0  # ours
+    label_smoothing: Beta = 0.0  # ours
     dpo_beta: Positive = 0.1
     teacher_top_k: Count = 16  # ours: tokens of the teacher for each position
-    distillation_alpha: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)] = 1.0  # ours: the teacher's share
+    distillation_alpha: Share = 1.0  # ours: the teacher's share
     loss_agg_func: LossAggregation = "token-mean"
     ratio_clip_eps: Number = 0.2
     clip_ratio_low: Number | None = None  # null: ratio_clip_eps
     clip_ratio_high: Number | None = None  # null: ratio_clip_eps
-    clip_ratio_c: Annotated[float, BeforeValidator(_number), Field(gt=1)] | None = None
-    clip_log_ratio_min: float | None = None
-    clip_log_ratio_max: float | None = None
+    clip_ratio_c: Annotated[Real, Field(gt=1)] | None = None
+    clip_log_ratio_min: Real | None = None
+    clip_log_ratio_max: Real | None = None
     kl_beta: Number = 0.0
     kl_penalty_type: KlPenalty = "low_var_kl"
     calculate_entropy: bool = False
@@ -303,10 +278,8 @@ class Algorithm(Section):
     shuffle_rollout: bool = False  # which rollouts are in which minibatch
     recompute_logprobs: bool = True  # False: old_log_probs are those of the engine that sampled
     normalize_advantages: bool = True  # of adv_type gae and raw
-    gamma: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)] = (
-        1.0  # gamma and gae_lambda: of gae with a critic
-    )
-    gae_lambda: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)] = 1.0
+    gamma: Share = 1.0  # gamma and gae_lambda: of gae with a critic
+    gae_lambda: Share = 1.0
     reinpp_kl_beta: Number = 0.0
     use_reinpp_baseline: bool = False
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from jaxpar.config.config import Config
 from jaxpar.config.errors import ConfigError, describe_error, suspect_keys
-from jaxpar.config.yaml_files import first_line, read_yaml, resolve
+from jaxpar.config.keys import Section
+from jaxpar.config.yaml_files import read_yaml, resolve
+from jaxpar.config.yaml_text import UNREADABLE, message, parse
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -40,11 +40,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             problems.append(f"override {override!r}: expected key.path=value, such as runner.max_steps=100")
             continue
         try:
-            parsed = OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)
-            assert isinstance(parsed, dict)
-            OmegaConf.update(values, key, parsed["value"], merge=True)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            problems.append(f"override {override!r}: {first_line(error)}")
+            value = OmegaConf.to_container(parse(f"value: {text}", f"override {override!r}"), resolve=False)
+            assert isinstance(value, dict)
+            if list(value) != ["value"]:
+                raise ConfigError([f"override {override!r}: expected one value"])
+            OmegaConf.update(values, key, value["value"], merge=True)
+        except ConfigError as error:
+            problems += error.problems
+        except UNREADABLE as error:
+            problems.append(f"override {override!r}: {message(error)}")
     return _build(values, problems)
 
 
@@ -56,8 +60,8 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     """
     try:
         return _build(OmegaConf.create(dict(values)), [])
-    except OmegaConfBaseException as error:
-        raise ConfigError([f"{getattr(error, 'full_key', '')}: {first_line(error)}"]) from None
+    except UNREADABLE as error:
+        raise ConfigError([f"{getattr(error, 'full_key', '')}: {message(error)}"]) from None
 
 
 def _build(values: DictConfig, problems: list[str]) -> Config:
@@ -100,10 +104,12 @@ def _arithmetic_problems(config: Config, suspects: set[str]) -> list[str]:
 
 
 def _drop(plain: dict[str, Any], loc: Sequence[Any]) -> None:
-    """Removes the value at `loc`, or the first value on the way that is not a section (a list with a bad element)."""
-    for part in loc[:-1]:
-        if not isinstance(plain[part], dict) or part == "rope_scaling":
-            loc = (part,)
-            break
-        plain = plain[part]
-    plain.pop(loc[-1], None)
+    """Removes the setting at `loc`, whole: what is wrong in a list or a dict is a part of one."""
+    section: type[Section] = Config
+    for part in loc:
+        below = section.model_fields[part].annotation if part in section.model_fields else None
+        inside = isinstance(below, type) and issubclass(below, Section) and isinstance(plain.get(part), dict)
+        if not inside or part is loc[-1]:
+            plain.pop(part, None)
+            return
+        plain, section = plain[part], cast(type[Section], below)

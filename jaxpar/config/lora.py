@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxpar.config.errors import ConfigError, did_you_mean, one_of
+from jaxpar.config.errors import ConfigError, did_you_mean, one_of, read_json
 from jaxpar.config.keys import Model
 
 # Hugging Face's name of a matrix → the decoder's
@@ -105,12 +104,18 @@ def _read_folder(path: str) -> dict[str, Any]:
     file = Path(path).expanduser() / ADAPTER_CONFIG
     where = f"actor.model.lora_path: {file}"
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        targets = stored["target_modules"]
-        targets = [targets] if isinstance(targets, str) else list(targets)
-        found = {"r": int(stored["r"]), "lora_alpha": float(stored["lora_alpha"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{where}: cannot be read: {type(error).__name__}: {error}") from None
+        stored = read_json(file, "actor.model.lora_path")
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: no such file: give a folder with adapters in PEFT's format") from None
+    rank, alpha, targets = stored.get("r"), stored.get("lora_alpha"), stored.get("target_modules")
+    targets = [targets] if isinstance(targets, str) else targets
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank < 2**20:
+        raise ConfigError(f"{where}: r: {rank!r}, expected the rank of the adapters: correct it")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 2**20:
+        raise ConfigError(f"{where}: lora_alpha: {alpha!r}, expected a number above 0: correct it")
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise ConfigError(f"{where}: target_modules: {targets!r}, expected names of matrices: correct it")
+    found = {"r": rank, "lora_alpha": float(alpha)}
     problems = [
         f"{where}: {key} {stored[key]} is not supported: adapters must be plain LoRA on linear layers of attention and MLP"
         for key, plain in _PLAIN.items()

@@ -12,10 +12,10 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
+from jaxpar.data.cache import TokenCache
 from jaxpar.data.dynamic import DocumentCost, plan_rows
+from jaxpar.data.formats import DataError
 from jaxpar.data.loader import Batch, BatchLoader, BatchOrder
-from jaxpar.data.packing import TokenCache
-from jaxpar.data.text import DataError
 
 _CHUNK = 1 << 20  # documents checked at once, so that memory does not grow with the corpus
 
@@ -36,8 +36,11 @@ class DocumentSource:
     def __init__(self, folder: Path, budget: int):
         self.folder, self.budget = folder, budget
         self._cache = TokenCache(folder)
-        chunks = (np.arange(first, min(first + _CHUNK, len(self))) for first in range(0, len(self), _CHUNK))
-        too_long = [document for chunk in chunks for document in chunk[self.lengths(chunk) > budget].tolist()]
+        too_long: list[int] = []
+        for first in range(0, len(self), _CHUNK):
+            before = self._cache.doc_ends[first - 1] if first else 0
+            lengths = np.diff(self._cache.doc_ends[first : first + _CHUNK], prepend=before) - 1
+            too_long += (first + np.flatnonzero(lengths > budget)).tolist()
         if too_long:
             more = [f"and {len(too_long) - 10:,} more documents"] if len(too_long) > 10 else []
             raise DataError([self._too_long(document) for document in too_long[:10]] + more)
@@ -52,15 +55,18 @@ class DocumentSource:
 
     def lengths(self, documents: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Tokens of a row that each of these documents fills."""
-        ends = self._cache.doc_ends
-        return ends[documents] - np.where(documents > 0, ends[documents - 1], 0) - 1
+        return np.array([end - start - 1 for start, end in map(self._span, documents)], np.int64)
+
+    def _span(self, document: int) -> tuple[int, int]:
+        """The first token of a document, and one past its last."""
+        ends = [0, *self._cache.doc_ends[:1]] if document == 0 else self._cache.doc_ends[document - 1 : document + 1]
+        return int(ends[0]), int(ends[1])
 
     def __len__(self) -> int:
         return len(self._cache.doc_ends)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        end, (length,) = int(self._cache.doc_ends[index]), self.lengths(np.array([index]))
-        return np.asarray(self._cache.tokens[end - int(length) - 1 : end], np.int32)
+        return np.asarray(self._cache.tokens[slice(*self._span(index))], np.int32)
 
     def __reduce__(self):
         return DocumentSource, (self.folder, self.budget)  # the path, not the corpus

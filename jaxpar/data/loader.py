@@ -20,7 +20,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from jaxpar.data.text import DataError
+from jaxpar.data.formats import DataError
 
 Batch = dict[str, np.ndarray]
 FILES = "data.train_data_paths"  # the kind of a `BatchLoader`, see `jaxpar.run.sources`

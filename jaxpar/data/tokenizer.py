@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxpar.data.text import DataError
+from jaxpar.data.formats import DataError
 
 
 class Tokenizer(Protocol):

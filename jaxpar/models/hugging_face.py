@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxpar.config import Architecture, ConfigError
+from jaxpar.config.errors import read_json
 from jaxpar.models.lora import ADAPTERS
 from jaxpar.models.protocol import Params
 from jaxpar.models.weights import Problems, fill_params, named_params
@@ -213,11 +214,11 @@ def open_tensors(folder: Path, where: str, name: str = WEIGHTS) -> dict[str, Any
         files = [file]
         if not file.exists():
             file = folder / INDEX
-            files = [folder / name for name in sorted(set(json.loads(file.read_bytes())["weight_map"].values()))]
+            files = _files_of_index(file, where)
         for file in files:
             tensors = safe_open(file, framework="np")
             stored |= {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - it is not a mapping
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         problem = f"{file} cannot be read: {type(error).__name__}: {error}"
         if file.name == INDEX and not file.exists():
             torch = [name for name in TORCH_WEIGHTS if (folder / name).exists()]
@@ -225,6 +226,19 @@ def open_tensors(folder: Path, where: str, name: str = WEIGHTS) -> dict[str, Any
             problem = f"has neither {WEIGHTS} nor {INDEX}{advice}"
         raise ConfigError([f"{where}: {problem}"]) from None
     return stored
+
+
+def _files_of_index(file: Path, where: str) -> list[Path]:
+    """The files that an index names, which lie beside it."""
+    names = read_json(file, where).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ConfigError(
+            [f"{where}: {file}: weight_map: {names!r}, expected the file of each tensor: download it again"]
+        )
+    for name in names.values():
+        if not isinstance(name, str) or not name.isprintable() or Path(name).name != name:
+            raise ConfigError([f"{where}: {file}: weight_map: {name!r} is no file in this folder: download it again"])
+    return [file.parent / name for name in sorted(set(names.values()))]
 
 
 def find_problems(

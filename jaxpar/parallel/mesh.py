@@ -55,12 +55,12 @@ def build_mesh(sizes: MeshSizes | Config, devices: Sequence[jax.Device] | None =
 def cross_host_warning(sizes: MeshSizes, devices_per_host: int) -> str | None:
     """A warning that names the hosts if a tensor group spans several; None if every group stays inside one."""
     groups = device_grid(sizes).transpose(0, 1, 4, 2, 3).reshape(-1, sizes.tensor) // devices_per_host
-    spread = [sorted(set(group.tolist())) for group in groups if len(set(group.tolist())) > 1]
-    if not spread:
+    spread = groups[groups.min(1) < groups.max(1)]
+    if not len(spread):
         return None
     more = f" (and {len(spread) - 1} more groups do)" if len(spread) > 1 else ""
     return (
-        f"tensor group of {sizes.tensor} devices crosses hosts {spread[0]}{more}: "
+        f"tensor group of {sizes.tensor} devices crosses hosts {np.unique(spread[0]).tolist()}{more}: "
         f"its collectives then leave NVLink. A host has {devices_per_host} devices: "
         f"choose an actor.model.tensor_model_parallel_size that divides it"
     )

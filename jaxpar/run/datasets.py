@@ -3,8 +3,11 @@
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from jaxpar.config import Config, ConfigError
 from jaxpar.data import (
@@ -21,16 +24,21 @@ from jaxpar.data import (
 from jaxpar.data.text import corpus_files
 from jaxpar.program import Program
 from jaxpar.run.evaluation import EvalBatches, Evaluation, check_eval_batches, sample_batches, user_batches
-from jaxpar.run.processes import decide_on_process_0
+from jaxpar.run.processes import decide_on_process_0, from_all_processes
+
+Say = Callable[[str], None]  # is given a line for the user
 
 
-def open_training_data(program: Program) -> BatchLoader:
-    """This process's rows of each global batch of `data.train_data_paths`.
+def _quiet(line: str) -> None: ...
+
+
+def open_training_data(program: Program, say: Say = _quiet) -> BatchLoader:
+    """This process's rows of each global batch of `data.train_data_paths`. A collective call.
 
     Raises:
       ConfigError: as `open_tokens`.
     """
-    config, folder = program.blueprint.config, open_tokens(program, "train_data_paths")
+    config, folder = program.blueprint.config, open_tokens(program, "train_data_paths", say)
     num_epochs = config.runner.max_epochs if config.runner.max_epochs > 0 else None
     order = BatchOrder(config.actor.global_batch_size, config.data.seed, config.data.shuffle, num_epochs)
     workers = config.data.num_workers
@@ -59,7 +67,7 @@ def fingerprint(config: Config, folder: Path) -> dict[str, Any]:
       tokenizer: name and checksum.
     """
     index = json.loads((folder / "counts.json").read_text())
-    del index["files"]  # the same tokens may lie elsewhere
+    del index["files"], index["checksum"]  # the same tokens may lie elsewhere
     files = [file.resolve() for path in config.data.train_data_paths for file in corpus_files(path)]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime) for file in files]
     latest = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(max(modified for _, _, modified in stats)))
@@ -76,8 +84,8 @@ def _checksum(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def open_evaluation(program: Program, batches: EvalBatches | None = None) -> Evaluation | None:
-    """The validation loss on these batches, or on `data.val_data_paths`; None if there are none.
+def open_evaluation(program: Program, batches: EvalBatches | None = None, say: Say = _quiet) -> Evaluation | None:
+    """The validation loss on these batches, or on `data.val_data_paths`; None if there are none. A collective call.
 
     Raises:
       ConfigError: as `open_tokens`, or the batches cannot be read again and again.
@@ -89,12 +97,13 @@ def open_evaluation(program: Program, batches: EvalBatches | None = None) -> Eva
     if not config.data.val_data_paths or config.runner.val_check_interval <= 0:
         return None
     across = not config.data.reset_attention_mask
-    samples = PackedSource.read(open_tokens(program, "val_data_paths"), config.row_length, across_documents=across)
+    folder = open_tokens(program, "val_data_paths", say)
+    samples = PackedSource.read(folder, config.row_length, across_documents=across)
     return Evaluation(program, lambda: sample_batches(program, samples, most))
 
 
-def open_tokens(program: Program, key: str) -> Path:
-    """The folder with the tokens of the files in `data.<key>`.
+def open_tokens(program: Program, key: str, say: Say = _quiet) -> Path:
+    """The folder with the tokens of the files in `data.<key>`. A collective call: each process checks a share of them.
 
     Raises:
       ConfigError: the tokenizer has more tokens than the model, the model takes more than tokens, or the data are wrong
@@ -121,4 +130,7 @@ def open_tokens(program: Program, key: str) -> Path:
         tokenizer=tokenizer,
         text_key=config.data.text_key,
         cache_dir=Path(config.runner.output_dir) / "token_cache",
+        process=(jax.process_index(), jax.process_count()),
+        gather=from_all_processes,
+        say=say,
     )

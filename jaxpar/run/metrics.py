@@ -1,8 +1,10 @@
 """Writes the numbers of each step to `metrics.jsonl` and to TensorBoard's event files."""
 
+import contextlib
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,9 @@ def metrics_writers(config: Config) -> list[Hook]:
 class MetricsFile(Hook):
     """`metrics.jsonl`: one JSON object per step.
 
-    Rows of an earlier run for steps after the one that the run goes on from are dropped, because those steps run again.
+    Of an earlier run's rows, those for steps after the one that the run goes on from are dropped, because those steps run again.
+    Of two rows of a step the later one is kept. A line that is no row, because a crash or a disk has damaged it, is dropped with
+    a note.
 
     Args:
       folder: the experiment's folder; created if missing.
@@ -43,25 +47,32 @@ class MetricsFile(Hook):
         self._file: Any = None
 
     def start(self, run: Run) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._lines() if _step(line) <= run.step]
-        draft = self.path.with_suffix(".jsonl.tmp")
-        draft.write_text("".join(kept))
-        draft.replace(self.path)
-        self._file = self.path.open("a")
+        with _named(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+            lines = [line for line in lines if line.strip()]
+            steps = [_step(line) for line in lines]
+            rows = {step: line for step, line in zip(steps, lines, strict=True) if step is not None}
+            if damaged := steps.count(None):
+                run.say(f"{self.path}: {damaged} lines that are damaged were dropped")
+            if doubled := len(lines) - damaged - len(rows):
+                run.say(f"{self.path}: {doubled} rows were dropped: their steps have later ones")
+            draft = self.path.with_suffix(".jsonl.tmp")
+            draft.write_bytes(b"".join(line + b"\n" for step, line in sorted(rows.items()) if step <= run.step))
+            draft.replace(self.path)
+            self._file = self.path.open("a")
 
     def step(self, row: dict[str, Any]) -> None:
         """Appends one line and flushes it, for `tail -f`. JSON has no NaN or infinity, so these become strings."""
         plain = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self._file.write(json.dumps(plain) + "\n")
-        self._file.flush()
+        with _named(self.path):
+            self._file.write(json.dumps(plain) + "\n")
+            self._file.flush()
 
     def end(self) -> None:
         if self._file:
-            self._file.close()
-
-    def _lines(self) -> list[str]:
-        return self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            with _named(self.path):
+                self._file.close()
 
 
 class TensorBoardFile(Hook):
@@ -93,11 +104,22 @@ class TensorBoardFile(Hook):
             self._writer.close()
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> int | None:
+    """The step of a line of `metrics.jsonl`; None if it is damaged."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut off by a crash: drop it
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Gives an OSError the file's name, which an error of writing lacks."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class _Tolerant:

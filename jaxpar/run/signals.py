@@ -20,9 +20,10 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Notes SIGINT, SIGTERM and SIGUSR1 instead of ending the process; a second SIGINT interrupts at once.
+    """Notes SIGINT, SIGTERM, SIGUSR1 and SIGHUP instead of ending the process; a second SIGINT interrupts at once.
 
-    SIGUSR1 is what `tpu_gpu_scripts/slurm.sbatch` has Slurm send before the job's time is over.
+    SIGUSR1 is what `tpu_gpu_scripts/slurm.sbatch` has Slurm send before the job's time is over. SIGHUP comes when the terminal
+    is closed; under `nohup` it stays ignored.
 
     Attributes:
       number: of the signal that this process has received last; 0 if none.
@@ -30,7 +31,9 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         self.number = 0
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        stopping = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        stopping += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+        self._before = {number: signal.signal(number, self._note) for number in stopping}
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -112,11 +112,15 @@ class StepLog:
 
     def _save_skipped(self, step: int, batch: Mapping[str, np.ndarray]) -> None:
         folder = self._config.output_path / "skipped_batches"
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step_{step}.process_{jax.process_index()}.npz"
         arrays: Any = {"rows": np.asarray(self._batch_layout.resized(len(batch["tokens"])).rows), **batch}
-        np.savez_compressed(path, **arrays)
-        self._say(f"step {step}: loss or gradients are not finite, so nothing was updated; its batch is in {path}")
+        where = f"its batch is in {path}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(path, **arrays)
+        except OSError as error:  # a full disk; the run is worth more than this file
+            where = f"its batch could not be written to {path} ({error.strerror})"
+        self._say(f"step {step}: loss or gradients are not finite, so nothing was updated; {where}")
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= (most := self._config.runner.max_skipped_steps):
             raise NonFiniteError(

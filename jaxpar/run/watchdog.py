@@ -9,15 +9,25 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax._src import distributed  # jax has no public access to its coordinator's key-value store
 
+from jaxpar.config import ConfigError
+
 EXIT_CODE = 75  # EX_TEMPFAIL in sysexits.h: start the run again
+MISTAKE = 2  # the exit code of a user's mistake, which another start would not mend
 _PERIOD = 2.0  # seconds between heartbeats
 _SILENCE = 30.0  # seconds without a heartbeat after which a process counts as dead
 _HEARTBEATS, _VERDICT = "jaxpar/heartbeat/", "jaxpar/verdict"
+
+
+class _Verdict(NamedTuple):
+    """Why all processes end, and with which exit code."""
+
+    problem: str
+    code: int = EXIT_CODE
 
 
 class Watchdog:
@@ -33,7 +43,9 @@ class Watchdog:
     def __init__(self, stall_timeout: float):
         self._stall_timeout = stall_timeout
         self._entered, self._step, self._phase, self._since = 0, 0, "starting", time.monotonic()
-        self._client: Any = distributed.global_state.client if jax.process_count() > 1 else None
+        # Not jax.process_count(), which asks for devices and may wait for processes that are no more.
+        self._client: Any = distributed.global_state.client if distributed.global_state.num_processes > 1 else None
+        self._rank = distributed.global_state.process_id
         self._stop = threading.Event()
         self._heard: dict[int, tuple[dict[str, Any], float]] = {}
         self._last_answer = time.monotonic()
@@ -47,8 +59,8 @@ class Watchdog:
         self._entered, self._step, self._phase, self._since = self._entered + 1, step, phase, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
-        if jax.process_index() > 0:
-            ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
+        if self._rank > 0:
+            self._before_abort = _libc_signal()(signal.SIGABRT, ctypes.cast(self._on_abort, ctypes.c_void_p))
         self._thread.start()
         return self
 
@@ -59,42 +71,57 @@ class Watchdog:
         self._stop.set()
         self._thread.join(5 * _PERIOD)
         if self._client is not None:
-            self._beat(ended=f"{type(error).__name__}: {error}" if error else "")
-            if error and jax.process_index() == 0:  # this thread no longer judges
-                self._client.key_value_set(_VERDICT, f"process 0 stopped: {error}", allow_overwrite=True)
+            is_mistake = isinstance(error, ConfigError)
+            words = "" if error is None else str(error) if is_mistake else f"{type(error).__name__}: {error}"
+            self._beat(ended=words, mistake=is_mistake)
+            if error and self._rank == 0:  # this thread no longer judges
+                self._publish(_Verdict(f"process 0 stopped: {words}", MISTAKE if is_mistake else EXIT_CODE))
+                time.sleep(2 * _PERIOD)  # the coordinator must live until the others have read it
+        if self._rank > 0:  # the callback must not outlive this object: C would call what is no longer there
+            _libc_signal()(signal.SIGABRT, self._before_abort)
 
     def _aborted(self, signal_number: int) -> None:
         host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError as error:
-            self._exit(f"process 0 died: its coordinator at {host}:{port} is gone ({error.strerror or error})")
+            problem = f"process 0 died: its coordinator at {host}:{port} is gone ({error.strerror or error})"
+            self._exit(_Verdict(problem))
 
     def _watch(self) -> None:
         while not self._stop.wait(_PERIOD):
-            if problem := self._problem():
-                self._exit(problem)
+            if verdict := self._verdict():
+                self._exit(verdict)
 
-    def _problem(self) -> str | None:
+    def _verdict(self) -> _Verdict | None:
         if self._client is None:
             idle = time.monotonic() - self._since
             stalled = 0 < self._stall_timeout < idle
-            return f"no progress for {idle:.0f} s in step {self._step}, phase {self._phase}" if stalled else None
+            problem = f"no progress for {idle:.0f} s in step {self._step}, phase {self._phase}"
+            return _Verdict(problem) if stalled else None
+        verdict = None
         try:
             self._beat()
-            problem = self._judge() if jax.process_index() == 0 else self._client.key_value_try_get(_VERDICT)
+            if self._rank == 0:
+                verdict = self._judge()
+            else:
+                verdict = _Verdict(*json.loads(self._client.key_value_try_get(_VERDICT)))
         except jax.errors.JaxRuntimeError as error:
-            problem = None
             if "NOT_FOUND" in str(error):  # no verdict yet
                 self._last_answer = time.monotonic()
         else:
             self._last_answer = time.monotonic()
         silence = time.monotonic() - self._last_answer
         if silence > _SILENCE:
-            return f"process 0 died or cannot be reached: its coordinator has not answered for {silence:.0f} s"
-        return problem
+            return _Verdict(
+                f"process 0 died or cannot be reached: its coordinator has not answered for {silence:.0f} s"
+            )
+        return verdict
 
-    def _beat(self, ended: str | None = None) -> None:
+    def _publish(self, verdict: _Verdict) -> None:
+        self._client.key_value_set(_VERDICT, json.dumps(verdict), allow_overwrite=True)
+
+    def _beat(self, ended: str | None = None, *, mistake: bool = False) -> None:
         now = time.monotonic()
         beat = {
             "time": now,
@@ -104,25 +131,28 @@ class Watchdog:
             "idle": now - self._since,
             "host": socket.gethostname(),
             "ended": ended,
+            "mistake": mistake,
         }
-        self._client.key_value_set(f"{_HEARTBEATS}{jax.process_index()}", json.dumps(beat), allow_overwrite=True)
+        self._client.key_value_set(f"{_HEARTBEATS}{self._rank}", json.dumps(beat), allow_overwrite=True)
 
-    def _judge(self) -> str | None:
+    def _judge(self) -> _Verdict | None:
         """On process 0: checks all heartbeats. If something is wrong, publishes it as the verdict and returns it."""
         now = time.monotonic()
         for key, text in self._client.key_value_dir_get(_HEARTBEATS):
             rank, beat = int(key.rpartition("/")[2]), json.loads(text)
             if rank not in self._heard or self._heard[rank][0]["time"] != beat["time"]:
                 self._heard[rank] = (beat, now)
-        problem = self._ended() or self._dead(now) or self._stalled()
-        if problem:
-            self._client.key_value_set(_VERDICT, problem, allow_overwrite=True)
-        return problem
+        problem = self._dead(now) or self._stalled()
+        verdict = self._ended() or (_Verdict(problem) if problem else None)
+        if verdict:
+            self._publish(verdict)
+        return verdict
 
-    def _ended(self) -> str | None:
+    def _ended(self) -> _Verdict | None:
         for rank, (beat, _) in self._heard.items():
             if beat["ended"]:
-                return f"{_who(rank, beat)} stopped in {_position(beat)}: {beat['ended']}"
+                code = MISTAKE if beat["mistake"] else EXIT_CODE
+                return _Verdict(f"{_who(rank, beat)} stopped in {_position(beat)}: {beat['ended']}", code)
         return None
 
     def _dead(self, now: float) -> str | None:
@@ -139,15 +169,33 @@ class Watchdog:
         beat = running[rank]
         return f"{_who(rank, beat)} makes no progress: it has been in {_position(beat)} for {beat['idle']:.0f} s"
 
-    def _exit(self, problem: str) -> None:
-        own = f"process {jax.process_index()} exits in step {self._step}, phase {self._phase}"
-        print(f"error: {problem}; {own}. Run the same command to continue from the newest checkpoint", file=sys.stderr)
+    def _exit(self, verdict: _Verdict) -> None:
+        own = f"process {self._rank} exits in step {self._step}, phase {self._phase}"
+        advice = "Run the same command to continue from the newest checkpoint"
+        print(f"error: {verdict.problem}; {own}{f'. {advice}' if verdict.code == EXIT_CODE else ''}", file=sys.stderr)
         if 0 < self._stall_timeout < time.monotonic() - self._since:
             faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
-        if self._client is not None and jax.process_index() == 0:
+        if self._client is not None and self._rank == 0:
             time.sleep(2 * _PERIOD)  # the coordinator must live until the others have read the verdict
-        os._exit(EXIT_CODE)  # the main thread may hang where no exception reaches it
+        os._exit(verdict.code)  # the main thread may hang where no exception reaches it
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process after a mistake. In a run of several processes, Python's normal end would wait for the others in jax's
+    shutdown, which aborts from C++ as they have ended too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if distributed.global_state.num_processes > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _libc_signal() -> Any:
+    """C's `signal`: (number, handler) → the handler before."""
+    function = ctypes.CDLL(None).signal
+    function.argtypes, function.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    return function
 
 
 def _who(rank: int, beat: dict[str, Any]) -> str:

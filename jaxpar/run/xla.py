@@ -9,8 +9,11 @@ Sources: [jax] https://docs.jax.dev/en/latest/gpu_performance_tips.html, [xla] t
 import importlib.util
 import mmap
 import os
+import sys
+import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxpar.config import ConfigError
 
@@ -66,12 +69,15 @@ DETERMINISTIC_FLAG = (
 DETERMINISTIC_ENVIRONMENT = ("NCCL_ALGO", ("Ring", "cluster.deterministic: the same order of sums in every run [nccl]"))
 
 
-def apply(overrides: Mapping[str, str | bool | int], deterministic: bool = False) -> list[str]:
+def apply(
+    overrides: Mapping[str, str | bool | int], deterministic: bool = False, *, only_compiles: bool = False
+) -> list[str]:
     """Sets these values in the environment, except those that the user has set there.
 
     Args:
       overrides: `cluster.xla_flags` of the config, flag → value; they win over the table.
       deterministic: adds the settings that make sums on a GPU the same in every run.
+      only_compiles: the CUDA plugin is needed although there is no GPU.
 
     Returns:
       A line for each setting with its reason or origin, for `--verbose`.
@@ -79,9 +85,11 @@ def apply(overrides: Mapping[str, str | bool | int], deterministic: bool = False
     Raises:
       ConfigError: the installed jaxlib does not know a flag; jaxlib itself would abort.
     """
-    if not any(Path(device).exists() for device in GPU_DEVICES) and _has_cuda_plugin():
+    if not any(Path(device).exists() for device in GPU_DEVICES) and _cuda_plugins():
         # The plugin is installed for `jaxpar compile`. Without a GPU it would print a traceback.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        if os.environ["JAX_PLATFORMS"] == "cpu" and not only_compiles and "jax" not in sys.modules:
+            _leave_out_cuda_plugin()
     flags = XLA_FLAGS | dict([DETERMINISTIC_FLAG] if deterministic else [])
     environment = ENVIRONMENT | dict([DETERMINISTIC_ENVIRONMENT] if deterministic else [])
     values = {flag: value for flag, (value, _) in flags.items()}
@@ -111,13 +119,24 @@ def apply(overrides: Mapping[str, str | bool | int], deterministic: bool = False
 
 def apply_without_gpu(overrides: Mapping[str, str | bool | int], deterministic: bool = False) -> list[str]:
     """`apply` for compiling only: there is no GPU on which kernels could be tried, so XLA must not tune them."""
-    return apply({"xla_gpu_autotune_level": 0, **overrides}, deterministic)
+    return apply({"xla_gpu_autotune_level": 0, **overrides}, deterministic, only_compiles=True)
 
 
-def _has_cuda_plugin() -> bool:
+def _cuda_plugins() -> list[str]:
+    """Names of the modules with which jax starts CUDA, `xla_cuda12` or `xla_cuda13`."""
     plugins = importlib.util.find_spec("jax_plugins")
     folders = plugins.submodule_search_locations if plugins else None
-    return any(list(Path(folder).glob("xla_cuda*")) for folder in folders or ())
+    return [path.name for folder in folders or () for path in Path(folder).glob("xla_cuda*")]
+
+
+def _leave_out_cuda_plugin() -> None:
+    """Lets jax find no CUDA plugin in this process. Each of its four libraries would print that it finds no driver, past all
+    settings for logs; nothing else is silenced."""
+    for name in _cuda_plugins():
+        idle: Any = types.ModuleType(f"jax_plugins.{name}")
+        idle.initialize = lambda: None
+        sys.modules[idle.__name__] = idle
+        sys.modules[f"jax_{name.removeprefix('xla_')}_plugin"] = None  # type: ignore[assignment]  # importing it fails
 
 
 def _text(value: str | bool | int) -> str:

@@ -92,7 +92,7 @@ def test_five_steps_and_five_on_another_layout_are_ten_on_one_device(tmp_path, n
     run = Run(tmp_path, name, first, *more)
     assert_near(run.steps(0, 5), halfway)
     checkpoints = Checkpoints(run.config)
-    checkpoints.save(5, run.state, 5)
+    checkpoints.save(5, run.state, {"batch": 5})
     checkpoints.wait()
     other = Run(tmp_path, name, second, *more)
     shapes, shardings = other.program.state_shapes, other.program.state_shardings

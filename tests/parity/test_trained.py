@@ -218,7 +218,7 @@ def test_a_checkpoint_with_frozen_parameters(tmp_path):
     ]
     state = runs[0].program.init(None)
     checkpoints = Checkpoints(runs[0].config)
-    checkpoints.save(3, state, 0)
+    checkpoints.save(3, state, {"batch": 0})
     checkpoints.wait()
     manifest = json.loads((tmp_path / "quickstart/checkpoints/global_step_3/manifest.json").read_text())["tree"]
     assert manifest["params/layers/mlp/up"] == "bfloat16[4,32,48]"

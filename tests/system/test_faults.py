@@ -1,12 +1,17 @@
 """What a run survives, and how it ends otherwise: real processes, real signals, a disk that is really full."""
 
+import contextlib
+import errno
+import io
 import itertools
 import json
 import os
+import pty
 import random
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -15,10 +20,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from runs import QUICKSTART, SMALL, fit, layout, losses, metrics, start, start_two
+from runs import JAXPAR, QUICKSTART, SMALL, environment, fit, layout, losses, metrics, start, start_two
 from support import make_mesh
 
 import jaxpar
+from jaxpar.run.metrics import MetricsFile
 from jaxpar.run.replicas import ReplicaError, check_replicas
 from jaxpar.run.step_log import NonFiniteError
 from jaxpar.step.loss_scale import DynamicLossScale
@@ -86,6 +92,71 @@ def test_sigusr1_loses_no_step(tmp_path, cached):
     assert time.monotonic() - before < 30  # Slurm's grace time
     done = metrics(tmp_path)[-1]["step"]
     assert (tmp_path / f"quickstart/checkpoints/global_step_{done}").is_dir()
+
+
+@pytest.mark.slow
+def test_a_run_outlives_the_reader_of_its_output(tmp_path, cached):
+    process = start(tmp_path, "runner.max_steps=30", *RUN, **cached)
+    read_until(process, r"step 2/")
+    process.stdout.close()  # `| tee` dies
+    assert process.wait(300) == 0
+    assert [row["step"] for row in metrics(tmp_path)] == list(range(1, 31))
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_saves_and_stops(tmp_path, cached):
+    """The terminal is gone when the run wants to say so; the next start goes on."""
+    command = [JAXPAR, "train", QUICKSTART, f"runner.output_dir={tmp_path}", "runner.max_steps=100000", *RUN]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(JAXPAR, list(map(str, command)), environment(**cached))
+    with contextlib.suppress(OSError):
+        while not (tmp_path / "quickstart/metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
+            os.read(terminal, 1 << 16)
+    os.close(terminal)  # the kernel sends SIGHUP
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
+    saved = len(metrics(tmp_path))
+    assert (tmp_path / f"quickstart/checkpoints/global_step_{saved}/manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", ["standard output", "metrics.jsonl"])
+def test_a_full_disk_under_output_or_metrics_is_named_and_the_run_saved(tmp_path, monkeypatch, full):
+    class Output(io.StringIO):
+        def write(self, text):
+            if full == "standard output" and text.startswith("step 3/"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(text)
+
+    class Metrics(MetricsFile):
+        def step(self, row):
+            if full == "metrics.jsonl" and row["step"] == 3:
+                self._file = open("/dev/full", "a")  # noqa: SIM115
+            super().step(row)
+
+    monkeypatch.setattr(sys, "stdout", Output())
+    monkeypatch.setattr("jaxpar.run.metrics.MetricsFile", Metrics)
+    with pytest.raises(jaxpar.HookError, match=rf"{full}: No space left on device"):
+        fit(tmp_path, "runner.max_steps=30", *RUN)
+    assert (tmp_path / "quickstart/checkpoints/global_step_4/manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_a_damaged_token_cache_anew_together(tmp_path, cached):
+    run = [*SMALL, *layout("dp4"), "runner.max_steps=3"]
+
+    def outputs():
+        processes = start_two(tmp_path, *run, **cached)
+        found = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], found
+        return found
+
+    assert "written anew" not in outputs()[0]
+    before = losses(tmp_path)
+    (tokens,) = tmp_path.glob("token_cache/*/tokens")
+    tokens.write_bytes(b"\xff" * tokens.stat().st_size)  # ids beyond the vocabulary
+    assert outputs()[0].count("is damaged and is written anew") == 1
+    assert losses(tmp_path) == before
 
 
 @pytest.mark.slow

@@ -446,7 +446,7 @@ def test_a_users_own_model_has_its_own_recompute_modules():
             "lora_target_modules: q_prj is unknown (did you mean q_proj?): choose one of q_proj,",
         ),
         ({"lora_target_modules": []}, "lora_target_modules: [] names nothing: choose one of q_proj,"),
-        ({"lora_path": "nowhere"}, "lora_path: nowhere/adapter_config.json: cannot be read: FileNotFoundError"),
+        ({"lora_path": "nowhere"}, "lora_path: nowhere/adapter_config.json: no such file: give a folder"),
     ],
 )
 def test_wrong_settings_of_lora(settings, expected):
@@ -683,7 +683,9 @@ def test_reinforcement_learning_file(tmp_path):
     assert config.actor.model.precision == "bf16"
     assert config.actor.optim.lr == 2e-5
     assert config.actor.tokenizer.tokenizer_model == "/models/some"
-    note, algorithm, dynamic = config.notes
+    note, algorithm, validation, scale, dynamic = config.notes
+    assert scale == "actor.optim: loss_scale has no effect with actor.model.precision bf16"
+    assert validation == "data.val_data_paths has no effect without runner.val_check_interval"
     assert "max_tokens_per_mbs * context_parallel_size = 8192 tokens" in dynamic
     assert "loss_agg_func" in algorithm and "have no effect with loss_type cross_entropy" in algorithm
     for name in ("rollout", "component_placement", "apply_rope_fusion", "ckpt_convertor"):

@@ -18,8 +18,8 @@ from jaxpar.data import (
     dynamic_loader,
     load_tokenizer,
 )
+from jaxpar.data.cache import token_cache
 from jaxpar.data.dynamic import plan_rows, row_counts
-from jaxpar.data.packing import token_cache
 
 COST = DocumentCost(per_token=6 * 8.0e9, per_pair=6.0 * 32 * 4096)  # that of Llama-3-8B
 BUDGET = 1000

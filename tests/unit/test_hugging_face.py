@@ -278,10 +278,19 @@ def test_folders_without_readable_weights(tmp_path: Path) -> None:
     assert load_problems(tmp_path, architecture())[0].startswith(
         where + "FOLDER/lost.safetensors cannot be read: FileNotFoundError"
     )
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    assert load_problems(tmp_path, architecture())[0].startswith(
-        where + "FOLDER/model.safetensors.index.json cannot be read: KeyError"
-    )
+    index = "FOLDER/model.safetensors.index.json"
+    for text, problem in {
+        "{}": ": weight_map: None, expected the file of each tensor",
+        '{"weight_map": ["a"]}': ": weight_map: ['a'], expected the file of each tensor",
+        '{"weight_map": {"a": 5}}': ": weight_map: 5 is no file in this folder",
+        '{"weight_map": {"a": "x\\u0000"}}': ": weight_map: 'x\\x00' is no file in this folder",
+        '{"weight_map": {"a": "../other"}}': ": weight_map: '../other' is no file in this folder",
+        "[]": " cannot be read: it holds no object: []",
+        "[" * 100_000: " cannot be read: it is nested too deep",
+        "{": " cannot be read: ",
+    }.items():
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        assert load_problems(tmp_path, architecture())[0].startswith(where + index + problem)
     (tmp_path / "model.safetensors").write_bytes(b"torn")
     assert load_problems(tmp_path, architecture())[0].startswith(
         where + "FOLDER/model.safetensors cannot be read: SafetensorError"
