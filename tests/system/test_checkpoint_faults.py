@@ -173,6 +173,9 @@ def test_a_resume_is_of_the_same_data(tmp_path):
     assert re.fullmatch(r"1 files, 5,200 bytes, modified 20\S+Z, \w{12}", run["data"]["files"])
     assert run["data"]["tokens"].startswith("5,201 tokens, 1 documents, ")
     assert run["architecture"]["rope_theta"] == 10000.0 and len(run["code"]) == 12
+    text.write_text("Now is better than newer. " * 200)  # as long as before
+    with pytest.raises(jaxpar.ConfigError, match=r"data: 5,201 tokens.*was written with 5,201 tokens"):
+        fit(tmp_path, "runner.max_steps=3", *more)
     text.write_text("Although never is often better than right now. " * 200)
     with pytest.raises(jaxpar.ConfigError, match=r"data: 9,401 tokens.*was written with 5,201 tokens.*resume_changes"):
         fit(tmp_path, "runner.max_steps=3", *more)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import QUICKSTART, SMALL, layout, metrics, start
+from runs import QUICKSTART, SMALL, layout, metrics, start, start_two
 from test_faults import read_until
 
 import jaxpar
@@ -141,3 +141,14 @@ def test_two_starts_of_one_command(tmp_path):
     steps = [row["step"] for row in metrics(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
     assert not (tmp_path / "quickstart" / FILE).exists()
+
+
+@pytest.mark.slow
+def test_two_processes_wait_for_a_sign_of_life(tmp_path):
+    """Longer than the 30 s after which Gloo gives up a run's first collective."""
+    (tmp_path / "quickstart").mkdir()
+    other_machine(tmp_path / "quickstart")
+    processes = start_two(tmp_path, "runner.max_steps=2", *SMALL, *layout("two"))
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "waiting up to 60 s" in outputs[0] and "taken over from the run on host node7, pid 12" in outputs[0]
