@@ -1,5 +1,6 @@
 """The training loop: what happens when, in a run. No maths."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,10 @@ from jaxpar.data.loader import Batch
 from jaxpar.program import Program
 from jaxpar.run.datasets import open_evaluation, open_training_data
 from jaxpar.run.evaluation import EvalBatches
-from jaxpar.run.folder_lock import FolderLock
+from jaxpar.run.folder_lock import FolderLock, FolderLost
 from jaxpar.run.hooks import Hook, Hooks
 from jaxpar.run.metrics import metrics_writers
-from jaxpar.run.processes import highest, raise_together
+from jaxpar.run.processes import highest
 from jaxpar.run.profile import Profiler, Steps
 from jaxpar.run.progress import progress
 from jaxpar.run.replicas import ReplicaError, check_replicas
@@ -110,6 +111,10 @@ class TrainingRun:
             except (NonFiniteError, ReplicaError):
                 self.checkpoints.wait()  # let an earlier save finish
                 raise
+            except FolderLost:
+                with contextlib.suppress(ConfigError):
+                    self.checkpoints.wait()  # the other run waits until this one writes no more
+                raise
             finally:
                 self._source.close()
                 self._hooks.call("end")
@@ -132,11 +137,11 @@ class TrainingRun:
         self._error = self._error or error
 
     def _agree_to_stop(self, signal: int) -> bool:
-        """Whether any process must stop; the same in all of them. Raises ConfigError if the folder is lost."""
+        """Whether any process must stop; the same in all of them. Raises FolderLost."""
         failed, lost = jax.process_index() + 1 if self._error else 0, self._lock.problem()
         self._signal, stops, failed, any_lost = highest(signal, self._stops, failed, bool(lost))
         if any_lost:
-            raise ConfigError(lost or "process 0 stopped with an error: see its output")
+            raise FolderLost(lost or "process 0 stopped with an error: see its output")
         if failed and not self._error:
             self._error = ConfigError(f"process {failed - 1} ended the run with an error: see its output")
         return bool(self._signal or stops or failed)
@@ -204,7 +209,7 @@ class TrainingRun:
     def _save(self) -> None:
         self._log.flush()  # before saving, so that metrics.jsonl never lacks a step that a checkpoint has
         self._watchdog.enter(self.step, "saving")
-        raise_together([lost] if (lost := self._lock.problem()) else [])
+        self._agree_to_stop(self._signal)  # which also asks whether the folder is still there
         position = position_to_save(self._position)
         if folder := self.checkpoints.save(self.step, self._state.get(), position, self._val_loss):
             self._hooks.call("save", self.step, folder)

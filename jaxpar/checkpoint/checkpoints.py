@@ -86,7 +86,11 @@ class Checkpoints:
                 self._val_losses[step] = val_loss
             self._handler.manifest = build_manifest(self._config, step, state, position, val_loss, self._described)
             chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
-            manager.save(step, args=ocp.args.Composite(state=StateSave(state, save_args=chunks)))
+            if not manager.save(step, args=ocp.args.Composite(state=StateSave(state, save_args=chunks))):
+                raise CheckpointError(
+                    f"{self.folder} holds step {manager.latest_step()}, so that step {step} cannot be saved: something else writes "
+                    f"there"
+                )
         self._saved = self.folder / f"{PREFIX}_{step}"
         return self._saved
 

@@ -21,7 +21,12 @@ from jaxpar.run.processes import decide_on_process_0
 FILE = "run.lock"
 BEAT = 5.0  # seconds between two heartbeats
 STALE = 60.0  # seconds without a heartbeat after which a holder on another machine counts as dead
+LEAVE = 600.0  # seconds that a run which lost the folder may take to end, at its next step
 _BYTES = 512  # of the file, always, so that a heartbeat needs no room on a full disk
+
+
+class FolderLost(ConfigError):
+    """Another run has taken the folder, or it is gone: this run must write nothing more."""
 
 
 class FolderLock:
@@ -29,7 +34,7 @@ class FolderLock:
 
     Args:
       folder: the experiment's; created if missing.
-      take_over: take it from a run that seems to live. That run ends at its next step, without saving.
+      take_over: take it from a run that lives. That run ends at its next step, without saving, and is waited for.
 
     Raises:
       ConfigError: on entering: another run has it, or the folder cannot be written.
@@ -37,7 +42,10 @@ class FolderLock:
 
     def __init__(self, folder: Path, *, take_over: bool = False):
         self._folder, self._take_over = folder.absolute(), take_over
-        self._path = self._folder / FILE
+        self._path, self._taken = (
+            self._folder / FILE,
+            self._folder / f"{FILE}.taken",
+        )  # the latter: of a run that must end
         self._file = -1  # its descriptor: open as long as this run has the lock
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="folder lock", daemon=True)
@@ -50,17 +58,22 @@ class FolderLock:
         }
 
     def __enter__(self) -> "FolderLock":
-        decide_on_process_0(self._acquire)
-        if self._file >= 0:
-            self._thread.start()
+        try:
+            decide_on_process_0(self._acquire)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self._file >= 0:
             self._stop.set()
-            self._thread.join()
-            if not self.problem():
-                self._path.unlink(missing_ok=True)
+            if self._thread.ident:  # it was started
+                self._thread.join()
+            for path in (self._path, self._taken):
+                with contextlib.suppress(OSError):
+                    if os.path.samestat(path.stat(), os.fstat(self._file)):
+                        path.unlink()
             os.close(self._file)
             self._file = -1
 
@@ -71,7 +84,7 @@ class FolderLock:
         try:
             if os.path.samestat(self._path.stat(), os.fstat(self._file)):
                 return ""
-            return f"{self._folder} was taken over by {_name(self._read())}: this run ends without saving"
+            return f"{self._folder} was taken over by {_name(_read(self._path))}: this run ends without saving"
         except (FileNotFoundError, NotADirectoryError):
             return (
                 f"{self._folder} was moved, deleted or replaced, or its {FILE} was removed: this run ends without saving: put "
@@ -84,12 +97,16 @@ class FolderLock:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             while not self._create():
-                holder = self._read()
-                if not self._take_over:
-                    self._wait_until_dead(holder)
-                if holder == self._read():
+                holder = _read(self._path)
+                if self._take_over:
+                    os.replace(self._path, self._taken)  # the other run sees that, and removes it when it has ended
+                elif self._lives(self._path, holder):
+                    raise self._busy(_read(self._path) or holder)
+                elif holder == _read(self._path):
                     print(f"note: {self._folder}: taken over from {_name(holder)}", file=sys.stderr, flush=True)
                     self._path.unlink(missing_ok=True)
+            self._thread.start()
+            self._wait_for_end()
         except OSError as error:
             raise ConfigError(
                 f"{error.filename or self._path}: {error.strerror}: a run must be able to write its folder: see runner.output_dir"
@@ -101,35 +118,42 @@ class FolderLock:
             self._write()
         return self._file >= 0
 
-    def _wait_until_dead(self, holder: bytes) -> None:
-        """Returns when the holder is dead or has left. Raises ConfigError as soon as it shows that it lives."""
+    def _lives(self, path: Path, holder: bytes) -> bool:
+        """Whether the holder lives. It has no file when it has ended."""
         known = _fields(holder)
         if known.get("machine") == self._own["machine"] is not None:
-            if _ticks(known["pid"]) == known["ticks"]:
-                raise self._busy(holder)
-            return
+            return _ticks(known["pid"]) == known["ticks"]
         if holder:
             words = f"{_name(holder)} has {self._folder}: waiting up to {STALE:.0f} s for a sign of life"
             print(f"note: {words}", file=sys.stderr, flush=True)
         end = time.monotonic() + STALE
         while time.monotonic() < end:
             time.sleep(BEAT / 5)
-            if (now := self._read()) != holder:
-                if now:
-                    raise self._busy(now)
-                return
+            if (now := _read(path)) != holder:
+                return bool(now)
+        return False
+
+    def _wait_for_end(self) -> None:
+        """Returns when the run from which the folder was taken writes no more."""
+        end, holder = time.monotonic() + LEAVE, _read(self._taken)
+        if holder:
+            print(
+                f"note: {self._folder}: taken over from {_name(holder)}: waiting for its end",
+                file=sys.stderr,
+                flush=True,
+            )
+        while holder and self._lives(self._taken, holder):
+            if time.monotonic() > end:
+                raise ConfigError(f"{self._folder}: {_name(holder)} has not ended in {LEAVE:.0f} s: end it by hand")
+            time.sleep(BEAT / 5)
+            holder = _read(self._taken)
+        self._taken.unlink(missing_ok=True)
 
     def _busy(self, holder: bytes) -> ConfigError:
         return ConfigError(
             f"{self._folder} belongs to {_name(holder)}: stop that run, set another runner.experiment_name, or, if it must end, "
             f"take the folder from it with --take-over"
         )
-
-    def _read(self) -> bytes:
-        try:
-            return self._path.read_bytes()
-        except FileNotFoundError:
-            return b""
 
     def _write(self) -> None:
         text = json.dumps({**self._own, "heartbeat": _now()})
@@ -140,6 +164,13 @@ class FolderLock:
         while not self._stop.wait(BEAT):
             with contextlib.suppress(OSError):  # if it lasts, another run may take over, and `problem` says so
                 self._write()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def _fields(holder: bytes) -> dict[str, Any]:

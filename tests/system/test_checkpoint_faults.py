@@ -158,6 +158,11 @@ def test_what_was_saved_is_there(copy):
             saved.wait()
 
 
+def test_a_save_that_orbax_would_leave_out_is_an_error(copy):
+    with pytest.raises(CheckpointError, match="holds step 4, so that step 3 cannot be saved"):
+        checkpoints(copy).save(3, state(3), POSITION)
+
+
 def test_a_copy_is_read(copy):
     saved = checkpoints(copy)
     assert (restore(saved, saved.find()[0])["params"] == state(4)["params"]).all()

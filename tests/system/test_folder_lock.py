@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -88,13 +89,18 @@ def test_another_machine_is_watched_for_heartbeats_whatever_its_clock_says(tmp_p
             other.__enter__()
 
 
-def test_take_over_ends_the_other_run_and_not_this_one(tmp_path):
+def test_take_over_waits_until_the_other_run_has_ended(tmp_path):
     with FolderLock(tmp_path) as first:
-        with FolderLock(tmp_path, take_over=True) as second:
-            assert f"taken over by the run on host {folder_lock.socket.gethostname()}" in first.problem()
-            time.sleep(0.2)  # the first one's heartbeats do not reach the second's file
-            assert not second.problem()
-        assert "moved, deleted or replaced" in first.problem()
+        taker = threading.Thread(target=lambda: entered.append(FolderLock(tmp_path, take_over=True).__enter__()))
+        entered = []
+        taker.start()
+        time.sleep(0.3)  # some of its heartbeats, which do not reach the second's file
+        assert f"taken over by the run on host {folder_lock.socket.gethostname()}" in first.problem()
+        assert not entered
+    taker.join(5)
+    assert entered and not entered[0].problem()
+    entered[0].__exit__()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("harm", ["moved", "deleted", "replaced"])
