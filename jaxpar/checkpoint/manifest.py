@@ -6,13 +6,11 @@ incomplete, from a complete one; the checksums reveal flipped bits.
 """
 
 import json
-import platform
 import re
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import jax
 
 from jaxpar.checkpoint.reading import CheckpointError, patiently
 from jaxpar.config import Config, ConfigError
+from jaxpar.run.agreement import versions
 
 PREFIX = "global_step"
 MANIFEST, CHECKSUMS = "manifest.json", "checksums.json"
@@ -60,12 +59,6 @@ def build_manifest(
         "config": config.model_dump(),
         "run": dict(described),
     }
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that compute."""
-    packages = ("jaxpar", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

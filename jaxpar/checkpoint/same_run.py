@@ -12,10 +12,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from jaxpar.checkpoint.manifest import named_leaves, versions
+from jaxpar.checkpoint.manifest import named_leaves
 from jaxpar.config import Config
 from jaxpar.config.architecture import Architecture
 from jaxpar.config.keys import ArchitectureFields
+from jaxpar.run.agreement import flat, versions
 
 # Patterns of settings that change where, when and how fast, or that people turn between two starts of one run.
 HARMLESS = (
@@ -66,8 +67,8 @@ def compare(path: Path, manifest: Mapping[str, Any], config: Config, own: Descri
       (notes, problems): lines about what is harmless or allowed, and about what is neither.
     """
     stored = manifest.get("run", {})
-    before = _facts(manifest["config"], stored, other=own) | _flat("versions", manifest["versions"])
-    after = _facts(_plain(config.model_dump()), own, other=stored) | _flat("versions", versions())
+    before = _facts(manifest["config"], stored, other=own) | flat(manifest["versions"], "versions")
+    after = _facts(_plain(config.model_dump()), own, other=stored) | flat(versions(), "versions")
     defaults = _facts(
         _plain(Config().model_dump()), {}, other={}
     )  # of settings that the checkpoint's jaxpar did not have
@@ -140,28 +141,18 @@ def tree_problems(path: Path, manifest: Mapping[str, Any], target: Any) -> list[
 
 def _facts(settings: Mapping[str, Any], own: Described, other: Described) -> dict[str, Any]:
     """Name → value of all that is compared; what only one of the two runs can tell is left out."""
-    facts, left_out = _flat("", settings), list(_ELSEWHERE)
+    facts, left_out = flat(settings), list(_ELSEWHERE)
     if (architecture := own.get("architecture")) and other.get("architecture"):
         left_out += [f"actor.model.{name}*" for name in _OF_ARCHITECTURE]
     facts = {name: value for name, value in facts.items() if not any(fnmatch(name, pattern) for pattern in left_out)}
     if architecture and other.get("architecture"):
-        facts |= _flat("actor.model", architecture)
+        facts |= flat(architecture, "actor.model")
     if (data := own.get("data")) and other.get("data"):
         facts |= {"data": data.get("tokens"), "data files": data.get("files")}
         facts["actor.tokenizer.tokenizer_model"] = data.get("tokenizer")
     else:
         facts = {name: value for name, value in facts.items() if name not in _OF_DATA}
     return facts | ({"code": own.get("code")} if own and other else {})
-
-
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {
-        name: leaf
-        for key, below in value.items()
-        for name, leaf in _flat(f"{prefix}.{key}" if prefix else key, below).items()
-    }
 
 
 def _plain(value: Any) -> Any:

@@ -70,12 +70,27 @@ def given_to_this_process(config: Config) -> dict[str, Any]:
     variables = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
     found = {name: value for name, value in variables.items() if name not in OWN_VARIABLES}
-    found |= {"XLA_FLAGS": " ".join(sorted(flags)), "Python": platform.python_version()}
-    found |= {f"version of {name}": metadata.version(name) for name in PACKAGES}
+    found |= {"XLA_FLAGS": " ".join(sorted(flags))}
+    found |= {f"version of {name}": version for name, version in versions().items()}
     for path in (*config.data.train_data_paths, *config.data.val_data_paths, *_other_files(config)):
         for file in sorted(glob.glob(path)) or [path]:
             found[f"file {file}"] = _size(Path(file).expanduser())
-    return {**found, **_flat("", config.model_dump(mode="json"))}
+    return {**found, **flat(config.model_dump(mode="json"))}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that compute."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of dicts → {path with dots: leaf}. An empty dict is a leaf."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, below in value.items():
+        found |= flat(below, f"{prefix}.{key}" if prefix else key)
+    return found
 
 
 def _other_files(config: Config) -> list[str]:
@@ -92,15 +107,6 @@ def _size(path: Path) -> str:
         return f"{len(sizes)} files of {sum(sizes)} bytes"
     except OSError as error:
         return os.strerror(error.errno or 0)
-
-
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, below in value.items():
-        found |= _flat(f"{prefix}.{key}" if prefix else key, below)
-    return found
 
 
 def _differences(given: Mapping[int, Mapping[str, Any]]) -> list[str]:

@@ -105,7 +105,7 @@ def test_a_name_that_has_not_changed_is_said():
 def test_each_pattern_is_of_a_setting():
     from fnmatch import fnmatch
 
-    from jaxpar.checkpoint.same_run import _flat
+    from jaxpar.run.agreement import flat
 
-    names = {*_flat("", jaxpar.Config().model_dump()), "code", "data files", "versions.jax", "cluster.xla_flags"}
+    names = {*flat(jaxpar.Config().model_dump()), "code", "data files", "versions.jax", "cluster.xla_flags"}
     assert not [p for p in HARMLESS if not any(fnmatch(name, p) for name in names)]
