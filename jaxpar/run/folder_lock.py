@@ -46,6 +46,7 @@ class FolderLock:
             self._folder / FILE,
             self._folder / f"{FILE}.taken",
         )  # the latter: of a run that must end
+        self._made = False  # the folder, by this run
         self._file = -1  # its descriptor: open as long as this run has the lock
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="folder lock", daemon=True)
@@ -74,6 +75,9 @@ class FolderLock:
                 with contextlib.suppress(OSError):
                     if os.path.samestat(path.stat(), os.fstat(self._file)):
                         path.unlink()
+            if self._made:
+                with contextlib.suppress(OSError):  # a run that has written nothing leaves no folder
+                    self._folder.rmdir()
             os.close(self._file)
             self._file = -1
 
@@ -95,6 +99,7 @@ class FolderLock:
 
     def _acquire(self) -> None:
         try:
+            self._made = not self._folder.exists()
             self._folder.mkdir(parents=True, exist_ok=True)
             while not self._create():
                 holder = _read(self._path)

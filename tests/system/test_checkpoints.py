@@ -197,7 +197,7 @@ path, save = sys.argv[1], sys.argv[2] == "save"
 config = jaxpar.load_config("{config}", [f"runner.output_dir={{path}}", "runner.resume_dir=auto", *sys.argv[3:]])
 trainer, checkpoints = jaxpar.Trainer(config), Checkpoints(config)
 if save:
-    checkpoints.save(1, trainer.state, {"batch": 0})
+    checkpoints.save(1, dict(trainer.state, step=trainer.state["step"] + 1), dict(batch=0))
     checkpoints.wait()
     sys.exit()
 found, _ = checkpoints.find()
