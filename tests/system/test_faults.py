@@ -229,8 +229,11 @@ def test_a_process_that_waits_for_its_data_ends_both(tmp_path, cached):
 
 @pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
-    """The learning rate moves the parameters so far that all later gradients are NaN."""
-    wild = ["actor.optim.lr=1e30", "actor.lr_sched.min_lr=0", "runner.max_skipped_steps=3", "runner.save_interval=1"]
+    """Weight decay moves the parameters so far that all later gradients are NaN."""
+    wild = [
+        "actor.optim.lr=1000", "actor.optim.weight_decay=1e30", "actor.lr_sched.min_lr=0", "runner.max_skipped_steps=3",
+        "runner.save_interval=1",
+    ]  # fmt: skip
     with pytest.raises(NonFiniteError, match=r"the last 3 steps \(\d+ to \d+\)"):
         fit(tmp_path, "runner.max_steps=20", *RUN, *wild)
     rows = metrics(tmp_path)
