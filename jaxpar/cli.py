@@ -65,12 +65,17 @@ def train(
     # jax takes seconds to load, so a mistake in the config is reported before that.
     from jaxpar.run import runtime
     from jaxpar.run.profile import Steps
+    from jaxpar.run.watchdog import Watchdog
     from jaxpar.trainer import Interrupted, NonFiniteError, ReplicaError, Trainer
 
     steps = Steps.parse(profile) if profile is not None else None
+    built = None
     if model is not None:  # its module may ask jax for devices, which is too early before this
         runtime.start(config)
-    trainer = Trainer(config, user_model(model, config))
+        with Watchdog(config.runner.stall_timeout) as watchdog:  # a mistake in it on one process ends all
+            watchdog.enter(0, "importing the model")
+            built = user_model(model, config)
+    trainer = Trainer(config, built)
     _print_head(trainer, config_notes(config, model) + trainer.warnings)
     try:
         trainer.fit(profile=steps, take_over=take_over)

@@ -164,7 +164,7 @@ class TrainingRun:
             return next(self._source)
         except StopIteration:
             self.stop("its batches have ended")
-        except Exception as error:
+        except Exception as error:  # whatever a user's iterator raises: the run is saved before it ends
             self._fail(error)
         return None
 

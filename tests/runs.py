@@ -1,12 +1,14 @@
 """Small training runs of the quickstart: in this process, and as processes of their own."""
 
 import functools
+import itertools
 import json
 import os
 import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -80,22 +82,39 @@ def environment(**more: str) -> dict[str, str]:
 
 def start(folder: Path, *overrides: str, **variables: str) -> subprocess.Popen:
     """Starts `jaxpar train` in a process of its own. Its `stdout` is text and includes the errors."""
-    return subprocess.Popen(
-        [JAXPAR, "train", QUICKSTART, f"runner.output_dir={folder}", *overrides],
-        env=environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return start_command(train_command(folder, *overrides), **variables)
 
 
 def start_two(folder: Path, *overrides: str, **variables: str) -> list[subprocess.Popen]:
     """Starts one run as two processes, with ranks 0 and 1."""
+    return start_ranks([train_command(folder, *overrides)] * 2, **variables)
+
+
+def start_ranks(
+    commands: Sequence[list],
+    folders: Sequence[Path | None] = (),
+    own: Sequence[dict[str, str]] = (),
+    **variables: str,
+) -> list[subprocess.Popen]:
+    """Starts one run as several processes, each with a command of its own, and if given a working folder and variables."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    place = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
-    return [start(folder, *overrides, JAX_PROCESS_ID=str(rank), **place, **variables) for rank in range(2)]
+        address = f"localhost:{free.getsockname()[1]}"
+    place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(commands)), **variables}
+    ranks = itertools.zip_longest(commands, folders, own)
+    return [
+        start_command(command, folder, **place, JAX_PROCESS_ID=str(rank), **(more or {}))
+        for rank, (command, folder, more) in enumerate(ranks)
+    ]
+
+
+def train_command(folder: Path, *overrides: str) -> list:
+    return [JAXPAR, "train", QUICKSTART, f"runner.output_dir={folder}", *overrides]
+
+
+def start_command(command: list, folder: Path | None = None, **variables: str) -> subprocess.Popen:
+    env = environment(**variables)
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @functools.cache

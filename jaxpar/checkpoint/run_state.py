@@ -37,6 +37,7 @@ class RunState:
     def __init__(self, program: Program, params: Source | None = None, *, replace_stored: bool = False):
         self._program, self._config = program, program.blueprint.config
         self._state: State | None = None
+        self._gone = False  # whether `params` were given and are no longer kept
         self.restored: Path | None = None
         blueprint, path = program.blueprint, self._config.actor.model.model_path
         stored = path if blueprint.architecture and path and has_weights(path) else None
@@ -105,7 +106,12 @@ class RunState:
         return self._state
 
     def reference(self, dtype: Any) -> Params:
-        """Another copy of the weights of step 0. Raises ConfigError as `start`."""
+        """Another copy of the weights of step 0. Raises ConfigError as `start`, or if they were given and are gone."""
+        if self._gone:
+            raise ConfigError(
+                "reference_params: the weights that were given are gone, because training has begun and a second copy of them would "
+                "take memory: ask for the reference before fit"
+            )
         blueprint, shardings = self._program.blueprint, self._program.state_shardings["params"]
 
         def cast(given: Params) -> Params:
@@ -146,6 +152,7 @@ class RunState:
                 more = "training starts anew: to continue from it, set runner.resume_dir"
                 notes = [*notes, f"{self.restored} was restored, but {more}"]
             self.start()
+        self._gone = self._gone or self._initial.given is not None
         self._initial.given = None  # so that a second copy of the model does not stay in memory
         return position, notes
 

@@ -34,12 +34,8 @@ _ELSEWHERE = (
     "runner.output_dir", "runner.experiment_name", "runner.resume_dir", "runner.resume_changes", "actor.model.seq_length",
     "actor.global_batch_size", "runner.enable_dynamic_batch_size", "data.train_data_paths", "actor.tokenizer.*",
 )  # fmt: skip
-_OF_DATA = (
-    "data.seed",
-    "data.shuffle",
-    "data.text_key",
-    "data.reset_attention_mask",
-)  # without effect on given batches
+# Without effect on given batches.
+_OF_DATA = ("data.seed", "data.shuffle", "data.text_key", "data.reset_attention_mask")
 _OF_ARCHITECTURE = (
     *ArchitectureFields.model_fields, "model_path", "model_type", "activation", "normalization", "position_embedding_type",
     "add_bias_linear", "add_qkv_bias", "qk_layernorm", "multi_latent_attention",
@@ -69,9 +65,8 @@ def compare(path: Path, manifest: Mapping[str, Any], config: Config, own: Descri
     stored = manifest.get("run", {})
     before = _facts(manifest["config"], stored, other=own) | flat(manifest["versions"], "versions")
     after = _facts(_plain(config.model_dump()), own, other=stored) | flat(versions(), "versions")
-    defaults = _facts(
-        _plain(Config().model_dump()), {}, other={}
-    )  # of settings that the checkpoint's jaxpar did not have
+    # Of settings that the checkpoint's jaxpar did not have.
+    defaults = _facts(_plain(Config().model_dump()), {}, other={})
     changed = {
         name: (before.get(name, defaults.get(name)), after[name])
         for name in after

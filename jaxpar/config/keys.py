@@ -229,11 +229,14 @@ class Tokenizer(Section):
 
 LossAggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 KlPenalty = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
-# The keys that jaxpar.Actor reads.
-ROLLOUTS = (
-    "adv_type", "group_size", "n_minibatches", "shuffle_rollout", "recompute_logprobs", "normalize_advantages", "gamma",
-    "gae_lambda", "reinpp_kl_beta", "use_reinpp_baseline",
-)  # fmt: skip
+# adv_type → the keys of `algorithm` that these advantages read, and those that jaxpar.Actor reads with any of them
+ADVANTAGES: dict[str, tuple[str, ...]] = {
+    "grpo": ("group_size",),
+    "gae": ("normalize_advantages", "gamma", "gae_lambda"),
+    "reinpp": ("group_size", "reinpp_kl_beta", "use_reinpp_baseline"),
+    "raw": ("normalize_advantages",),
+}
+ROLLOUTS = ("adv_type", "n_minibatches", "shuffle_rollout", "recompute_logprobs")
 # loss_type → the keys of `algorithm` that it reads
 LOSS_TYPES: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("z_loss", "label_smoothing"),
@@ -243,6 +246,7 @@ LOSS_TYPES: dict[str, tuple[str, ...]] = {
     "actor": (
         "loss_agg_func", "ratio_clip_eps", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "clip_log_ratio_min",
         "clip_log_ratio_max", "kl_beta", "kl_penalty_type", "calculate_entropy", "entropy_bonus", "sampling_params", *ROLLOUTS,
+        *dict.fromkeys(key for keys in ADVANTAGES.values() for key in keys),
     ),
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from jaxpar.config.keys import LOSS_TYPES, Algorithm, Data, Model, Optim, Runner, Section
+from jaxpar.config.keys import ADVANTAGES, LOSS_TYPES, Algorithm, Data, Model, Optim, Runner, Section
 from jaxpar.config.lora import lora_note
 
 LOSS_SCALE = ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
@@ -17,6 +17,9 @@ def without_effect(runner: Runner, data: Data, algorithm: Algorithm, model: Mode
     given = algorithm.model_fields_set
     if unused := sorted(given - {"loss_type", *LOSS_TYPES.get(algorithm.loss_type, given)}):
         yield f"algorithm: {', '.join(unused)} have no effect with loss_type {algorithm.loss_type}"
+    elif algorithm.loss_type == "actor" and (known := ADVANTAGES.get(algorithm.adv_type)):
+        others = {key for keys in ADVANTAGES.values() for key in keys} - set(known)
+        yield from _unread(algorithm, "algorithm", tuple(sorted(others)), f"with adv_type {algorithm.adv_type}")
     if not data.val_data_paths:
         validation = ("val_check_interval", "limit_val_batches", "keep_best_checkpoint")
         yield from _unread(runner, "runner", validation, "without data.val_data_paths or eval_batches")

@@ -6,8 +6,9 @@ from jaxpar.config import Architecture
 def model_flops_per_token(
     architecture: Architecture, num_params: int, seq_length: int, *, num_frozen: int = 0
 ) -> float:
-    """FLOPs that a training step needs for one token: 6 for each parameter of a matrix product (4 if it is frozen: gradients pass
-    through it, but it has none), and for attention 6 * layers * heads * head_dim * seq, the causal half (half of Chowdhery et al., 2022, arXiv:2204.02311, appendix B)."""
+    """FLOPs that a training step needs for one token: 6 for each parameter of a matrix product (4 if it is frozen: gradients
+    pass through it, but it has none), and for attention 6 * layers * heads * head_dim * seq, the causal half (half of
+    Chowdhery et al., 2022, arXiv:2204.02311, appendix B)."""
     per_token, per_pair = flops_coefficients(architecture, num_params, num_frozen=num_frozen)
     return per_token + per_pair * min(seq_length, architecture.sliding_window or seq_length)
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 
 from jaxpar.config import ConfigError
 from jaxpar.config.errors import did_you_mean, one_of
+from jaxpar.config.keys import ADVANTAGES as KEYS
 from jaxpar.config.keys import Algorithm
 
 
@@ -92,6 +93,7 @@ ADVANTAGES: dict[str, Callable[[Answers, Algorithm], np.ndarray]] = {
     "reinpp": reinpp,
     "raw": raw,
 }
+assert ADVANTAGES.keys() == KEYS.keys()
 
 
 def advantages_of(answers: Answers, algorithm: Algorithm) -> Float[np.ndarray, "rollouts answer"]:

@@ -24,7 +24,7 @@ PACKAGES = ("jaxpar", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "num
 # A process's own: who and where it is, and where it may write.
 OWN_VARIABLES = (
     "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_LOCAL_DEVICE_IDS",
-    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_COMPILATION_CACHE_DIR", "JAX_CUDA_VISIBLE_DEVICES", "JAX_ROCM_VISIBLE_DEVICES", "JAX_DUMP_IR_TO",
 )  # fmt: skip
 MOST_LINES = 12
 _rounds = itertools.count()

@@ -42,10 +42,8 @@ class FolderLock:
 
     def __init__(self, folder: Path, *, take_over: bool = False):
         self._folder, self._take_over = folder.absolute(), take_over
-        self._path, self._taken = (
-            self._folder / FILE,
-            self._folder / f"{FILE}.taken",
-        )  # the latter: of a run that must end
+        self._path = self._folder / FILE
+        self._taken = self._folder / f"{FILE}.taken"  # of a run that must end
         self._made = False  # the folder, by this run
         self._file = -1  # its descriptor: open as long as this run has the lock
         self._stop = threading.Event()

@@ -119,6 +119,6 @@ class Hooks:
                 self._run.stop(f"{type(hook).__name__} asks for it")
         except ConfigError as error:
             return error
-        except Exception as error:
+        except Exception as error:  # whatever a user's hook raises
             return HookError(hook, method, error)
         return None

@@ -95,13 +95,11 @@ class _UserSource:
     notes: Sequence[str] = ()
     fingerprint: Mapping[str, Any] | None = None
     num_batches: int | None = None
+    _next: Callable[[], Any]  # the user's next batch
 
     def __init__(self, layout: BatchLayout):
         self._layout, self._read = layout, 0
         self.figures: Mapping[str, float] = {}
-
-    def _next(self) -> Any:
-        raise NotImplementedError
 
     def __next__(self) -> Batch:
         batch = self._next()
@@ -188,7 +186,7 @@ class StatefulIterator(PlainIterator):
         is_bytes = isinstance(own, dict) and list(own) == ["bytes"]
         try:
             self._iterator.set_state(bytes.fromhex(own["bytes"]) if is_bytes else own)
-        except Exception as error:
+        except Exception as error:  # whatever a user's iterator raises
             raise ConfigError(f"batches: set_state does not take the position in the checkpoint: {error}") from error
         self._read = state["batch"]
 

@@ -1,12 +1,10 @@
 """Processes that were given different runs, or of which one finds a mistake."""
 
 import re
-import socket
-import subprocess
 import time
 
 import pytest
-from runs import JAXPAR, QUICKSTART, ROOT, SMALL, environment, layout
+from runs import QUICKSTART, SMALL, layout, start_ranks, train_command
 
 import jaxpar
 from jaxpar.run.agreement import _differences, given_to_this_process
@@ -14,27 +12,10 @@ from jaxpar.run.agreement import _differences, given_to_this_process
 RUN = [*SMALL, *layout("dp4"), "runner.max_steps=3", "actor.global_batch_size=8"]
 
 
-def run_two(folders, overrides, variables=None):
-    """Two processes of one run, each in a folder and with overrides of its own, the second also with variables.
-
-    Returns:
-      (exit codes, outputs, seconds).
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        place = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+def run_two(*args):
+    """(exit codes, outputs, seconds) of one run as two processes, see `start_ranks`."""
     began = time.monotonic()
-    processes = [
-        subprocess.Popen(
-            [JAXPAR, "train", QUICKSTART, *RUN, *overrides[rank]],
-            cwd=folders[rank],
-            env=environment(JAX_PROCESS_ID=str(rank), **place, **(variables or {} if rank else {})),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    processes = start_ranks(*args)
     outputs = [process.communicate(timeout=200)[0] for process in processes]
     return [process.returncode for process in processes], outputs, time.monotonic() - began
 
@@ -97,25 +78,35 @@ def test_every_difference_is_named():
     ],
 )  # fmt: skip
 def test_processes_with_different_runs_do_not_train(tmp_path, setting, variables, named):
-    out = f"runner.output_dir={tmp_path}"
-    codes, outputs, seconds = run_two([ROOT] * 2, [[out], [out, setting]], variables)
+    commands = [train_command(tmp_path, *RUN), train_command(tmp_path, *RUN, setting)]
+    codes, outputs, seconds = run_two(commands, (), ({}, variables))
     assert codes == [2, 2] and seconds < 60, (codes, outputs)
     for output in outputs:
         assert re.search(f"error: {named}", output) and "Traceback" not in output, output
         assert "step 1/" not in output
 
 
+def data_of(folder, is_wrong):
+    """A file that is wrong has the same size: only the process that opens it sees it."""
+    text = '{"text": "some words of text"}\n' * 400
+    (folder / "data.jsonl").write_text(text.replace('"text"', "'text'") if is_wrong else text)
+    return ["data.train_data_paths=[data.jsonl]"]
+
+
+def model_of(folder, is_wrong):
+    (folder / "mine.py").write_text("build = 5\n" if is_wrong else "from jaxpar.examples.gpt2 import build\n")
+    return ["--model", "mine.py:build"]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("given", "word"), [(data_of, "data.jsonl"), (model_of, "mine.py:build")])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_mistake_that_one_process_finds_ends_both(tmp_path, rank):
-    """A file whose content is wrong, of the same size: only one process sees it, when it opens the data."""
+def test_a_mistake_that_one_process_finds_ends_both(tmp_path, rank, given, word):
     folders = [tmp_path / "0", tmp_path / "1"]
-    for number, folder in enumerate(folders):
+    for folder in folders:
         folder.mkdir()
-        text = '{"text": "some words of text"}\n' * 400
-        (folder / "data.jsonl").write_text(text.replace('"text"', "'text'") if number == rank else text)
-    overrides = ["data.train_data_paths=[data.jsonl]", f"runner.output_dir={tmp_path / 'out'}"]
-    codes, outputs, seconds = run_two(folders, [overrides] * 2)
+    commands = [train_command(tmp_path / "out", *RUN, *given(folder, n == rank)) for n, folder in enumerate(folders)]
+    codes, outputs, seconds = run_two(commands, folders)
     assert codes == [2, 2] and seconds < 60, (codes, outputs)
-    assert re.search(r"error: .*data.jsonl", outputs[rank]), outputs
+    assert re.search(rf"error: .*{word}", outputs[rank]), outputs
     assert re.search(r"error: .*(process \d.* stopped|stopped with an error)", outputs[1 - rank]), outputs

@@ -1,8 +1,6 @@
 """Dynamic batches in whole runs: the same losses as with plain rows, resume, metrics, and documents too long to fit."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from runs import start_ranks
 from user_models import EMBED, GPT
 
 import jaxpar
@@ -155,19 +154,7 @@ def test_losses_on_dp2_pp2_cp2_are_those_of_plain_rows(tmp_path, data, plain):
 
 @pytest.mark.slow
 def test_each_of_two_processes_reads_the_rows_of_its_own_dp_rank(tmp_path, data, plain):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        meet = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
-    processes = [
-        subprocess.Popen(
-            command(tmp_path, data[0], *dynamic(pp=1, cp=1, dp=2)),
-            env={**os.environ, **meet, "JAX_PROCESS_ID": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    processes = start_ranks([command(tmp_path, data[0], *dynamic(pp=1, cp=1, dp=2))] * 2)
     output = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], output
     assert_same_as_plain(tmp_path, plain)

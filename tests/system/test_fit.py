@@ -2,15 +2,13 @@
 
 import functools
 import importlib.util
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import grain
 import numpy as np
 import pytest
-from runs import QUICKSTART, SMALL, assert_same_state, environment, layout, losses, metrics
+from runs import QUICKSTART, SMALL, assert_same_state, layout, losses, metrics, start_ranks
 from support import make_mesh, slow
 
 import jaxpar
@@ -342,20 +340,8 @@ except jaxpar.ConfigError as error:
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        meet = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
     script = TWO.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env=environment(**meet, JAX_PROCESS_ID=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    processes = start_ranks([[sys.executable, "-c", script]] * 2)
     output = [process.communicate(timeout=500)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], output
     assert len(losses(tmp_path / "own")) == 4 and losses(tmp_path / "own") == losses(tmp_path / "whole")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxpar.config import ConfigError
+from jaxpar.config import ConfigError, config_from_dict
 from jaxpar.config.keys import Algorithm
 from jaxpar.rl.advantages import Answers, advantages_of, check_algorithm
 from jaxpar.rl.rollouts import Rollout, check_rollouts
@@ -112,3 +112,11 @@ def test_groups_must_be_whole():
 def test_rollouts_that_are_wrong(rollout, problem):
     with pytest.raises(ConfigError, match=problem):
         check_rollouts([Rollout(range(9), 1, 0.0), rollout], 8)
+
+
+def test_settings_of_other_advantages_are_a_note():
+    settings = {"loss_type": "actor", "adv_type": "grpo", "group_size": 4, "normalize_advantages": True, "gamma": 0.9}
+    (note,) = [n for n in config_from_dict({"algorithm": settings}).notes if n.startswith("algorithm")]
+    assert note == "algorithm: gamma, normalize_advantages have no effect with adv_type grpo"
+    other = config_from_dict({"algorithm": {**settings, "adv_type": "gae"}}).notes
+    assert "algorithm: group_size has no effect with adv_type gae" in other
