@@ -71,7 +71,7 @@ def test_every_difference_is_named():
 @pytest.mark.parametrize(
     ("setting", "variables", "named"),
     [
-        ("actor.optim.lr=0.002", {}, r"actor\.optim\.lr differs .* 0\.001 on process 0, 0\.002 on process 1"),
+        ("actor.optim.lr=0.002", {}, r"actor\.optim\.lr differs .* 0\.003 on process 0, 0\.002 on process 1"),
         ("actor.model.num_hidden_layers=2", {}, r"actor\.model\.num_hidden_layers differs .* on process 0, 2 on process 1"),
         ("actor.seed=7", {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}, r"JAX_DEFAULT_MATMUL_PRECISION differs .* not given"),
         ("data.train_data_paths=[/no/such.jsonl]", {}, r"file /no/such.jsonl differs .* \"No such file or directory\" on process 1"),
@@ -84,6 +84,15 @@ def test_processes_with_different_runs_do_not_train(tmp_path, setting, variables
     for output in outputs:
         assert re.search(f"error: {named}", output) and "Traceback" not in output, output
         assert "step 1/" not in output
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_difference_between_two_processes(tmp_path, setting):
+    codes, outputs, seconds = run_two([train_command(tmp_path, *RUN), train_command(tmp_path, *RUN, setting)])
+    assert codes == [2, 2] and seconds < 60, (codes, outputs)
+    for output in outputs:
+        assert f"error: {setting.partition('=')[0]} differs" in output and "step 1/" not in output, output
 
 
 def data_of(folder, is_wrong):
