@@ -97,6 +97,7 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None, model: ModelName 
     xla.apply(config.cluster.xla_flags, config.cluster.deterministic)
     from jaxpar import display
     from jaxpar.blueprint import Blueprint
+    from jaxpar.config.checks import schedule_problems
     from jaxpar.pipeline.drawing import placement_line
     from jaxpar.run import runtime
 
@@ -112,7 +113,9 @@ def mesh(config_path: ConfigPath, overrides: Overrides = None, model: ModelName 
         print_notes(console, [f"no parameters are shown: {problem}" for problem in error.problems])
         return
     console.print(display.parameter_table(blueprint.param_layouts, blueprint.mesh_shape.shape))
-    if blueprint.placement.is_padded:
+    if problems := list(schedule_problems(config.actor.model, blueprint.model.num_layers)):
+        print_notes(console, [f"the layers are on no stages yet: {problem}" for problem in problems])
+    elif blueprint.placement.is_padded:
         console.print(placement_line(blueprint.placement), highlight=False)
 
 
