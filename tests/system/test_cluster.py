@@ -365,8 +365,8 @@ MPIRUN = {
 def test_where_a_process_stands(monkeypatch, variables, place, local_devices):
     called = []
     monkeypatch.setattr(os, "environ", environment(**variables))
-    monkeypatch.setattr(rendezvous, "_wait_for_process_0", lambda member, seconds: "")
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: called.append(arguments))
+    monkeypatch.setattr(rendezvous, "meet", lambda member, seconds: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **_: called.append(arguments))
     assert rendezvous.join() == place[1]
     assert called == [(*place, local_devices)]
 
