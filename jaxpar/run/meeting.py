@@ -34,6 +34,7 @@ import sys
 import time
 
 from jaxpar.config import ConfigError
+from jaxpar.config.errors import on_a_screen
 
 PROTOCOL = "jaxpar-meeting-1"
 MAX_LINE = 4096  # bytes, in both directions
@@ -62,7 +63,8 @@ class Member:
             ("JAX_COORDINATOR_BIND_ADDRESS", self.bind_address or self.address),
         ):
             host, port = split_address(text)
-            if not host or not port.isdecimal() or int(port) > 65535 or len(text.split()) > 1:
+            is_plain = text.isascii() and text.isprintable() and " " not in text
+            if not is_plain or not host or not port.isdecimal() or int(port) > 65535:
                 raise ConfigError(f"{name}: {text} is not host:port, such as node0:12355")
         if self.process_id >= self.num_processes:
             raise ConfigError(
@@ -204,10 +206,17 @@ class _Gathering:
         self.present: list[_Arrival] = []
         self.reasons: dict[int, str] = {}  # process ID → why one that came with it does not count
         self.strangers = 0
+        self.connections: set[asyncio.Task[None]] = set()
         self.problem: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # "": all are there
 
-    async def receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serves one connection, to its end or to that of the meeting."""
+    def connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serves a connection; closes it at the end of that, or of the meeting."""
+        task = asyncio.create_task(self._receive(reader, writer))
+        self.connections.add(task)
+        task.add_done_callback(self.connections.discard)
+        task.add_done_callback(lambda _: writer.close())
+
+    async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(GREETING_SECONDS):
                 if await reader.readline() != f"{PROTOCOL}\n".encode():
@@ -220,7 +229,6 @@ class _Gathering:
                 raise ValueError
         except (OSError, ValueError):  # also: no line in time, a line that is too long, not UTF-8
             self.strangers += 1
-            writer.close()
             return
         arrival = _Arrival(int(process_id), identity, greeting, writer)
         expected = _proof(self.member.secret, PROTOCOL, nonce, greeting.removesuffix(proof))
@@ -229,7 +237,6 @@ class _Gathering:
         ):
             self._note(arrival, why)
             writer.write(f"refused {why}\n".encode())
-            writer.close()
             return
         self._admit(arrival)
         with contextlib.suppress(OSError):
@@ -237,7 +244,6 @@ class _Gathering:
         if arrival in self.present and not self.problem.done():
             self.present.remove(arrival)
             self._note(arrival, f"came from {arrival.host} and left")
-            writer.close()
 
     def _refusal(self, arrival: _Arrival, num_processes: str, address: str, knows_secret: bool) -> str:
         name, member = f"process {arrival.process_id}", self.member
@@ -291,7 +297,7 @@ async def _host(member: Member, seconds: float, sockets: list[socket.socket]) ->
     gathering = _Gathering(member)
     backlog = 128 + member.num_processes
     servers = [
-        await asyncio.start_server(gathering.receive, sock=one, limit=MAX_LINE, backlog=backlog) for one in sockets
+        await asyncio.start_server(gathering.connect, sock=one, limit=MAX_LINE, backlog=backlog) for one in sockets
     ]
     try:
         async with asyncio.timeout(seconds):
@@ -300,11 +306,12 @@ async def _host(member: Member, seconds: float, sockets: list[socket.socket]) ->
         problem = gathering.missing(seconds)
     for server in servers:
         server.close()
-    words = problem[: MAX_LINE // 2].replace("\n", " ")
+    words = on_a_screen(problem)
     for arrival in gathering.present:
         proof = _proof(member.secret, arrival.greeting, words)
         arrival.writer.write(f"outcome {proof} {words}\n".encode())
-        arrival.writer.close()
+    for connection in gathering.connections:
+        connection.cancel()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(5):
             await asyncio.gather(*(one.writer.wait_closed() for one in gathering.present), return_exceptions=True)
