@@ -2,6 +2,7 @@
 of four simulated devices each. Only gcloud has a stand-in. Missing tools are installed with apt-get, as root.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -217,6 +218,24 @@ def test_a_slurm_job_goes_on_after_the_end_of_its_time_and_after_a_preemption(sl
 # --- Open MPI and ssh -------------------------------------------------------------------------------------------------
 
 
+def assert_secret_is_kept(folder: Path) -> None:
+    """The processes of the run have the secret that their script has drawn; it stands on no command line."""
+    own, lines = [], []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            lines.append((process / "cmdline").read_bytes())
+            if (
+                b"train" in lines[-1].split(b"\0")
+                and b"python" in lines[-1].split(b"\0")[0]
+                and os.fsencode(folder) in lines[-1]
+            ):
+                own.append(dict(one.partition(b"=")[::2] for one in (process / "environ").read_bytes().split(b"\0")))
+    (secret,) = {variables[b"JAXPAR_SECRET"] for variables in own}
+    assert {variables[b"JAX_PROCESS_ID"] for variables in own} == {b"0", b"1"}
+    assert re.fullmatch(rb"[0-9a-f]{64}", secret)
+    assert not any(secret in line for line in lines)
+
+
 def stop_and_go_on(script: Path, folder: Path, variables: dict[str, str], arguments: list, code: int) -> str:
     """Starts a script, stops it with SIGTERM and starts it again. Returns the first output and all logs."""
     os.symlink(ROOT / "configs", folder / "configs")
@@ -226,6 +245,7 @@ def stop_and_go_on(script: Path, folder: Path, variables: dict[str, str], argume
     text = lambda: "".join(path.read_text() for path in [folder / "output", *folder.glob("jaxpar-*/*.log")])  # noqa: E731
     try:
         until(lambda: len(rows(folder / "results")) >= 5 or first.poll() is not None, text)
+        assert_secret_is_kept(folder / "results")
     finally:
         first.send_signal(signal.SIGTERM)
         status = first.wait(60)
