@@ -288,7 +288,7 @@ class _Gathering:
         )
         text += "".join(f"; process {one}: {self.reasons[one]}" for one in missing[:8] if one in self.reasons)
         if self.strangers:
-            text += f"; {self.strangers} other connections did not come from jaxpar, or from another version"
+            text += f"; {self.strangers} other connections did not come from jaxpar, or not from this version"
         return member.waited_in_vain(text)
 
 
@@ -330,7 +330,7 @@ def _come(member: Member, seconds: float) -> str:
             with socket.create_connection((host, int(port)), timeout=5) as connection:
                 return _ask(member, identity, connection, seconds)
         except ValueError:
-            reason = "the program that listens there is not jaxpar, or another version of it"
+            reason = "the program that listens there is not jaxpar, or not this version or run"
         except OSError as error:
             reason = error.strerror or str(error)
         if time.monotonic() > deadline:

@@ -44,16 +44,18 @@ def outcomes(all_members: Sequence[Member], seconds: float = 20) -> list[str]:
         return list(pool.map(lambda member: outcome(member, seconds), all_members))
 
 
-@contextlib.contextmanager
-def connect(member: Member, identity: str) -> Iterator[None]:
-    """A connection of a process of the run that has said who it is and waits, without a process."""
-    for _ in range(100):  # until process 0 listens
+def connected(member: Member) -> socket.socket:
+    host, port = meeting.split_address(member.address)
+    while True:  # until process 0 listens
         with contextlib.suppress(ConnectionRefusedError):
-            host, port = meeting.split_address(member.address)
-            connection = socket.create_connection((host, int(port)), 5)
-            break
+            return socket.create_connection((host, int(port)), 5)
         time.sleep(0.02)
-    with connection, ThreadPoolExecutor(1) as pool:
+
+
+@contextlib.contextmanager
+def waiting(member: Member, identity: str) -> Iterator[None]:
+    """A connection of a process of the run that has said who it is and waits, without a process."""
+    with connected(member) as connection, ThreadPoolExecutor(1) as pool:
         pool.submit(meeting._ask, member, identity, connection, 5)
         yield
         connection.shutdown(socket.SHUT_RDWR)
@@ -177,6 +179,19 @@ def test_all_meet_among_strangers():
         assert time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize("says", [b"", PROTOCOL.encode(), PROTOCOL.encode() + b"\n64 node0:7 1 me"])
+def test_a_connection_that_does_not_say_who_it_is_is_closed(monkeypatch, says):
+    monkeypatch.setattr(meeting, "GREETING_SECONDS", 0.2)
+    run = members(2)
+    with ThreadPoolExecutor(1) as pool:
+        process_0 = pool.submit(outcome, run[0], 0.8)
+        with connected(run[0]) as connection:
+            connection.settimeout(0.6)
+            connection.sendall(says)
+            assert b"".join(iter(lambda: connection.recv(100), b"")).count(b"\n") == says.count(b"\n")
+        assert "1 did not connect: 1; 1 other connections did not come from jaxpar" in process_0.result()
+
+
 PROCESS = """
 import os, sys, threading, time
 from jaxpar.run.meeting import Member, meet
@@ -255,7 +270,7 @@ def test_a_process_that_left_is_missing():
     run = members(4)
     with ThreadPoolExecutor(2) as pool:
         others = [pool.submit(outcome, member, 1) for member in run[:2]]
-        with connect(run[2], "first"):
+        with waiting(run[2], "first"):
             time.sleep(0.3)
         for end in others:
             assert "2 did not connect: 2, 3; process 2: came from 127.0.0.1 and left" in end.result()
@@ -268,7 +283,7 @@ def test_a_process_may_come_again(monkeypatch, stays_open):
     monkeypatch.setattr(meeting.secrets, "token_hex", lambda _: "same")
     with ThreadPoolExecutor(4) as pool:
         others = [pool.submit(outcome, member, 5) for member in run[:2]]
-        with connect(run[2], "same" if stays_open else "before"):
+        with waiting(run[2], "same" if stays_open else "before"):
             time.sleep(0.2)
             again = pool.submit(outcome, run[2], 5) if stays_open else None
             time.sleep(0.2)
