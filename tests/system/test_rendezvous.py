@@ -364,10 +364,16 @@ socket.create_connection(("127.0.0.1", int(sys.argv[1])), 5)
 
 @pytest.mark.slow
 def test_jaxs_coordinator_listens_there_too():
-    address = members(2)[0].address
-    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAXPAR_SECRET": SECRET}
-    words = [sys.executable, "-c", JOIN, address.rpartition(":")[2]]
+    """On the same port, though strangers still hold connections to it."""
+    run = members(2)
+    common = {"JAX_COORDINATOR_ADDRESS": run[0].address, "JAX_NUM_PROCESSES": "2", "JAXPAR_SECRET": SECRET}
+    words = [sys.executable, "-c", JOIN, run[0].address.rpartition(":")[2]]
     variables = [{**os.environ, "PYTHONPATH": str(ROOT), **common, "JAX_PROCESS_ID": str(i)} for i in range(2)]
-    processes = [subprocess.Popen(words, env=one, stdout=subprocess.PIPE, text=True) for one in variables]
-    assert [process.communicate(timeout=60)[0] for process in processes] == ["refused elsewhere\n"] * 2
+    strangers = Strangers(run[1], record(run[1]))
+    strangers.start(16)
+    try:
+        processes = [subprocess.Popen(words, env=one, stdout=subprocess.PIPE, text=True) for one in variables]
+        assert [process.communicate(timeout=60)[0] for process in processes] == ["refused elsewhere\n"] * 2
+    finally:
+        strangers.end()
     assert [process.returncode for process in processes] == [0, 0]
