@@ -23,18 +23,16 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import functools
 import hmac
-import ipaddress
 import os
 import secrets
 import socket
-import sys
 import time
 
 from jaxpar.config import ConfigError
 from jaxpar.config.errors import on_a_screen
+from jaxpar.run.listening import listen, own_address, split_address
 
 PROTOCOL = "jaxpar-meeting-1"
 MAX_LINE = 4096  # bytes, in both directions
@@ -94,7 +92,7 @@ def meet(member: Member, seconds: float) -> None:
     if member.process_id:
         problem = _come(member, seconds)
     else:
-        sockets = _listen(member)
+        sockets = listen(member.listens_at)
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -104,76 +102,6 @@ def meet(member: Member, seconds: float) -> None:
             problem = in_thread.result()
     if problem:
         raise ConfigError(problem)
-
-
-def split_address(address: str) -> tuple[str, str]:
-    """Host, without the brackets of IPv6, and port."""
-    host, _, port = address.rpartition(":")
-    return host.removeprefix("[").removesuffix("]"), port
-
-
-def own_address(address: str) -> str:
-    """Where process 0 listens: `address`, if it is this machine's, otherwise all interfaces, with a note."""
-    host, port = split_address(address)
-    found = [str(place[0]) for _, place in _resolve(host, int(port))]
-    # Debian's /etc/hosts gives a machine's own name a loopback address, where the other machines would find nobody.
-    meant_for_one_machine = host == "localhost" or host in found
-    if any(_is_own(ip) and (meant_for_one_machine or not ipaddress.ip_address(ip).is_loopback) for ip in found):
-        return address
-    print(
-        f"note: coordinator {address}: on process 0's machine, {host} is {' and '.join(found) or 'no known name'}, not one of "
-        f"its addresses in the network, so it listens on all its interfaces. JAX_COORDINATOR_BIND_ADDRESS (host:port) chooses one",
-        file=sys.stderr,
-        flush=True,
-    )
-    return f"[::]:{port}"
-
-
-def _resolve(host: str, port: int) -> list[tuple[int, tuple]]:
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return []
-    return list(dict.fromkeys((family, place) for family, _, _, _, place in found))
-
-
-def _is_own(ip: str) -> bool:
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((ip, 0))
-    except OSError:
-        return False
-    return True
-
-
-def _listen(member: Member) -> list[socket.socket]:
-    """Sockets on all addresses of `member.listens_at` that this machine has."""
-    host, port = split_address(member.listens_at)
-    sockets: list[socket.socket] = []
-    try:
-        if host == "::":
-            both = socket.has_dualstack_ipv6()
-            everywhere = socket.AF_INET6 if both else socket.AF_INET
-            return [socket.create_server(("", int(port)), family=everywhere, dualstack_ipv6=both)]
-        failure = OSError(errno.EADDRNOTAVAIL, "")
-        for family, place in _resolve(host, int(port)):
-            try:
-                sockets.append(socket.create_server(place, family=family))
-            except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                failure = error
-        if not sockets:
-            raise failure
-        return sockets
-    except OSError as error:
-        for opened in sockets:
-            opened.close()
-        raise ConfigError(
-            f"coordinator {member.address}: process 0 cannot listen on port {port} of {host} "
-            f"({os.strerror(error.errno or 0)}): set another port in JAX_COORDINATOR_ADDRESS, or under Slurm in "
-            f"JAX_COORDINATOR_PORT, for all processes"
-        ) from None
 
 
 def _proof(secret: str, *words: str) -> str:

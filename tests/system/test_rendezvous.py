@@ -17,7 +17,8 @@ import pytest
 
 from jaxpar import ConfigError
 from jaxpar.run import meeting
-from jaxpar.run.meeting import PROTOCOL, Member, meet, own_address
+from jaxpar.run.listening import listen, own_address, split_address
+from jaxpar.run.meeting import PROTOCOL, Member, meet
 
 ROOT = Path(__file__).parents[2]
 SECRET = "c0ffee"
@@ -45,7 +46,7 @@ def outcomes(all_members: Sequence[Member], seconds: float = 20) -> list[str]:
 
 
 def connected(member: Member) -> socket.socket:
-    host, port = meeting.split_address(member.address)
+    host, port = split_address(member.address)
     while True:  # until process 0 listens
         with contextlib.suppress(ConnectionRefusedError):
             return socket.create_connection((host, int(port)), 5)
@@ -87,7 +88,7 @@ class Strangers:
             self.threads[-1].start()
 
     def run(self, index: int) -> None:
-        host, port = meeting.split_address(self.member.address)
+        host, port = split_address(self.member.address)
         while not self.stop.is_set():
             with contextlib.suppress(OSError, ValueError), socket.create_connection((host, int(port)), 5) as connection:
                 self.kinds[index % len(self.kinds)](connection, index)
@@ -138,7 +139,7 @@ class Strangers:
 
 def record(member: Member) -> str:
     """The greeting of a process of the run, as one hears it who is at its coordinator's address too early."""
-    host, port = meeting.split_address(member.address)
+    host, port = split_address(member.address)
     with socket.create_server((host, int(port))) as server, ThreadPoolExecutor(1) as pool:
         process = pool.submit(outcome, member, 0)
         with server.accept()[0] as connection:
@@ -293,7 +294,7 @@ def test_a_process_may_come_again(monkeypatch, stays_open):
 
 def test_process_0_that_does_not_know_the_secret_is_not_believed():
     run = members(2)
-    host, port = meeting.split_address(run[0].address)
+    host, port = split_address(run[0].address)
     with socket.create_server((host, int(port))) as server, ThreadPoolExecutor(1) as pool:
         process = pool.submit(outcome, run[1], 0)
         with server.accept()[0] as connection:
@@ -309,7 +310,7 @@ def test_process_0_that_does_not_know_the_secret_is_not_believed():
 
 def test_process_0_listens_at_its_own_address_only():
     run = members(2)
-    (listening,) = meeting._listen(run[0])
+    (listening,) = listen(run[0].listens_at)
     with listening:
         assert f"{listening.getsockname()[0]}:{listening.getsockname()[1]}" == run[0].address
         with pytest.raises(ConnectionRefusedError):
@@ -335,6 +336,11 @@ def test_an_address_that_is_not_this_machines_is_a_note(monkeypatch, capsys, kno
     assert (f"note: coordinator {address}: " in note and "JAX_COORDINATOR_BIND_ADDRESS" in note) == (
         address != listens_at
     )
+
+
+def test_an_address_to_listen_at_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match="JAX_COORDINATOR_BIND_ADDRESS: .* does not have the address 192.0.2.1:7"):
+        meet(Member("node0:7", 2, 0, bind_address="192.0.2.1:7"), 1)
 
 
 def test_in_a_notebook():
