@@ -36,6 +36,7 @@ from jaxpar.run.listening import listen, own_address, split_address
 
 PROTOCOL = "jaxpar-meeting-1"
 MAX_LINE = 4096  # bytes, in both directions
+MAX_UNKNOWN = 256  # connections that have not said yet who they are; a process may have 1,024 open files
 GREETING_SECONDS = 10.0  # that a connection has to say who it is; it keeps nobody else waiting
 
 
@@ -135,11 +136,16 @@ class _Gathering:
         self.reasons: dict[int, str] = {}  # process ID → why one that came with it does not count
         self.strangers = 0
         self.connections: set[asyncio.Task[None]] = set()
+        self.unknown: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}  # those that have not said yet who they are
         self.problem: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # "": all are there
 
     def connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serves a connection; closes it at the end of that, or of the meeting."""
         task = asyncio.create_task(self._receive(reader, writer))
+        if len(self.unknown) == MAX_UNKNOWN:
+            self.unknown.pop(next(iter(self.unknown))).cancel()  # the oldest; a process would have said it by now
+            self.strangers += 1
+        self.unknown[writer] = task
         self.connections.add(task)
         task.add_done_callback(self.connections.discard)
         task.add_done_callback(lambda _: writer.close())
@@ -158,6 +164,8 @@ class _Gathering:
         except (OSError, ValueError):  # also: no line in time, a line that is too long, not UTF-8
             self.strangers += 1
             return
+        finally:
+            self.unknown.pop(writer, None)
         arrival = _Arrival(int(process_id), identity, greeting, writer)
         expected = _proof(self.member.secret, PROTOCOL, nonce, greeting.removesuffix(proof))
         if why := self._refusal(

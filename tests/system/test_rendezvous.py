@@ -193,6 +193,24 @@ def test_a_connection_that_does_not_say_who_it_is_is_closed(monkeypatch, says):
         assert "1 did not connect: 1; 1 other connections did not come from jaxpar" in process_0.result()
 
 
+def test_of_many_silent_connections_the_oldest_are_closed(monkeypatch):
+    """So that they do not use up the files that a process may open."""
+    monkeypatch.setattr(meeting, "MAX_UNKNOWN", 8)
+    run = members(3)
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        process_0 = pool.submit(outcome, run[0], 0.8)
+        silent = [stack.enter_context(connected(run[0])) for _ in range(30)]
+        time.sleep(0.2)
+        for connection in silent[:22]:
+            assert connection.recv(1) == b""
+        silent[22].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent[22].recv(1)
+        process_1 = pool.submit(outcome, run[1], 0)
+        assert "1 did not connect: 2; 23 other connections" in process_0.result()
+        assert process_1.result() == process_0.result()
+
+
 PROCESS = """
 import os, sys, threading, time
 from jaxpar.run.meeting import Member, meet
