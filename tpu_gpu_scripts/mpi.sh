@@ -18,8 +18,10 @@ slots=$(printf ",%s:$JAXPAR_PER_NODE" "${hosts[@]}")
 processes=$((${#hosts[@]} * JAXPAR_PER_NODE))
 # jax's own detection assumes that the coordinator runs on the machine of mpirun, and needs mpi4py for Open MPI 5.
 export JAX_COORDINATOR_ADDRESS="${hosts[0]}:$JAXPAR_PORT" JAX_NUM_PROCESSES=$processes JAXPAR_PER_NODE
+# Where the processes meet, only those that know it are let in. You may set your own.
+: "${JAXPAR_SECRET:=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}"
 JAXPAR_LOGS="$PWD/jaxpar-$(date +%Y%m%d-%H%M%S)"
-export JAXPAR_LOGS JAXPAR_START_TIMEOUT
+export JAXPAR_LOGS JAXPAR_START_TIMEOUT JAXPAR_SECRET
 mkdir "$JAXPAR_LOGS"
 # Each rank writes its own log. Through mpirun's pseudo-terminal, it would print the progress bar.
 # shellcheck disable=SC2016 # the rank's shell expands it
@@ -31,7 +33,8 @@ echo "watch: tail -F $JAXPAR_LOGS/0.log; save and stop: Ctrl-C, or kill $$"
 # setsid hides a Ctrl-C from mpirun, which would kill its ranks a second later. Instead, mpirun gets SIGUSR1 and passes
 # it on. Without --bind-to none, each rank would get only one core.
 setsid mpirun --host "${slots:1}" -np "$processes" --map-by "ppr:$JAXPAR_PER_NODE:node" --bind-to none -wdir "$PWD" \
-  -x JAX_COORDINATOR_ADDRESS -x JAX_NUM_PROCESSES -x JAXPAR_PER_NODE -x JAXPAR_LOGS -x JAXPAR_START_TIMEOUT \
+  -x JAX_COORDINATOR_ADDRESS -x JAX_NUM_PROCESSES -x JAXPAR_SECRET -x JAXPAR_START_TIMEOUT -x JAXPAR_PER_NODE \
+  -x JAXPAR_LOGS \
   bash -c "$rank" - "$JAXPAR_ENV/bin/jaxpar" train "$config" \
   cluster.num_nodes="${#hosts[@]}" runner.resume_dir=auto "${@:2}" &
 job=$!

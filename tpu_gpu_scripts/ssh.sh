@@ -15,20 +15,23 @@ set -euo pipefail
 config=${1:?"usage: JAXPAR_HOSTS=\"node0 node1\" ssh.sh CONFIG [--model MODULE:NAME] [key=value …]"}
 read -ra hosts <<<"$JAXPAR_HOSTS"
 read -ra ssh <<<"$JAXPAR_SSH"
+# Where the processes meet, only those that know it are let in. You may set your own.
+: "${JAXPAR_SECRET:=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}"
 logs="$PWD/jaxpar-$(date +%Y%m%d-%H%M%S)"
 mkdir "$logs"
 printf -v train '%q ' "$JAXPAR_ENV/bin/jaxpar" train "$config" \
   cluster.num_nodes="${#hosts[@]}" runner.resume_dir=auto "${@:2}"
 
 # ssh does not pass signals on. Instead, each process stops when the standard input of its ssh, this pipe, ends: after a
-# Ctrl-C, the failure of another process, or a lost connection.
+# Ctrl-C, the failure of another process, or a lost connection. Before that it brings the secret, which every user of the
+# machine could read on a command line.
 exec 3< <(exec tail -f --pid=$$ /dev/null)
 pipe=$!
 stop() { kill $pipe 2>/dev/null || true; }
 trap 'signalled=yes; stop' INT TERM
 on() {
   local status=0
-  setsid "${ssh[@]}" "$1" bash -c "$(printf %q "$2")" <&3 || status=$?
+  setsid "${ssh[@]}" "$1" bash -c "$(printf %q "$2")" < <(printf '%s\n' "$JAXPAR_SECRET" && exec cat <&3) || status=$?
   ((status == 0)) || stop
   return $status
 }
@@ -40,7 +43,8 @@ for process in "${!hosts[@]}"; do
   variables+=" JAXPAR_START_TIMEOUT=$JAXPAR_START_TIMEOUT"
   run="$variables $train >${logs@Q}/$process.log 2>&1"
   on "${hosts[process]}" \
-    "cd ${PWD@Q} || exit; $run & job=\$!; exec 3<&0; { cat <&3; kill \$job; } >/dev/null 2>&1 & wait \$job" &
+    "IFS= read -r JAXPAR_SECRET; export JAXPAR_SECRET; cd ${PWD@Q} || exit
+    $run & job=\$!; exec 3<&0; { cat <&3; kill \$job; } >/dev/null 2>&1 & wait \$job" &
   jobs+=($!)
 done
 

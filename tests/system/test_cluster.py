@@ -2,6 +2,7 @@
 of four simulated devices each. Only gcloud has a stand-in. Missing tools are installed with apt-get, as root.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -73,7 +74,11 @@ def need() -> Callable[..., None]:
 
 def environment(**more: str | Path) -> dict[str, str]:
     """This process's environment without the variables of launchers, so that a process knows of no others."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_C", "JAX_NUM", "JAX_PROC", "SLURM", "OMPI"))}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("JAX_C", "JAX_NUM", "JAX_PROC", "JAXPAR_S", "SLURM", "OMPI"))
+    }
     return {**kept, "PATH": PATH, "JAXPAR_ENV": sys.prefix, "JAXPAR_START_TIMEOUT": "60", **more}
 
 
@@ -99,6 +104,24 @@ def assert_whole(folder: Path, expected: list[float]) -> None:
     """Checks that every step occurs once, as if nothing had interrupted the run."""
     assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
     np.testing.assert_allclose([row["loss"] for row in rows(folder)], expected, rtol=0, atol=1e-5)
+
+
+def assert_secret_is_kept(folder: Path) -> None:
+    """The processes of the run have the secret that their script has drawn; it stands on no command line."""
+    own, lines = [], []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            lines.append((process / "cmdline").read_bytes())
+            if (
+                b"train" in lines[-1].split(b"\0")
+                and b"python" in lines[-1].split(b"\0")[0]
+                and os.fsencode(folder) in lines[-1]
+            ):
+                own.append(dict(one.partition(b"=")[::2] for one in (process / "environ").read_bytes().split(b"\0")))
+    (secret,) = {variables[b"JAXPAR_SECRET"] for variables in own}
+    assert {one.get(b"JAX_PROCESS_ID", one.get(b"SLURM_PROCID")) for one in own} == {b"0", b"1"}
+    assert re.fullmatch(rb"[0-9a-f]{64}", secret)
+    assert not any(secret in line for line in lines)
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +219,7 @@ def test_a_slurm_job_goes_on_after_the_end_of_its_time_and_after_a_preemption(sl
     ).strip()
     text = lambda: log.read_text() if log.exists() else slurm("scontrol", "show", "job", job)  # noqa: E731
     until(lambda: len(rows(folder)) >= 5, text)
+    assert_secret_is_kept(folder)
     slurm("scancel", "--signal=USR1", job)  # what Slurm does with --signal=USR1@600
     until(lambda: "start 2 of job" in text(), text)
     first = rows(folder)[-1]["step"]
@@ -226,6 +250,7 @@ def stop_and_go_on(script: Path, folder: Path, variables: dict[str, str], argume
     text = lambda: "".join(path.read_text() for path in [folder / "output", *folder.glob("jaxpar-*/*.log")])  # noqa: E731
     try:
         until(lambda: len(rows(folder / "results")) >= 5 or first.poll() is not None, text)
+        assert_secret_is_kept(folder / "results")
     finally:
         first.send_signal(signal.SIGTERM)
         status = first.wait(60)
@@ -365,8 +390,8 @@ MPIRUN = {
 def test_where_a_process_stands(monkeypatch, variables, place, local_devices):
     called = []
     monkeypatch.setattr(os, "environ", environment(**variables))
-    monkeypatch.setattr(rendezvous, "_wait_for_process_0", lambda member, seconds: "")
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: called.append(arguments))
+    monkeypatch.setattr(rendezvous, "meet", lambda member, seconds: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **_: called.append(arguments))
     assert rendezvous.join() == place[1]
     assert called == [(*place, local_devices)]
 
