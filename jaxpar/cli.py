@@ -48,13 +48,19 @@ def train(
     take_over: Annotated[
         bool, typer.Option("--take-over", help="Take the experiment's folder from a run that has it; that run ends.")
     ] = False,
+    elastic: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="MIN_NODES", help="Go on with fewer nodes, if at least so many are there: dp follows them."
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option(help="Show the XLA and NCCL settings and the reason for each.")] = False,
 ) -> None:
     """Train a model. Ctrl-C saves and stops; with runner.resume_dir: auto, the same command continues from there.
 
     Exit codes: 2: a mistake in the config, or a checkpoint cannot be written or read. 3: the run has gone wrong (losses or
-    gradients are not finite, or replicas differ). 75: a process died or hangs; start it again. 128 + a signal's number:
-    stopped by that signal, and saved.
+    gradients are not finite, or replicas differ). 75: a process died or hangs, or too few nodes are there; start it again.
+    128 + a signal's number: stopped by that signal, and saved.
     """
     config = load_config(config_path, overrides or ())
     from jaxpar.run import xla
@@ -64,11 +70,24 @@ def train(
         print("\n".join(settings))
     # jax takes seconds to load, so a mistake in the config is reported before that.
     from jaxpar.run import runtime
+    from jaxpar.run.member import NotEnough
     from jaxpar.run.profile import Steps
-    from jaxpar.run.watchdog import Watchdog
+    from jaxpar.run.rendezvous import NotNeeded
+    from jaxpar.run.watchdog import EXIT_CODE, Watchdog
     from jaxpar.trainer import Interrupted, NonFiniteError, ReplicaError, Trainer
 
     steps = Steps.parse(profile) if profile is not None else None
+    notes = []
+    if elastic is not None:
+        try:
+            config, note = runtime.start_elastic(config, elastic)
+        except NotEnough as error:
+            _error(f"{error}: start it again when they are there")
+            raise typer.Exit(EXIT_CODE) from None
+        except NotNeeded:
+            print("elastic: this node was not needed; the run has ended")
+            raise typer.Exit from None
+        notes = [note]
     built = None
     if model is not None:  # its module may ask jax for devices, which is too early before this
         runtime.start(config)
@@ -76,7 +95,7 @@ def train(
             watchdog.enter(0, "importing the model")
             built = user_model(model, config)
     trainer = Trainer(config, built)
-    _print_head(trainer, config_notes(config, model) + trainer.warnings)
+    _print_head(trainer, notes + config_notes(config, model) + trainer.warnings)
     try:
         trainer.fit(profile=steps, take_over=take_over)
     except Interrupted as stop:

@@ -6,37 +6,55 @@ import jax
 from jax._src import clusters  # jax has no public way to ask for the coordinator's address, which error messages need
 
 from jaxpar.config import ConfigError
-from jaxpar.run.meeting import Member, meet
+from jaxpar.run.meeting import Choose, Member, meet
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Open MPI first: under mpirun in a Slurm job, Slurm's variables describe the job script, not the rank.
 _CLUSTERS = (clusters.OmpiCluster, clusters.SlurmCluster, clusters.GkeTpuCluster, clusters.GceTpuCluster)
+_goes_on_alone = False  # without the others, who have not come: there is no second meeting
 
 
-def join() -> int:
+class NotNeeded(Exception):
+    """This process has no part in the run, which has ended."""
+
+
+def join(choose: Choose | None = None) -> int:
     """Joins the other processes of this run, if there are any, and returns the number of processes.
 
     Several processes find each other by JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or
     by what jax detects: Open MPI, Slurm, a TPU pod. They wait JAXPAR_START_TIMEOUT seconds (300) for each other. With
     JAXPAR_SECRET only those that have it, too, are let in.
 
+    Args:
+      choose: with it, the run goes on with fewer processes, see `jaxpar.run.meeting.meet`.
+
     Raises:
       ConfigError: a process is missing, two have one ID, they have different secrets, or one of these variables is wrong.
+      NotEnough: with `choose`, they are too few.
+      NotNeeded: with `choose`, the run has ended, and this process was not needed.
     """
+    global _goes_on_alone
     if jax.distributed.is_initialized():
         return jax.process_count()
+    if _goes_on_alone:
+        return 1
     seconds = _integer_variable("JAXPAR_START_TIMEOUT", "300")
     member = _find_membership(seconds)
     if member is None or member.num_processes == 1:
+        return choose(1) if choose else 1
+    outcome = meet(member, seconds, choose)
+    if outcome.process_id < 0:
+        raise NotNeeded
+    if outcome.num_processes == 1:
+        _goes_on_alone = True
         return 1
-    meet(member, seconds)
     # The only process on a node takes all GPUs there. jax's detection would give it one, as if there were several.
-    local: list[int] | None = [] if _alone_on_node() and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None
+    local: list[int] | None = [] if alone_on_node() and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None
     bind_address = member.listens_at if member.process_id == 0 else None
     jax.distributed.initialize(
-        member.address, member.num_processes, member.process_id, local, coordinator_bind_address=bind_address
+        member.address, outcome.num_processes, outcome.process_id, local, coordinator_bind_address=bind_address
     )
-    return member.num_processes
+    return outcome.num_processes
 
 
 def _find_membership(seconds: int) -> Member | None:
@@ -57,7 +75,7 @@ def _find_membership(seconds: int) -> Member | None:
     return None
 
 
-def _alone_on_node() -> bool:
+def alone_on_node() -> bool:
     """Whether this is the only process on its node, as far as Open MPI or Slurm tell; True without either."""
     if size := os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"):
         return size == "1"

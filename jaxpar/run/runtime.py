@@ -5,8 +5,9 @@ import os
 
 import jax
 
-from jaxpar.config import Config, ConfigError
+from jaxpar.config import Config, ConfigError, elastic
 from jaxpar.run import rendezvous
+from jaxpar.run.member import NotEnough
 
 GPUS_PER_NODE = 8  # assumed if the config does not say and there is no GPU to ask
 THREADS_PER_SIMULATED_DEVICE = 4
@@ -22,7 +23,40 @@ def start(config: Config) -> None:
       ConfigError: a process is missing, its environment variables are wrong, or the number of simulated devices is not
         divisible by the number of processes.
     """
-    processes = rendezvous.join()
+    _simulate(config, rendezvous.join())
+
+
+def start_elastic(config: Config, least: int) -> tuple[Config, str]:
+    """Like `start`, but with as many nodes as there are and have a layout, from `least` on. One process runs on each node.
+
+    Returns:
+      The config for these nodes (`jaxpar.config.elastic`), and a line about it.
+
+    Raises:
+      ConfigError: the nodes that the config names have no layout, or a node has several processes.
+      NotEnough: too few nodes are there now. Start the run again.
+      NotNeeded: the run has ended, and this node had no part in it.
+    """
+    elastic.for_nodes(config, config.cluster.num_nodes)
+    if not rendezvous.alone_on_node():
+        raise ConfigError("--elastic: several processes run on this node: start one on each, which takes all its GPUs")
+    present = 1
+
+    def choose(count: int) -> int:
+        nonlocal present
+        present = count
+        try:
+            return elastic.usable_nodes(config, count, least)
+        except ConfigError as error:
+            raise NotEnough(error.problems) from None
+
+    nodes = rendezvous.join(choose)
+    fitted = elastic.for_nodes(config, nodes)
+    _simulate(fitted, nodes)
+    return fitted, elastic.changes(config, fitted, present)
+
+
+def _simulate(config: Config, processes: int) -> None:
     wanted = config.num_configured_devices()
     if wanted is not None:
         if wanted % processes:

@@ -23,6 +23,7 @@ import pytest
 
 from jaxpar import ConfigError, load_config
 from jaxpar.run import rendezvous, runtime
+from jaxpar.run.member import Outcome
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "tpu_gpu_scripts"
@@ -337,9 +338,7 @@ def test_tpu_pod_with_a_stand_in_for_gcloud(tmp_path):
 
 def test_shellcheck(need):
     need("shellcheck")
-    result = subprocess.run(
-        ["shellcheck", *(path for path in SCRIPTS.iterdir() if path.suffix != ".md")], capture_output=True, text=True
-    )
+    result = subprocess.run(["shellcheck", *SCRIPTS.glob("*.s*")], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
@@ -390,7 +389,7 @@ MPIRUN = {
 def test_where_a_process_stands(monkeypatch, variables, place, local_devices):
     called = []
     monkeypatch.setattr(os, "environ", environment(**variables))
-    monkeypatch.setattr(rendezvous, "meet", lambda member, seconds: None)
+    monkeypatch.setattr(rendezvous, "meet", lambda member, *_: Outcome("met", member.num_processes, member.process_id))
     monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **_: called.append(arguments))
     assert rendezvous.join() == place[1]
     assert called == [(*place, local_devices)]

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from jaxpar import ConfigError
-from jaxpar.run import meeting
+from jaxpar.run import gathering, meeting
 from jaxpar.run.listening import listen, own_address, split_address
-from jaxpar.run.meeting import PROTOCOL, Member, meet
+from jaxpar.run.meeting import PROTOCOL, Member, NotEnough, meet
 
 ROOT = Path(__file__).parents[2]
 SECRET = "c0ffee"
@@ -134,7 +134,7 @@ class Strangers:
     def guesses(self, connection: socket.socket, index: int) -> None:
         number = self.member.num_processes
         pretender = Member(self.member.address, number, 1 + index % (number - 1), ("", "guess")[index % 2])
-        self.answers.append(meeting._ask(pretender, "me", connection, 60))
+        self.answers.append(meeting._ask(pretender, "me", connection, 60).problem)
 
 
 def record(member: Member) -> str:
@@ -182,7 +182,7 @@ def test_all_meet_among_strangers():
 
 @pytest.mark.parametrize("says", [b"", PROTOCOL.encode(), PROTOCOL.encode() + b"\n64 node0:7 1 me"])
 def test_a_connection_that_does_not_say_who_it_is_is_closed(monkeypatch, says):
-    monkeypatch.setattr(meeting, "GREETING_SECONDS", 0.2)
+    monkeypatch.setattr(gathering, "GREETING_SECONDS", 0.2)
     run = members(2)
     with ThreadPoolExecutor(1) as pool:
         process_0 = pool.submit(outcome, run[0], 0.8)
@@ -195,7 +195,7 @@ def test_a_connection_that_does_not_say_who_it_is_is_closed(monkeypatch, says):
 
 def test_of_many_silent_connections_the_oldest_are_closed(monkeypatch):
     """So that they do not use up the files that a process may open."""
-    monkeypatch.setattr(meeting, "MAX_UNKNOWN", 8)
+    monkeypatch.setattr(gathering, "MAX_UNKNOWN", 8)
     run = members(3)
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as pool:
         process_0 = pool.submit(outcome, run[0], 0.8)
@@ -319,7 +319,7 @@ def test_process_0_that_does_not_know_the_secret_is_not_believed():
             meeting._read_line(connection, 5)
             connection.sendall(f"{PROTOCOL} 0\n".encode())
             greeting = meeting._read_line(connection, 5)
-            connection.sendall(f"outcome {meeting._proof('guess', greeting, '')} \n".encode())
+            connection.sendall(f"met {meeting.proof_of('guess', greeting, 'met 2/1 ')} 2/1 \n".encode())
             assert "the program that listens there is not jaxpar" in process.result(10)
 
 
@@ -401,3 +401,36 @@ def test_jaxs_coordinator_listens_there_too():
     finally:
         strangers.end()
     assert [process.returncode for process in processes] == [0, 0]
+
+
+def test_a_run_goes_on_with_those_who_have_come():
+    """Of five, process 2 is missing; three are needed. They are numbered anew; the fifth waits for the end of process 0."""
+    asked = []
+
+    def choose(count):
+        asked.append(count)
+        return 3
+
+    run = members(5)
+    with ThreadPoolExecutor(5) as pool:
+        others = [pool.submit(meet, run[rank], 20, choose) for rank in (1, 3, 4)]
+        assert meet(run[0], 2, choose)[1:3] == (3, 0)
+        assert [other.result(10)[1:3] for other in others[:2]] == [(3, 1), (3, 2)]
+        assert asked == [4]
+        assert not others[2].done(), "the one that is not needed did not wait"
+        gathering._waiting.pop().close()  # as when process 0 ends
+        assert others[2].result(10)[1:3] == (3, -1)
+
+
+def test_too_few_for_a_run_whose_processes_come_and_go():
+    def choose(count):
+        raise NotEnough("at least 4 are needed")
+
+    run = members(4)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(meet, run[1], 20, choose)
+        for end in (lambda: meet(run[0], 1, choose), lambda: other.result(10)):
+            with pytest.raises(
+                NotEnough, match="at least 4 are needed; process 0 of 4 waited 1 s .*did not connect: 2, 3"
+            ):
+                end()
