@@ -17,7 +17,9 @@ from jaxpar.measure.hlo.parse import Computation, Module
 CONFIGS = Path(__file__).parents[2] / "configs"
 JAXPAR = Path(sys.executable).parent / "jaxpar"
 CLUSTER_CONFIGS = sorted(path.name for path in CONFIGS.glob("*node*.yaml"))
-NO_RECOMPUTE = [f"actor.model.recompute_{key}=null" for key in ("granularity", "method", "num_layers")]
+FULL_RECOMPUTE = [
+    "actor.model.recompute_granularity=full", "actor.model.recompute_method=uniform", "actor.model.recompute_num_layers=1",
+]  # fmt: skip
 NO_OVERLAP = ["actor.optim.overlap_param_gather=false", "actor.optim.overlap_grad_reduce=false"]
 IN_EVERY_RUN = {"llama3_70b_16nodes_8k.yaml"}
 
@@ -139,7 +141,6 @@ def test_tensor_collectives_are_megatrons_minimum(tmp_path, sequence_parallel):
         tmp_path,
         "llama3_8b_1node_8k.yaml",
         f"actor.model.sequence_parallel={sequence_parallel}",
-        *NO_RECOMPUTE,
         "actor.global_batch_size=8",
         "runner.seq_length=2048",
     )
@@ -154,7 +155,7 @@ def test_tensor_collectives_are_megatrons_minimum(tmp_path, sequence_parallel):
 
 @needs_plugin
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [[], NO_RECOMPUTE], ids=["full recompute", "no recompute"])
+@pytest.mark.parametrize("settings", [FULL_RECOMPUTE, []], ids=["full recompute", "no recompute"])
 def test_tp_comm_overlap_hides_what_the_tensor_group_sends(tmp_path, settings):
     whole, pieces = (
         compile_(tmp_path, "llama3_8b_1node_8k.yaml", f"actor.model.tp_comm_overlap={on}", *settings)
@@ -201,7 +202,7 @@ def test_llama3_8b_takes_at_most_0_7_of_maxtexts_memory(tmp_path):
         "cp8,dp8,zero=3": 41.0, "dp64,zero=3": 8.9,
     }  # fmt: skip
     # With ZeRO-3's overlap, which is on by default, dp 64 takes 7.4 GB: 0.83.
-    options = ["--nodes", "8", *NO_OVERLAP]
+    options = ["--nodes", "8", *NO_OVERLAP, *FULL_RECOMPUTE]
     reports = compile_(tmp_path, "llama3_8b_1node_8k.yaml", *maxtext, *options)
     assert list(reports) == list(maxtext)
     assert [report["mesh"]["pp"] for report in reports.values()] == [1, 4, 4, 1, 1]
@@ -215,7 +216,7 @@ def test_zero_stages_take_what_the_paper_says(tmp_path):
     """For N parameters on n devices, here with float32 gradients: 2N + 4N + 12N/n bytes, 2N + 16N/n and 18N/n
     (Rajbhandari et al., 2020, arXiv:1910.02054, section 5; figure 1 with K = 12). The activations of 512 tokens are
     small beside it."""
-    short = ["runner.seq_length=512", "actor.global_batch_size=8"]
+    short = ["runner.seq_length=512", "actor.global_batch_size=8", *FULL_RECOMPUTE]
     reports = compile_(tmp_path, "llama3_8b_1node_8k.yaml", "dp8,zero=1", "dp8,zero=2", "dp8,zero=3", *short)
     numbers, devices = 8.03e9, 8
     for report, formula in zip(
@@ -239,7 +240,7 @@ def test_zero_stages_take_what_the_paper_says(tmp_path):
 def test_offloaded_activations_wait_in_the_hosts_memory(tmp_path, stages):
     """Llama-3-8B without recompute: what the layers keep for the backward pass, 97 MB each at TP 8, is on no GPU, but for
     three of 32 layers: one in use, one that arrives, one that leaves."""
-    whole = ["actor.model.tensor_model_parallel_size=8", "actor.global_batch_size=8", *NO_RECOMPUTE]
+    whole = ["actor.model.tensor_model_parallel_size=8", "actor.global_batch_size=8"]
     whole += [f"actor.model.pipeline_model_parallel_size={stages}", "--nodes", str(stages)]
     hlo = tmp_path / "step.hlo"
     kept, offloaded = (

@@ -109,6 +109,7 @@ def test_a_closed_terminal_saves_and_stops(tmp_path, cached):
     command = [JAXPAR, "train", QUICKSTART, f"runner.output_dir={tmp_path}", "runner.max_steps=100000", *RUN]
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         os.execve(JAXPAR, list(map(str, command)), environment(**cached))
     with contextlib.suppress(OSError):
         while not (tmp_path / "quickstart/metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:

@@ -13,6 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NO_RECOMPUTE = [f"actor.model.recompute_{key}=null" for key in ("granularity", "method", "num_layers")]
+FULL_RECOMPUTE = [
+    "actor.model.recompute_granularity=full", "actor.model.recompute_method=uniform", "actor.model.recompute_num_layers=1",
+]  # fmt: skip
 EIGHT_B, LONG, MILLION = "llama3_8b_1node_8k.yaml", "llama3_8b_1node_128k.yaml", "llama3_8b_8nodes_1m.yaml"
 SEVENTY_B = "llama3_70b_16nodes_8k.yaml"
 INTERLEAVED = ["actor.model.pipeline_schedule=interleaved_1f1b", "actor.model.virtual_pipeline_model_parallel_size=4"]
@@ -20,12 +23,14 @@ ACROSS = ["data.reset_attention_mask=false"]
 
 # label → arguments of `jaxpar compile`
 ROWS = {
-    "8B on 8, as shipped (SP 4, full recompute)": [EIGHT_B],
+    "8B on 8, as shipped (SP 4, no recompute)": [EIGHT_B],
     "the same, `tp_comm_overlap`": [EIGHT_B, "actor.model.tp_comm_overlap=true"],
-    "dp 8, ZeRO-3, full recompute": [EIGHT_B, "dp8,zero=3"],
-    "dp 8, ZeRO-3, no recompute": [EIGHT_B, "dp8,zero=3", *NO_RECOMPUTE],
-    "the same, across documents (cuDNN)": [EIGHT_B, "dp8,zero=3", *NO_RECOMPUTE, *ACROSS],
-    "the same, gradients leave in bf16": [EIGHT_B, "dp8,zero=3", *NO_RECOMPUTE, "actor.optim.grad_reduce_dtype=bf16"],
+    "the same, full recompute": [EIGHT_B, *FULL_RECOMPUTE],
+    "the same, full recompute, `tp_comm_overlap`": [EIGHT_B, *FULL_RECOMPUTE, "actor.model.tp_comm_overlap=true"],
+    "dp 8, ZeRO-3, full recompute": [EIGHT_B, "dp8,zero=3", *FULL_RECOMPUTE],
+    "dp 8, ZeRO-3, no recompute": [EIGHT_B, "dp8,zero=3"],
+    "the same, across documents (cuDNN)": [EIGHT_B, "dp8,zero=3", *ACROSS],
+    "the same, gradients leave in bf16": [EIGHT_B, "dp8,zero=3", "actor.optim.grad_reduce_dtype=bf16"],
     "131,072 tokens on 8": [LONG],
     "1,048,576 tokens on 64": [MILLION],
     "70B on 128, as shipped": [SEVENTY_B],

@@ -84,6 +84,22 @@ def test_of_a_large_array_the_slice_counts(call):
     assert kinds(found) == {"other kernels": (pytest.approx((32 + 4 + 32) / MEMORY), 0, 32 + 4 + 32, 1)}
 
 
+def test_a_kernel_that_reads_a_slice_where_it_lies_is_that_kernel():
+    """XLA's dynamic_slice_fusion: the fusion is a call of cuBLAS, and not some kernel of its bytes."""
+    fused = """%sliced (p: bf16[16,64,64], i: s32[]) -> bf16[64,64] {
+  %p = bf16[16,64,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = bf16[1,64,64]{2,1,0} dynamic-slice(%p, %i, %zero, %zero), dynamic_slice_sizes={1,64,64}
+  %flat = bf16[64,64]{1,0} bitcast(%one)
+  ROOT %out = bf16[64,64]{1,0} custom-call(%flat, %flat), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}
+}"""
+    entry = "  %x = bf16[16,64,64]{2,1,0} parameter(0)\n  %i = s32[] parameter(1)\n"
+    found = read(program(entry + "  ROOT %y = bf16[64,64]{1,0} fusion(%x, %i), kind=kCustom, calls=%sliced", fused))
+    assert found.product_flops == {"bf16": 2 * 64**3}
+    assert [work.kind for work in found.by_kind] == ["products bf16"]
+
+
 def test_a_copy_reads_and_writes_once():
     for copy in (
         "  ROOT %y = f32[8]{0} copy(%x)",
