@@ -275,11 +275,10 @@ class _Walker:
                 return "attention kernels", find(operands, instruction.result) or 0, dtype
             return "other kernels", 0, dtype
         inside = self.module.computations[instruction.computations("calls")[0]] if opcode == "fusion" else None
-        for call in (
-            inside.instructions.values() if inside else ()
-        ):  # a kernel that reads or writes slices where they lie
-            if call.opcode == "custom-call":
-                return self._kind(inside, call, "custom-call")
+        if inside is not None:
+            for call in inside.instructions.values():
+                if call.opcode == "custom-call":  # a kernel that reads or writes slices where they lie
+                    return self._kind(inside, call, "custom-call")
         products = list(_products(inside.instructions.values(), inside) if inside else _products([instruction], here))
         if products:
             return f"products {products[0][1]}", sum(one[0] for one in products), products[0][1]
