@@ -1,49 +1,18 @@
-"""Settings composed at random, and their loss and every gradient compared with one device.
-
-`draw` makes a case from its number alone: sizes of the mesh, two or more `FEATURES` that are rare by themselves, and now and then a
-mistake. `run` computes it. The reference is the same model on one device, in one microbatch, with attention by its definition;
-for a part of the cases, a plain loop over the layers without the engine (`support.reference`).
-"""
+"""Cases drawn from their numbers: sizes of the mesh, two or more `FEATURES` that are rare by themselves, now and then a mistake."""
 
 import math
 import random
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from support import QUICK, TOLERANCE, random_params, reference
-from user_models import GPT, LinenGPT, NoStack
-
-import jaxpar
-from jaxpar.attention import reference_attention
-from jaxpar.config import ConfigError, config_from_dict
 from jaxpar.config.errors import divisors
 from jaxpar.config.keys import RECOMPUTE_MODULES
 from jaxpar.config.lora import TARGETS
-from jaxpar.examples import gemma, gpt2, moe
-from jaxpar.measure.check import ONE_DEVICE, with_settings
-from jaxpar.models import decoder
 from jaxpar.pipeline.schedule import SCHEDULES
-from jaxpar.program import Program
 
-# Relative, of the largest number of a parameter's gradient in a layer. In 8 or 11 bits, the layouts' sums have other roundings.
-TOLERANCES = {"fp32": TOLERANCE, "bf16": 0.1, "fp16": 0.03}
 TEACHER_TOKENS = 4
-# Name → the model, given the function that computes attention where it is no global of the model's module.
-OWN_MODELS: dict[str, Callable[[Any], Any]] = {
-    "GPT": GPT,
-    "LinenGPT": LinenGPT,
-    "NoStack": lambda attention: lambda rngs: NoStack(rngs, attention),
-    "gemma": lambda _: gemma.build(),
-    "gpt2": lambda _: gpt2.build(),
-    "moe": lambda _: moe.build(),
-}
+OWN_MODELS = ("GPT", "LinenGPT", "NoStack", "gemma", "gpt2", "moe")
 
 
 @dataclass
@@ -51,9 +20,10 @@ class Case:
     """What is computed.
 
     Attributes:
+      features: names in `FEATURES`, and the mistake if there is one.
       settings: key.path → value.
-      model: a name in `OWN_MODELS`; None: the built-in decoder.
-      mask, documents: which tokens are trained, and what a row has, see `make_batch`.
+      model: one of `OWN_MODELS`; None: the built-in decoder.
+      mask, documents: which tokens are trained, and what a row has, see `compositions.running.make_batch`.
       own_objective: a loss from Python that looks at whole rows.
       updates: gradients are read from the moments after `train_step`, instead of from `loss_and_grads`.
     """
@@ -79,34 +49,19 @@ class Case:
         return nested
 
     def __str__(self) -> str:
-        sizes = {short: self.settings.get(f"actor.model.{key}", 1) for short, key in _SIZES.items()}
-        mesh = f"{self.settings['cluster.num_gpus_per_node']}: " + " ".join(f"{k}{v}" for k, v in sizes.items() if v != 1)
-        return f"{mesh} [{', '.join(self.features)}]"
+        model = {key.removeprefix("actor.model."): value for key, value in self.settings.items()}
+        sizes = (f"{short}{model[key]}" for short, key in _SIZES.items() if model.get(key) not in (None, 1, False))
+        return f"{model['cluster.num_gpus_per_node']} devices: {' '.join(sizes)} [{', '.join(self.features)}]"
 
 
 _SIZES = {
     "pp": "pipeline_model_parallel_size",
-    "t": "tensor_model_parallel_size",
-    "sp": "sequence_parallel",
+    "tensor": "tensor_model_parallel_size",
+    "sp:": "sequence_parallel",
     "cp": "context_parallel_size",
-    "v": "virtual_pipeline_model_parallel_size",
-    " ": "pipeline_schedule",
+    "chunks": "virtual_pipeline_model_parallel_size",
+    "": "pipeline_schedule",
 }
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of a case.
-
-    Attributes:
-      kind: "same", "refused", or "WRONG".
-      error: the largest relative error of all gradients and the loss.
-      text: where it is; why the case was refused.
-    """
-
-    kind: str
-    error: float
-    text: str
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -119,6 +74,7 @@ class Drawing:
         self.rng = rng = random.Random(number)
         features = rng.sample(list(FEATURES), 2)
         features += [name for name in FEATURES if name not in features and rng.random() < 0.08]
+        features = _compatible(features)
         self.case = Case(number, features)
         needed = {axis for name in features for axis in NEEDS.get(name, ())}
         while True:
@@ -203,6 +159,15 @@ class Drawing:
         self.set(**{key: value})
 
 
+def _compatible(features: list[str]) -> list[str]:
+    """Without those that exclude one before them."""
+    kept: list[str] = []
+    for name in features:
+        if not any(name in group and other in group for group in _EXCLUSIVE for other in kept):
+            kept.append(name)
+    return kept
+
+
 def draw(number: int) -> Case:
     """The case with this number, the same everywhere."""
     return Drawing(number).case
@@ -281,9 +246,6 @@ def _objective(loss_type: str, **settings: list[Any]) -> Callable[[Drawing], Non
     """Each setting with one of its values."""
 
     def feature(d: Drawing) -> None:
-        for key in [key for key in d.case.settings if key.startswith("algorithm.")]:
-            del d.case.settings[key]
-        d.case.own_objective = False
         d.set(**{"algorithm.loss_type": loss_type})
         d.set(**{f"algorithm.{key}": d.rng.choice(values) for key, values in settings.items()})
 
@@ -348,11 +310,18 @@ FEATURES: dict[str, Callable[[Drawing], None]] = {
 NEEDS = {
     "context": ("cp",), "tp_comm_overlap": ("tensor",), "overlap": ("dp",), "zero": ("dp",), "few kv heads": ("tensor",),
 }  # fmt: skip
-_OF_DECODERS = {
-    *(f"actor.model.{key}" for key in (
-        "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "vocab_size", "make_vocab_size_divisible_by", "sliding_window", "use_sliding_window", "tie_word_embeddings", "rope_scaling",
-        "rope_theta", "is_lora", "lora_rank", "lora_alpha", "lora_target_modules", "tp_comm_overlap", "recompute_modules",
+_OBJECTIVES = {"z-loss", "sft", "dpo", "distillation", "actor", "own objective"}
+_EXCLUSIVE = [
+    _OBJECTIVES, {"bf16", "fp16"}, {"recompute full", "recompute modules"}, {"empty ranks", "few targets"}, {"padding", "across documents"},
+    {"dpo", "across documents"}, {"dpo", "padding"}, {"vocabulary", "own model"}, {"lora", "trainable"},
+    *({"own model", name} for name in (
+        "window", "few kv heads", "tied", "vocabulary", "rope", "lora", "trainable", "tp_comm_overlap", "recompute modules",
     )),
-    "actor.optim.trainable",
+]  # fmt: skip
+# Of the built-in decoder
+_OF_DECODERS = {
+    f"actor.model.{key}" for key in (
+        "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "vocab_size", "make_vocab_size_divisible_by",
+    )
 }  # fmt: skip
