@@ -10,6 +10,7 @@ none failed.
 
 import argparse
 import collections
+import faulthandler
 import os
 import subprocess
 import sys
@@ -44,7 +45,10 @@ def run_processes(first: int, end: float) -> int:
     while time.monotonic() < end:
         command = [sys.executable, "-m", "tests.compositions", "--cases", str(number), str(IN_A_PROCESS)]
         last, done = number, 0
-        with subprocess.Popen(command, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+        with subprocess.Popen(
+            command, cwd=TESTS.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as child:
             assert child.stdout
             for line in child.stdout:
                 word, _, rest = line.partition(" ")
@@ -57,7 +61,7 @@ def run_processes(first: int, end: float) -> int:
                     kinds[kind] += 1
                     done = last - number + 1
                     if kind == "refused":
-                        refusals[rest.split(": ", 2)[-1].split(":")[0].strip()] += 1
+                        refusals[rest.split()[2].rstrip(":")] += 1
                     elif kind != "same":
                         failed.append(f"{last} {kind}")
                     if time.monotonic() > end:
@@ -70,7 +74,9 @@ def run_processes(first: int, end: float) -> int:
             done = last - number + 1
         number += done
     print(f"\n{sum(kinds.values())} cases from {first}: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()))
-    print("refused: " + ", ".join(f"{n} {key}" for key, n in refusals.most_common()))
+    print(
+        "refused, by the first setting that is named: " + ", ".join(f"{n} {key}" for key, n in refusals.most_common())
+    )
     print("failed: " + (", ".join(failed) or "none"))
     return int(bool(failed))
 
@@ -78,7 +84,6 @@ def run_processes(first: int, end: float) -> int:
 def run_cases(first: int, count: int) -> int:
     """Runs cases in this process; returns how many failed."""
     sys.path.insert(0, str(TESTS))
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import conftest
 
     conftest.use_simulated_devices()
@@ -91,10 +96,12 @@ def run_cases(first: int, count: int) -> int:
     failed = 0
     for number in range(first, first + count):
         print(f"start {number}", flush=True)
+        faulthandler.dump_traceback_later(SECONDS_OF_A_CASE, exit=True)  # devices that wait for each other for ever
         case, start = draw(number), time.monotonic()
         try:
             result = run(case)
-            line, is_good = f"{result.kind} {result.error:.1e} {result.text}", result.kind != "WRONG"
+            error = "" if result.kind == "refused" else f"{result.error:.1e} "
+            line, is_good = f"{result.kind} {error}{result.text}", result.kind != "WRONG"
         except Exception:
             line, is_good = f"ERROR {traceback.format_exc().strip().splitlines()[-1]}", False
             traceback.print_exc()

@@ -12,7 +12,7 @@ from jaxpar.config.lora import TARGETS
 from jaxpar.pipeline.schedule import SCHEDULES
 
 TEACHER_TOKENS = 4
-OWN_MODELS = ("GPT", "LinenGPT", "NoStack", "gemma", "gpt2", "moe")
+OWN_MODELS = {"GPT": 4, "LinenGPT": 4, "NoStack": 0, "gemma": 3, "gpt2": 4, "moe": 4}  # → layers that stages share
 
 
 @dataclass
@@ -50,14 +50,18 @@ class Case:
 
     def __str__(self) -> str:
         model = {key.removeprefix("actor.model."): value for key, value in self.settings.items()}
-        sizes = (f"{short}{model[key]}" for short, key in _SIZES.items() if model.get(key) not in (None, 1, False))
+        sizes = (
+            f"{short}{model[key]}"
+            for short, key in _SIZES.items()
+            if str(model.get(key, 1)) not in ("None", "1", "False")
+        )
         return f"{model['cluster.num_gpus_per_node']} devices: {' '.join(sizes)} [{', '.join(self.features)}]"
 
 
 _SIZES = {
     "pp": "pipeline_model_parallel_size",
     "tensor": "tensor_model_parallel_size",
-    "sp:": "sequence_parallel",
+    "sp=": "sequence_parallel",
     "cp": "context_parallel_size",
     "chunks": "virtual_pipeline_model_parallel_size",
     "": "pipeline_schedule",
@@ -85,7 +89,8 @@ class Drawing:
             if all(sizes[axis] > 1 for axis in needed) and 2 <= self.devices <= rng.choice((8, 8, 8, 8, 16)):
                 break
         self.sp = self.tensor > 1 and ("tp_comm_overlap" in features or rng.random() < 0.5)
-        self.chunks = rng.choice((1, 1, 2, 3)) if self.pp > 1 else 1
+        most = (4 if "own model" in features else 12) // self.pp
+        self.chunks = rng.choice([n for n in (1, 1, 2, 3) if n <= max(1, most)]) if self.pp > 1 else 1
         self.set_model(pipeline_model_parallel_size=self.pp, tensor_model_parallel_size=self.tensor,
                        context_parallel_size=self.cp, sequence_parallel=self.sp)  # fmt: skip
         self.set(**{"cluster.num_gpus_per_node": self.devices})
@@ -144,7 +149,7 @@ class Drawing:
         self.set_model(
             pipeline_schedule=self.rng.choice(with_chunks if chunks else names),
             virtual_pipeline_model_parallel_size=chunks,
-            num_hidden_layers=min(9, self.pp * self.chunks + self.rng.choice((0, 0, 1, 2))),
+            num_hidden_layers=self.pp * self.chunks + self.rng.choice((0, 0, 1, 2)),
         )
 
     def _mistake(self) -> None:
@@ -225,7 +230,7 @@ def _overlap(d: Drawing) -> None:
 
 
 def _lora(d: Drawing) -> None:
-    d.set_model(is_lora=True, lora_rank=d.rng.choice((1, 2, 4)), lora_alpha=d.rng.choice((1.0, 8.0)))
+    d.set_model(is_lora=True, lora_rank=d.rng.choice((1, 2, 4)), lora_alpha=d.rng.choice((0.5, 1.0)))
     d.set_model(lora_target_modules=d.rng.choice((None, d.rng.sample(list(TARGETS), 2))))
 
 
@@ -254,7 +259,7 @@ def _objective(loss_type: str, **settings: list[Any]) -> Callable[[Drawing], Non
 
 
 def _own_model(d: Drawing) -> None:
-    d.case.model = d.rng.choice([name for name in OWN_MODELS if d.pp == 1 or name != "NoStack"])
+    d.case.model = d.rng.choice([name for name, layers in OWN_MODELS.items() if d.pp == 1 or d.pp * d.chunks <= layers])
 
 
 def _with(**attributes: Any) -> Callable[[Drawing], None]:
@@ -314,7 +319,7 @@ NEEDS = {
 _OBJECTIVES = {"z-loss", "sft", "dpo", "distillation", "actor", "own objective"}
 _EXCLUSIVE = [
     _OBJECTIVES, {"bf16", "fp16"}, {"recompute full", "recompute modules"}, {"empty ranks", "few targets"}, {"padding", "across documents"},
-    {"dpo", "across documents"}, {"dpo", "padding"}, {"vocabulary", "own model"}, {"lora", "trainable"},
+    {"dynamic", "across documents"}, {"dpo", "across documents"}, {"dpo", "padding"}, {"vocabulary", "own model"}, {"lora", "trainable"},
     *({"own model", name} for name in (
         "window", "few kv heads", "tied", "vocabulary", "rope", "lora", "trainable", "tp_comm_overlap", "recompute modules",
     )),
