@@ -66,12 +66,12 @@ def run(case: Case) -> Result:
         return Result("refused", 0.0, "; ".join(error.problems))
     params, batch = random_params(program.blueprint.model), make_batch(case, program)
     found, expected = _compute(case, program, params, batch), _reference(case, program, params, batch)
-    errors, tolerance = _errors(found, expected), TOLERANCES[config.actor.model.precision]
+    errors, tolerance = relative_errors(found, expected), TOLERANCES[config.actor.model.precision]
     where, worst = max(errors.items(), key=lambda item: np.nan_to_num(item[1], nan=np.inf))
     if worst <= tolerance:
         return Result("same", worst, where)
     otherwise = {"actor.model.precision": "fp32", "actor.micro_batch_size": 1}
-    rounding = _errors(expected, _alone(case, program, _rounded(params, case.number), batch, **otherwise))
+    rounding = relative_errors(expected, _alone(case, program, _rounded(params, case.number), batch, **otherwise))
     wrong = {name: error for name, error in errors.items() if not error <= max(tolerance, ROUNDING * rounding[name])}
     where = max(wrong, key=lambda name: wrong[name], default=where)
     text = f"{where} ({rounding[where]:.1e} on one device with rounded weights; {len(wrong)} of {len(errors)})"
@@ -148,7 +148,7 @@ def _plain_attention() -> Iterator[None]:
         yield
 
 
-def _errors(found: tuple[Any, Any], expected: tuple[Any, Any]) -> dict[str, float]:
+def relative_errors(found: tuple[Any, Any], expected: tuple[Any, Any]) -> dict[str, float]:
     """Name → largest difference over largest number, of the loss and of each parameter, a stacked one's layers by themselves. What
     is zero must be zero: else the error is infinite."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
