@@ -8,6 +8,7 @@ import jax
 
 from jaxpar.attention import choice_lines
 from jaxpar.checkpoint.checkpoints import Checkpoints
+from jaxpar.checkpoint.pace import Pace
 from jaxpar.checkpoint.run_state import RunState
 from jaxpar.checkpoint.same_run import describe
 from jaxpar.config import ConfigError
@@ -79,6 +80,7 @@ class TrainingRun:
         self.last_step = min((limit for limit in limits if limit > 0), default=None)
         self._log = StepLog(program, lambda row: self._hooks.call("step", row), self.say)
         self._val_loss: float | None = None  # of the parameters after `step`, if they were evaluated
+        self._pace = Pace(self._runner.save_interval)
 
     def stop(self, reason: str) -> None:
         if not self._stops:
@@ -208,10 +210,19 @@ class TrainingRun:
 
     def _save(self) -> None:
         self._log.flush()  # before saving, so that metrics.jsonl never lacks a step that a checkpoint has
-        self._watchdog.enter(self.step, "saving")
+        self._watchdog.enter(self.step, "checking for signals")
         self._agree_to_stop(self._signal)  # which also asks whether the folder is still there
         position = position_to_save(self._position)
-        if folder := self.checkpoints.save(self.step, self._state.get(), position, self._val_loss):
+        self._watchdog.enter(self.step, "waiting until the earlier checkpoint is written")
+        with self._log.between_steps("checkpoint_wait_seconds"):
+            self.checkpoints.wait_until_written()
+        note = self._pace.next_save(self.step, self._log.between["checkpoint_wait_seconds"])
+        self._watchdog.enter(self.step, "saving")
+        with self._log.between_steps("checkpoint_seconds"):
+            folder = self.checkpoints.save(self.step, self._state.get(), position, self._val_loss)
+        if note:
+            self.say(note)
+        if folder:
             self._hooks.call("save", self.step, folder)
 
     def _is_due(self, interval: int) -> bool:

@@ -22,6 +22,7 @@ from jaxpar.checkpoint.manifest import (
     PREFIX,
     Position,
     build_manifest,
+    check_saved,
     checkpoints_in,
     damages,
     newest,
@@ -37,6 +38,7 @@ from jaxpar.checkpoint.orbax_handler import (
     StateRestore,
     StateSave,
     bytes_at_once,
+    in_its_own_memory,
     return_large_buffers,
 )
 from jaxpar.checkpoint.reading import CheckpointError
@@ -65,7 +67,9 @@ class Checkpoints:
         self._saved: Path | None = None  # the last that this run has written, or is writing
 
     def save(self, step: int, state: Any, position: Position, val_loss: float | None = None) -> Path | None:
-        """Copies the state to the host and writes it in the background. Does nothing if the step is already saved.
+        """Copies the state to the host and writes it in the background, one save after the other.
+
+        Returns when the state is copied: the next step may then reuse its memory. Does nothing if the step is already saved.
 
         Args:
           position: in the data, as `build_manifest` takes it.
@@ -78,15 +82,17 @@ class Checkpoints:
           CheckpointError: this checkpoint or the previous one could not be written.
         """
         manager = self.open_to_write()
-        self.wait()
+        self.wait_until_written()
         with self._reported("write"):
             if step in manager.all_steps():
                 return None
             if val_loss is not None and math.isfinite(val_loss):
                 self._val_losses[step] = val_loss
             self._handler.manifest = build_manifest(self._config, step, state, position, val_loss, self._described)
+            self._handler.earlier = self._saved
             chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
-            if not manager.save(step, args=ocp.args.Composite(state=StateSave(state, save_args=chunks))):
+            save = StateSave(in_its_own_memory(state), save_args=chunks)
+            if not manager.save(step, args=ocp.args.Composite(state=save)):
                 raise CheckpointError(
                     f"{self.folder} holds step {manager.latest_step()}, so that step {step} cannot be saved: something else writes "
                     f"there"
@@ -105,13 +111,16 @@ class Checkpoints:
             with self._reported("write"):
                 self._manager.check_for_errors()
 
-    def wait(self) -> None:
-        """Waits until everything is written. A collective call. Raises CheckpointError if what was saved is not there."""
+    def wait_until_written(self) -> None:
+        """Waits until the last save is written, by all processes. Raises CheckpointError if it could not be written."""
         if self._manager is not None:
             with self._reported("write"):
                 self._manager.wait_until_finished()
-        if self._saved and (reason := decide_on_process_0(lambda: self._saved and why_torn(self._saved))):
-            raise CheckpointError(f"{self._saved} was saved, but {reason}: something else has moved or removed it")
+
+    def wait(self) -> None:
+        """As `wait_until_written`; then looks whether it is there. A collective call. Raises CheckpointError if it is not."""
+        self.wait_until_written()
+        decide_on_process_0(lambda: check_saved(self._saved))
 
     def find(self) -> tuple[Path | None, list[str]]:
         """Finds the checkpoint that `runner.resume_dir` asks for. A collective call.

@@ -209,6 +209,12 @@ def why_torn(checkpoint: Path) -> str | None:
     return None
 
 
+def check_saved(checkpoint: Path | None) -> None:
+    """Raises CheckpointError if a checkpoint that was saved is not there any more, or not complete."""
+    if checkpoint and (reason := why_torn(checkpoint)):
+        raise CheckpointError(f"{checkpoint} was saved, but {reason}: something else has moved or removed it")
+
+
 def damages(checkpoint: Path, share: int, num_shares: int) -> Iterator[str]:
     """Reads every `num_shares`-th file, starting with number `share`; yields a line for each that was altered.
 

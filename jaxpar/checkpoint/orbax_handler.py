@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxpar.checkpoint.manifest import merge_checksums, named_leaves, write_checksums, write_manifest
+from jaxpar.checkpoint.manifest import check_saved, merge_checksums, named_leaves, write_checksums, write_manifest
 
 _PROCESS = "ocdbt.process_"  # prefix of the folder in which Orbax puts what one process writes
 # A reader reads whole chunks, even if it needs only part of them, so they must not be large.
@@ -25,16 +25,19 @@ class StateHandler(ocp.StandardCheckpointHandler):
 
     Attributes:
       manifest: content of `manifest.json`; set it before each save.
+      earlier: the checkpoint that was saved before, if any; set it before each save. While the next one is written, process 0
+        looks whether it is still there.
     """
 
     manifest: dict[str, Any]
+    earlier: Path | None = None
 
     def __init__(self, bytes_at_once: int = 10**9) -> None:
         super().__init__(restore_concurrent_gb=bytes_at_once / 10**9)
 
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
         futures = await super().async_save(directory, *args, **kwargs)
-        return [_Written(futures or [], Path(getattr(directory, "path", directory)))]
+        return [_Written(futures or [], Path(getattr(directory, "path", directory)), self.earlier)]
 
     def finalize(self, directory: Any) -> None:  # runs on process 0 after all processes have written
         super().finalize(directory)
@@ -58,14 +61,34 @@ class StateRestore(ocp.args.StandardRestore): ...
 class _Written:
     """A future for Orbax: waits until this process has written its part of the state, then writes its checksums."""
 
-    def __init__(self, futures: Sequence[Any], folder: Path):
-        self._futures, self._folder = futures, folder
+    def __init__(self, futures: Sequence[Any], folder: Path, earlier: Path | None):
+        self._futures, self._folder, self._earlier = futures, folder, earlier
 
     def result(self, timeout: float | None = None) -> None:
         for future in self._futures:
             future.result(timeout)
         name = f"{_PROCESS}{jax.process_index()}"
         write_checksums(self._folder, list((self._folder / name).rglob("*")), name)
+        if jax.process_index() == 0:
+            check_saved(self._earlier)
+
+
+def in_its_own_memory(state: Any) -> Any:
+    """The same arrays in memory that the next step is not given.
+
+    Orbax copies from devices to host memory, but of a CPU it takes views. XLA would then copy what is donated to the next step, in
+    that step's time. What has replicas, Orbax cuts into pieces, which are copies.
+    """
+    if jax.default_backend() != "cpu":
+        return state
+
+    def copied(x: jax.Array) -> jax.Array:
+        if any(shard.replica_id for shard in x.addressable_shards):
+            return x
+        shards = [jax.device_put(shard.data, may_alias=False) for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
+
+    return jax.tree.map(copied, state)
 
 
 def return_large_buffers() -> None:

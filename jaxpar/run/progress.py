@@ -27,7 +27,7 @@ class Lines(Progress):
         self._last = run.last_step
 
     def step(self, row: dict[str, Any]) -> None:
-        if row["step"] % self._every == 0 or row["step"] == self._last:
+        if row["step"] % self._every == 0 or row["step"] == self._last or saving(row):
             total = f"/{self._last}" if self._last else ""
             print(f"step {row['step']}{total} {summary(row)}", flush=True)
 
@@ -67,10 +67,17 @@ def summary(row: dict[str, Any]) -> str:
     if "dp_balance" in row:
         more += f"  microbatches {row['num_microbatches']}  balance {row['dp_balance']:.3f}"
         more += f"  padding {row['padding_fraction']:.1%}"
+    more += saving(row)
     return (
         f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}{rate}  "
         f"{row['tokens_per_second']:,.0f} tokens/s{mfu}{more}"
     )
+
+
+def saving(row: dict[str, Any]) -> str:
+    """How long the save before this step has stopped training; empty if that was less than a second, or there was none."""
+    seconds = row.get("checkpoint_seconds", 0.0) + row.get("checkpoint_wait_seconds", 0.0)
+    return f"  checkpoint {seconds:.1f} s" if seconds >= 1 else ""
 
 
 def progress(first_process: bool, every: int = 1) -> Progress:

@@ -1,8 +1,9 @@
 """Records the steps of a run: metrics, the progress line, and the batches of skipped steps."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,9 @@ class StepLog:
     Args:
       report: is given the row of each step.
       say: prints a line.
+
+    Attributes:
+      between: seconds of what `between_steps` has measured since the last row.
     """
 
     def __init__(self, program: Program, report: Callable[[dict[str, Any]], None], say: Callable[[str], None]):
@@ -38,6 +42,7 @@ class StepLog:
             self._mfu_per_flops = 1 / (peak * len(devices))
         self._tokens = math.prod(program.batch_layout.shape)
         self._previous_end = time.perf_counter()
+        self.between: dict[str, float] = {}
 
     def enter(
         self,
@@ -61,6 +66,15 @@ class StepLog:
         if self._pending:
             jax.block_until_ready(self._pending[1])
         return time.perf_counter() - self._previous_end
+
+    @contextlib.contextmanager
+    def between_steps(self, name: str) -> Iterator[None]:
+        """Measures what is done after `flush` and before the next step. The next row has its seconds under this name, and
+        its `step_seconds` are without them."""
+        start = time.perf_counter()
+        yield
+        self.between[name] = time.perf_counter() - start
+        self._previous_end += self.between[name]
 
     def flush(self, seconds: float | None = None, **more: float) -> None:
         """Reports the pending step, if there is one.
@@ -95,8 +109,10 @@ class StepLog:
             "tokens_per_second": rate,
             "mfu": mfu,
             **figures,
+            **self.between,
             **more,
         }
+        self.between = {}
         row = {**{name: value for name, value in numbers.items() if name not in row}, **row}
         self._report(row)
         if skipped and not self._is_scale_overflow(numbers):

@@ -158,6 +158,17 @@ def test_what_was_saved_is_there(copy):
             saved.wait()
 
 
+def test_what_was_saved_is_looked_at_while_the_next_is_written(copy):
+    saved = checkpoints(copy)
+    saved.save(6, state(6), POSITION)
+    saved._manager.wait_until_finished()
+    shutil.rmtree(step_folder(copy, 6))
+    assert saved.save(8, state(8), POSITION)  # does not wait for this
+    with pytest.raises(CheckpointError, match="global_step_6 was saved, but .* is missing"):
+        saved.wait()
+    assert not step_folder(copy, 8).exists()
+
+
 def test_a_save_that_orbax_would_leave_out_is_an_error(copy):
     with pytest.raises(CheckpointError, match="holds step 4, so that step 3 cannot be saved"):
         checkpoints(copy).save(3, state(3), POSITION)
