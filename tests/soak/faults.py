@@ -119,8 +119,7 @@ def disk_full(life: Life) -> None:
 
 @fault
 def torn_newest_checkpoint(life: Life) -> None:
-    if len(life.checkpoints) < 2:
-        return stop_by_signal(life)
+    train(life, 2)
     torn = life.newest()
     harm(life, torn)
     del life.checkpoints[max(life.checkpoints)]
@@ -131,8 +130,7 @@ def torn_newest_checkpoint(life: Life) -> None:
 
 @fault
 def all_checkpoints_torn(life: Life) -> None:
-    if not life.checkpoints:
-        return stop_by_signal(life)
+    train(life, 1)
     aside = shutil.copytree(life.experiment, life.folder / "aside", symlinks=True)
     for path in life.checkpoints_folder.glob("global_step_*"):
         (path / "manifest.json").unlink(missing_ok=True)
@@ -144,8 +142,7 @@ def all_checkpoints_torn(life: Life) -> None:
 
 @fault
 def flipped_bit(life: Life) -> None:
-    if not life.checkpoints:
-        return stop_by_signal(life)
+    train(life, 1)
     files = sorted(path for path in (life.newest() / "state").rglob("*") if path.is_file() and path.stat().st_size)
     file, place = life.choose(files), life.draw(0, 1, "at")
     content = file.read_bytes()
@@ -158,8 +155,7 @@ def flipped_bit(life: Life) -> None:
 
 @fault
 def unreadable_checkpoint(life: Life) -> None:
-    if not life.checkpoints:
-        return stop_by_signal(life)
+    train(life, 1)
     with unreadable(life.newest() / life.choose(["manifest.json", "checksums.json", "commit_success.txt"])) as path:
         life.refused(f"{path.name} cannot be read")
     life.look()
@@ -167,8 +163,7 @@ def unreadable_checkpoint(life: Life) -> None:
 
 @fault
 def damaged_metrics(life: Life) -> None:
-    if not life.checkpoints:
-        return stop_by_signal(life)
+    train(life, 1)
     lines = life.metrics.read_bytes().splitlines(keepends=True)
     place = int(life.draw(0, len(lines) + 1, "before line"))
     kind = life.choose(["torn", "bad byte", "doubled"])
@@ -181,16 +176,16 @@ def damaged_metrics(life: Life) -> None:
 
 @fault
 def damaged_token_cache(life: Life) -> None:
-    for folder in life.folder.glob("token_cache/*"):
-        kind, file = life.choose(["bytes", "cut", "gone"]), folder / life.choose(["tokens", "doc_ends", "counts.json"])
-        if kind == "bytes":
-            file.write_bytes(b"\xff" * file.stat().st_size)
-        elif kind == "cut":
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        else:
-            file.unlink()
-        return life.stop(life.start(), "is damaged and is written anew")
-    stop_by_signal(life)  # it is the first run
+    train(life, 1)
+    (folder,) = life.folder.glob("token_cache/*")
+    kind, file = life.choose(["bytes", "cut", "gone"]), folder / life.choose(["tokens", "doc_ends", "counts.json"])
+    if kind == "bytes":
+        file.write_bytes(b"\xff" * file.stat().st_size)
+    elif kind == "cut":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        file.unlink()
+    life.stop(life.start(), "is damaged and is written anew")
 
 
 @fault
@@ -243,13 +238,13 @@ def moved_folder(life: Life) -> None:
 @fault
 def harmless_edit(life: Life) -> None:
     edit = life.choose(HARMLESS)
-    life.stop(life.start(*edit.split()), *(["changed since"] if life.checkpoints else []))
+    train(life, 1)
+    life.stop(life.start(*edit.split()), "changed since")
 
 
 @fault
 def edit_that_makes_another_run(life: Life) -> None:
-    if not life.checkpoints:
-        return stop_by_signal(life)
+    train(life, 1)
     edit = life.choose(OTHER_RUNS)
     life.refused(rf"error: .*{edit.partition('=')[0].rpartition('.')[2]}", edit)
 
@@ -258,6 +253,12 @@ def edit_that_makes_another_run(life: Life) -> None:
 def processes_that_differ(life: Life) -> None:
     edit = life.choose(["actor.optim.lr=2e-3", "data.seed=99", "actor.model.precision=bf16", "runner.max_steps=300"])
     life.refused(edit.partition("=")[0], processes=2, each=((), (edit,)))
+
+
+def train(life: Life, checkpoints: int) -> None:
+    """Trains until the life has so many."""
+    while len(life.checkpoints) < checkpoints:
+        life.stop(life.start())
 
 
 def fill(file: Path, left: int) -> None:

@@ -1,5 +1,6 @@
 """One experiment of the soak: its processes, and what must be true of its folder whenever no process runs."""
 
+import collections
 import contextlib
 import json
 import os
@@ -115,6 +116,7 @@ class Life:
     def __init__(self, folder: Path, name: str, data_seed: int):
         self.folder, self.name = folder, name
         self.reference: list[dict] = []
+        folder.mkdir()
         self.own = [*RUN, f"data.seed={data_seed}"]
         self.experiment = folder / "quickstart"
         self.checkpoints_folder = self.experiment / "checkpoints"
@@ -124,7 +126,7 @@ class Life:
         self.rows: list[dict] = []
         self.runs: list[Run] = []  # of this turn
         self.notes: list[str] = []
-        self.figures = {"losses compared": 0, "steps trained again": 0, "checkpoints verified": 0, "starts": 0}
+        self.figures = collections.Counter()
         self.largest = 0.0  # relative difference of two losses
         self.done = False
 
@@ -205,6 +207,7 @@ class Life:
             self.look(run, exact=exact)
             check("run.lock" in leaves or not self._locks(), "run.lock is left")
             check("tmp" in leaves or not self._names("*tmp*"), f"left: {self._names('*tmp*')}")
+            self.figures["saves cut"] += bool(self._names("*tmp*"))
 
     def refused(self, says: str, *more: str, **start: Any) -> None:
         """Starts a run that must not begin: exit code 2, and nothing has changed."""
