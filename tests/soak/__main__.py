@@ -23,7 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from runs import layout, metrics, train_command
 from soak.faults import FAULTS
-from soak.life import STEPS, WORDS, Life, Run, Violation, cached, check
+from soak.life import STEPS, WORDS, Life
+from soak.run import Run, Violation, cached, check
 
 FAULTS_A_LIFE = 10
 DISK = "40m"

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from soak.life import Life, check
+from soak.life import Life
+from soak.run import check
 
 FAULTS: list[Callable[[Life], None]] = []
 # Settings with which a resume is another run, or no run at all.

@@ -7,7 +7,8 @@ import zlib
 import pytest
 from soak.__main__ import soak
 from soak.faults import FAULTS
-from soak.life import Life, Violation
+from soak.life import Life
+from soak.run import Violation
 
 SEED = 3
 
