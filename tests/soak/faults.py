@@ -144,8 +144,7 @@ def all_checkpoints_torn(life: Life) -> None:
 @fault
 def flipped_bit(life: Life) -> None:
     train(life, 1)
-    files = sorted(path for path in (life.newest() / "state").rglob("*") if path.is_file() and path.stat().st_size)
-    file, place = life.choose(files), life.draw(0, 1, "at")
+    file, place = life.choose(arrays(life.newest())), life.draw(0, 1, "at")
     content = file.read_bytes()
     position = int(place * len(content))
     file.write_bytes(content[:position] + bytes([content[position] ^ 16]) + content[position + 1 :])
@@ -275,10 +274,14 @@ def drop_torn_row(life: Life) -> None:
         life.metrics.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
+def arrays(checkpoint: Path) -> list[Path]:
+    """The files that have a checksum."""
+    return [checkpoint / name for name in sorted(json.loads((checkpoint / "checksums.json").read_bytes()))]
+
+
 def harm(life: Life, checkpoint: Path) -> None:
     """Removes or cuts one of a checkpoint's files."""
-    files = [path for path in sorted((checkpoint / "state").rglob("*")) if path.is_file() and path.stat().st_size]
-    file = life.choose([*files, checkpoint / "manifest.json", checkpoint / "checksums.json"])
+    file = life.choose([*arrays(checkpoint), checkpoint / "manifest.json", checkpoint / "checksums.json"])
     if life.choose([True, False], "cut"):
         file.write_bytes(file.read_bytes()[: int(life.draw(0, 1, "to") * (file.stat().st_size - 1))])
     else:
