@@ -1,6 +1,5 @@
 """The training loop: what happens when, in a run. No maths."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,8 +113,7 @@ class TrainingRun:
                 self.checkpoints.wait()  # let an earlier save finish
                 raise
             except FolderLost:
-                with contextlib.suppress(ConfigError):
-                    self.checkpoints.wait()  # the other run waits until this one writes no more
+                self.checkpoints.give_up()  # the other run waits until this one writes no more
                 raise
             finally:
                 self._source.close()

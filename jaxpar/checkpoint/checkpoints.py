@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from jaxpar.config import Config, ConfigError
 from jaxpar.run.processes import decide_on_process_0, raise_together
 
 _TORN = "torn_"  # prefix for the folder of a torn checkpoint
+_PATIENCE = 30.0  # seconds for the last write of a run that has lost its folder
 _WRITE_TIMEOUT = 3600  # seconds; Orbax's default of 600 is too short for a large model on a slow file system
 
 
@@ -121,6 +123,19 @@ class Checkpoints:
         """As `wait_until_written`; then looks whether it is there. A collective call. Raises CheckpointError if it is not."""
         self.wait_until_written()
         decide_on_process_0(lambda: check_saved(self._saved))
+
+    def give_up(self) -> None:
+        """Waits until a write in the background has ended or failed, but not long: where the folder is gone, one process may have
+        failed, and Orbax's others wait for it."""
+
+        def wait(manager: ocp.CheckpointManager) -> None:
+            with contextlib.suppress(Exception):
+                manager.wait_until_finished()
+
+        if self._manager is not None:
+            thread = threading.Thread(target=wait, args=(self._manager,), daemon=True)
+            thread.start()
+            thread.join(_PATIENCE)
 
     def find(self) -> tuple[Path | None, list[str]]:
         """Finds the checkpoint that `runner.resume_dir` asks for. A collective call.

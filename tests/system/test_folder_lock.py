@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import orbax.checkpoint as ocp
 import pytest
 from runs import QUICKSTART, SMALL, layout, metrics, start, start_two
 from test_faults import read_until
@@ -122,6 +123,23 @@ def test_a_folder_that_is_gone_ends_the_run_at_the_next_step(tmp_path, harm):
         jaxpar.Trainer(jaxpar.load_config(QUICKSTART, settings)).fit(hooks=[hook])
     assert hook.steps == 2
     assert not list((tmp_path / "quickstart").glob("*"))
+
+
+@pytest.mark.timeout(60)
+def test_a_save_that_cannot_end_does_not_hold_a_run_whose_folder_is_gone(tmp_path, monkeypatch):
+    """As when one of several processes has failed in it, and Orbax waits for that one for an hour."""
+
+    class Move(jaxpar.Hook):
+        def begin(self, step):
+            if step == 2:
+                (tmp_path / "quickstart").rename(tmp_path / "elsewhere")
+                monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", lambda _: time.sleep(1000))
+
+    monkeypatch.setattr("jaxpar.checkpoint.checkpoints._PATIENCE", 0.1, raising=False)
+    settings = [f"runner.output_dir={tmp_path}", "runner.max_steps=6", "runner.save_interval=5", *SMALL, *layout("one")]
+    with pytest.raises(jaxpar.ConfigError, match="quickstart was moved, deleted or replaced"):
+        trainer = jaxpar.Trainer(jaxpar.load_config(QUICKSTART, settings))
+        trainer.fit(hooks=[Move()])
 
 
 @pytest.mark.slow
