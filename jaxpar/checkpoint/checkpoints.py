@@ -29,6 +29,7 @@ from jaxpar.checkpoint.manifest import (
     newest,
     position_in,
     read_manifest,
+    remove_drafts,
     resolve,
     step_of,
     why_torn,
@@ -136,6 +137,8 @@ class Checkpoints:
             thread = threading.Thread(target=wait, args=(self._manager,), daemon=True)
             thread.start()
             thread.join(_PATIENCE)
+        if jax.process_index() == 0:
+            remove_drafts(self.folder.parent)
 
     def find(self) -> tuple[Path | None, list[str]]:
         """Finds the checkpoint that `runner.resume_dir` asks for. A collective call.

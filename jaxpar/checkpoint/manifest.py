@@ -5,8 +5,10 @@ config. `checksums.json` has the size and CRC-32 of every file. The sizes quickl
 incomplete, from a complete one; the checksums reveal flipped bits.
 """
 
+import contextlib
 import json
 import re
+import shutil
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -213,6 +215,16 @@ def check_saved(checkpoint: Path | None) -> None:
     """Raises CheckpointError if a checkpoint that was saved is not there any more, or not complete."""
     if checkpoint and (reason := why_torn(checkpoint)):
         raise CheckpointError(f"{checkpoint} was saved, but {reason}: something else has moved or removed it")
+
+
+def remove_drafts(experiment: Path) -> None:
+    """Removes a folder that holds nothing but unfinished saves: TensorStore makes a folder anew that was moved while it writes."""
+    drafts = experiment / "checkpoints"
+    with contextlib.suppress(OSError):
+        if list(experiment.iterdir()) == [drafts] and all(
+            path.name.endswith(".orbax-checkpoint-tmp") for path in drafts.iterdir()
+        ):
+            shutil.rmtree(experiment)
 
 
 def damages(checkpoint: Path, share: int, num_shares: int) -> Iterator[str]:

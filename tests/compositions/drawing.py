@@ -102,6 +102,12 @@ class Drawing:
         self.set_model(precision=self.precision)
         for name in features:
             FEATURES[name](self)
+        if (
+            "actor" in features and self.precision != "fp32"
+        ):  # rounding decides on which side of the clip's jump a ratio is
+            self.set(
+                **{"algorithm.clip_ratio_low": 0.999, "algorithm.clip_ratio_high": 1e3, "algorithm.clip_ratio_c": None}
+            )
         if self.case.model:  # it has its own sizes
             for key in _OF_DECODERS & self.case.settings.keys():
                 del self.case.settings[key]

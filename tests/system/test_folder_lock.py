@@ -133,6 +133,8 @@ def test_a_save_that_cannot_end_does_not_hold_a_run_whose_folder_is_gone(tmp_pat
         def begin(self, step):
             if step == 2:
                 (tmp_path / "quickstart").rename(tmp_path / "elsewhere")
+                draft = tmp_path / "quickstart/checkpoints/global_step_5.orbax-checkpoint-tmp/state"
+                draft.mkdir(parents=True)  # as TensorStore makes it anew
                 monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", lambda _: time.sleep(1000))
 
     monkeypatch.setattr("jaxpar.checkpoint.checkpoints._PATIENCE", 0.1, raising=False)
@@ -140,6 +142,7 @@ def test_a_save_that_cannot_end_does_not_hold_a_run_whose_folder_is_gone(tmp_pat
     with pytest.raises(jaxpar.ConfigError, match="quickstart was moved, deleted or replaced"):
         trainer = jaxpar.Trainer(jaxpar.load_config(QUICKSTART, settings))
         trainer.fit(hooks=[Move()])
+    assert not (tmp_path / "quickstart").exists()
 
 
 @pytest.mark.slow
