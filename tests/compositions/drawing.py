@@ -207,7 +207,8 @@ def _context(d: Drawing) -> None:
 
 
 def _window(d: Drawing) -> None:
-    d.set_model(sliding_window=d.rng.randint(1, d.seq + 3), use_sliding_window=True)
+    # A window of 1 has gradients of exactly zero on one device, and of rounding errors on several.
+    d.set_model(sliding_window=d.rng.randint(2, d.seq + 3), use_sliding_window=True)
 
 
 def _few_kv_heads(d: Drawing) -> None:
