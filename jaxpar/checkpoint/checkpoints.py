@@ -304,6 +304,8 @@ class Checkpoints:
         except ConfigError:
             raise
         except (OSError, RuntimeError, ValueError, KeyError) as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+                raise  # a step or a barrier has failed because a process died: the watchdog says which
             try:
                 left, _ = newest(self.folder)
                 kept = f"the newest complete one is {left}" if left else "there is no complete one"

@@ -199,3 +199,17 @@ def test_a_resume_is_of_the_same_data(tmp_path):
         fit(tmp_path, "actor.model.rope_theta=500.0", *more)
     fit(tmp_path, "runner.max_steps=3", *more, "runner.resume_changes=[data]")
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_process_that_died_is_not_an_error_of_the_checkpoint(copy, monkeypatch):
+    """Of one process alone it would be; with several, the watchdog finds out who died, and the exit code is 75, not 2."""
+
+    def save() -> None:
+        with checkpoints(copy)._reported("write"):
+            raise jax.errors.JaxRuntimeError("Gloo AllGather failed: Connection reset by peer")
+
+    with pytest.raises(CheckpointError, match="cannot write a checkpoint .*Connection reset by peer"):
+        save()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        save()
