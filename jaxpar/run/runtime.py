@@ -33,11 +33,11 @@ def start_elastic(config: Config, least: int) -> tuple[Config, str]:
       The config for these nodes (`jaxpar.config.elastic`), and a line about it.
 
     Raises:
-      ConfigError: the nodes that the config names have no layout, or a node has several processes.
+      ConfigError: no number of nodes from `least` to the config's has a layout, or a node has several processes.
       NotEnough: too few nodes are there now. Start the run again.
       NotNeeded: the run has ended, and this node had no part in it.
     """
-    elastic.for_nodes(config, config.cluster.num_nodes)
+    elastic.usable_nodes(config, max(config.cluster.num_nodes, least), least)  # a mistake, however many will come
     if not rendezvous.alone_on_node():
         raise ConfigError("--elastic: several processes run on this node: start one on each, which takes all its GPUs")
     present = 1

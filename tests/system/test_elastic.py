@@ -14,6 +14,8 @@ from runs import QUICKSTART, ROOT, SMALL, losses, metrics, start_ranks, train_co
 
 from jaxpar import ConfigError, load_config
 from jaxpar.config import elastic
+from jaxpar.run import runtime
+from jaxpar.run.member import NotEnough
 
 STEPS = 12
 # Two nodes of four devices: tensor parallelism 2, dp 4. On one node dp is 2; on three it would be 6, which does not divide 16.
@@ -59,6 +61,28 @@ def test_nodes_without_a_layout_are_left_out():
         elastic.usable_nodes(config("actor.model.pipeline_model_parallel_size=4"), 1, 1)
     with pytest.raises(ConfigError, match="--elastic 2: only 1 of the nodes"):
         elastic.usable_nodes(config(), 1, 2)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_number_of_nodes_without_a_layout_is_no_mistake_if_fewer_have_one(alone):
+    """As under Slurm, whose script says how many it was given: three nodes have no layout, one has."""
+    fitted, line = runtime.start_elastic(config("cluster.num_nodes=3"), 1)
+    assert fitted.cluster.num_nodes == 1 and line == "elastic: 1 of 3 nodes, dp 2; global_batch_size stays 16"
+    with pytest.raises(NotEnough, match="--elastic 2: only 1 of the nodes are there"):
+        runtime.start_elastic(config(), 2)
+
+
+def test_a_model_for_which_no_number_of_nodes_is_enough_is_a_mistake(alone):
+    with pytest.raises(ConfigError, match=r"on 2 of the nodes: .* 2 \* 3 \* 1 = 6 does not divide 8 devices") as caught:
+        runtime.start_elastic(
+            config("actor.model.pipeline_model_parallel_size=3", "actor.model.num_hidden_layers=6"), 1
+        )
+    assert not isinstance(caught.value, NotEnough)
 
 
 def output(process, timeout=240):
@@ -117,6 +141,14 @@ def test_too_few_nodes_are_not_a_mistake_but_another_try(tmp_path):
     assert "--elastic 2: only 1 of the nodes" in text and "did not connect: 1" in text
 
 
+# What jobset.yaml has beside the Job, as JobSet v1alpha2 has it: https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/
+FIELDS = {
+    "network": {"enableDNSHostnames": bool, "publishNotReadyAddresses": bool},
+    "failurePolicy": {"maxRestarts": int, "rules": list},
+    "replicatedJobs": list,
+}
+RULE = {"name": str, "action": str, "onJobFailureReasons": list}
+ACTIONS = {"FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"}
 JOBSET = yaml.safe_load((ROOT / "tpu_gpu_scripts/jobset.yaml").read_text())
 
 
@@ -124,6 +156,24 @@ def test_the_job_of_the_jobset_is_one_that_kubernetes_takes():
     (node,) = JOBSET["spec"]["replicatedJobs"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": node["template"]["spec"]}
     kubernetes_validate.validate(job, "1.37", strict=True)
+
+
+def assert_fields(given, known):
+    assert given.keys() <= known.keys()
+    for key, value in given.items():
+        if isinstance(known[key], dict):
+            assert_fields(value, known[key])
+        else:
+            assert isinstance(value, known[key]), key
+
+
+def test_the_fields_around_the_job_are_those_of_jobset():
+    assert (JOBSET["apiVersion"], JOBSET["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert_fields(JOBSET["spec"], FIELDS)
+    (rule,) = JOBSET["spec"]["failurePolicy"]["rules"]
+    assert_fields(rule, RULE)
+    assert rule["name"] and rule["action"] in ACTIONS and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert [job.keys() for job in JOBSET["spec"]["replicatedJobs"]] == [{"name", "template"}]
 
 
 def test_the_jobset_says_its_number_of_nodes_and_its_names_once():
