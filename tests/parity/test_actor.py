@@ -48,6 +48,7 @@ def test_reward_rises_and_two_layouts_agree(capsys):
     np.testing.assert_allclose(other_losses, losses[:4], atol=1e-5)  # of terms of about 1, whose sum is about 0
 
 
+@pytest.mark.slow
 def test_packed_rollouts_are_those_in_rows_of_their_own():
     """Dynamic batches on dp2·pp2·cp2: other rows, the same log-probabilities, loss and parameters."""
     rollouts = make_rollouts()

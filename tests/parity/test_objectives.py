@@ -389,6 +389,7 @@ def rows(seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_dpo_from_yaml_prefers_the_preferred():
     trainer = jaxpar.Trainer(config_of("algorithm.loss_type=dpo", "algorithm.dpo_beta=0.5"))
     batch = rows()
@@ -408,6 +409,7 @@ def test_dpo_from_yaml_prefers_the_preferred():
         trainer.train_step({key: x for key, x in batch.items() if key != "ref_log_probs"})
 
 
+@pytest.mark.slow
 def test_the_actor_from_yaml_follows_its_advantages():
     """A rise of the rewarded tokens' probability, none beyond the clip, and the check of the layout with this objective."""
     trainer = jaxpar.Trainer(

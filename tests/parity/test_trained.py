@@ -204,6 +204,7 @@ def test_lora_of_nnx_in_a_users_model(sizes):
     assert_parity(loss, grads, expected_loss, partition(expected, grads)[0])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_frozen_parameters(tmp_path):
     """They are saved in bf16, moments are those of the adapters, and another layout reads them."""
     runs = [
@@ -291,6 +292,7 @@ def test_adapters_in_the_format_of_peft(tmp_path: Path):
         trainer(*settings)
 
 
+@pytest.mark.slow
 def test_adapters_begin_beside_stored_or_given_weights(tmp_path):
     plain = trainer(*layout("one"))
     architecture, base = plain.program.blueprint.architecture, plain.state["params"]
